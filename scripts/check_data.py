@@ -1,0 +1,19 @@
+"""Look at preference pairs before training on them."""
+
+from tandem.config import parse
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_splits
+from tandem.errors import script_main
+from tandem.options import TextOptions
+
+
+def main(argv: list[str]) -> None:
+    from tandem.data.check import CheckOptions, run_check
+
+    options, text, data = parse(argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__)
+    train, held_out = load_splits(data)
+    run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})})
+
+
+if __name__ == "__main__":
+    script_main(main)

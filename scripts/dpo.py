@@ -1,0 +1,27 @@
+"""Train a policy on preference pairs with DPO, from a model or an SFT adapter."""
+
+from tandem.config import parse
+from tandem.data.options import DataOptions
+from tandem.errors import script_main
+from tandem.options import (
+    DPOOptions,
+    EngineOptions,
+    LoraOptions,
+    ModelOptions,
+    TextOptions,
+    TrainOptions,
+    explain_unknown,
+)
+
+OPTIONS = (ModelOptions, LoraOptions, TextOptions, DataOptions, TrainOptions, DPOOptions, EngineOptions)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv, OPTIONS, prog="dpo.py", description=__doc__, explain_unknown=explain_unknown)
+    from tandem.training import run_dpo  # after the options: importing TRL takes seconds
+
+    run_dpo(*options)
+
+
+if __name__ == "__main__":
+    script_main(main)

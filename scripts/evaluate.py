@@ -1,0 +1,18 @@
+"""Measure the SFT and DPO models on held-out pairs against a reference model."""
+
+from tandem.config import parse
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_held_out
+from tandem.errors import script_main
+from tandem.evaluate import EvaluateOptions, evaluate, to_markdown
+from tandem.options import TextOptions
+
+
+def main(argv: list[str]) -> None:
+    classes = (EvaluateOptions, TextOptions, DataOptions)
+    options, text, data = parse(argv, classes, prog="evaluate.py", description=__doc__)
+    print(to_markdown(evaluate(options, text, load_held_out(data))))
+
+
+if __name__ == "__main__":
+    script_main(main)

@@ -1,0 +1,14 @@
+"""Merge a LoRA adapter into its base model."""
+
+from tandem.config import parse
+from tandem.errors import script_main
+from tandem.merge import MergeOptions, merge
+
+
+def main(argv: list[str]) -> None:
+    (options,) = parse(argv, (MergeOptions,), prog="merge_lora.py", description=__doc__)
+    merge(options)
+
+
+if __name__ == "__main__":
+    script_main(main)

@@ -1,0 +1,250 @@
+"""Options as dataclasses, read strictly from YAML and the command line.
+
+A dataclass per concern, each field an `opt(default, help)`: the field is the one home of an option's name, type,
+default and help text. Nothing heavy is imported here, so that a wrong command line is answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from tandem.errors import UserError
+
+REQUIRED: Any = "<required>"  # default of an option that has none; `parse` refuses to go on without a value
+
+
+def opt(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field that is a command line option; `default=REQUIRED` for one that must be given."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    name: str
+    type: Any
+    default: Any
+    help: str
+    choices: Sequence[Any] | None
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The plain types a value may have: `str | None` gives (str, NoneType)."""
+        if typing.get_origin(self.type) in (Union, types.UnionType):
+            return typing.get_args(self.type)
+        return (self.type,)
+
+    @property
+    def is_list(self) -> bool:
+        return any(typing.get_origin(kind) is list for kind in self.kinds)
+
+
+def options_of(cls: type) -> list[_Option]:
+    """The options of a dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(cls)
+    options = []
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        help, choices = field.metadata.get("help", ""), field.metadata.get("choices")
+        options.append(_Option(field.name, hints[field.name], default, help, choices))
+    return options
+
+
+def convert(option: _Option, value: Any, where: str) -> Any:
+    """`value` as `option`'s type.
+
+    Text is read as the type says (`5e-4` is a float, though YAML 1.1 calls it text); any other mismatch is a
+    `UserError` that names `where` the value came from.
+    """
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) in option.kinds:
+            return None
+        raise UserError(f"{where}: {option.name} needs a value")
+    for kind in option.kinds:
+        try:
+            converted = _as_kind(kind, value)
+        except (TypeError, ValueError):
+            continue
+        _check_choice(option, converted, where)
+        return converted
+    expected = " or ".join(_kind_name(kind) for kind in option.kinds if kind is not type(None))
+    raise UserError(f"{where}: {option.name} must be {expected}, not {value!r}")
+
+
+def _as_kind(kind: Any, value: Any) -> Any:
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_as_kind(typing.get_args(kind)[0], item) for item in items]
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[_lower(value)]
+    if isinstance(value, bool) or kind is type(None):
+        raise TypeError
+    if kind is str:
+        if not isinstance(value, str | int | float):
+            raise TypeError
+        return str(value)
+    if kind is int and not isinstance(value, str) and int(value) != value:
+        raise ValueError
+    return kind(value)
+
+
+def _lower(value: Any) -> str:
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError(value)
+    return text
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if typing.get_origin(kind) is list:
+        return f"a list ({_kind_name(typing.get_args(kind)[0])} each)"
+    return names.get(kind, str(kind))
+
+
+def _check_choice(option: _Option, value: Any, where: str) -> None:
+    if option.choices is None:
+        return
+    for item in value if isinstance(value, list) else [value]:
+        if item not in option.choices:
+            raise UserError(f"{where}: {option.name} must be one of {', '.join(map(str, option.choices))}, not {item}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _build_parser(classes: Sequence[type], prog: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
+    parser.add_argument("--print_config", action="store_true", help="print every option, its value and its source")
+    for cls in classes:
+        group = parser.add_argument_group((cls.__doc__ or cls.__name__).split("\n")[0].rstrip("."))
+        for option in options_of(cls):
+            group.add_argument(f"--{option.name}", **_argparse_keywords(option))
+    return parser
+
+
+def _argparse_keywords(option: _Option) -> dict[str, Any]:
+    shown = "required" if option.default is REQUIRED else f"default: {_shown(option.default)}"
+    help = f"{option.help} ({shown})".replace("%", "%%")
+    if option.choices:
+        metavar = "{" + ",".join(map(str, option.choices)) + "}"
+    else:
+        metavar = "VALUE"
+    keywords: dict[str, Any] = {"help": help, "metavar": metavar}
+    if bool in option.kinds:
+        keywords |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
+    elif option.is_list:
+        keywords["nargs"] = "+"
+    return keywords
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must be a mapping of options, not a {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def unknown_option(name: str, known: Sequence[str], where: str, explain: Callable[[str], str | None]) -> UserError:
+    """The error for an option nobody knows, with the nearest known name."""
+    reason = explain(name)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; {reason}" if reason else f"; did you mean {near[0]}?" if near else " (see --help)"
+    return UserError(f"{where}: unknown option {name}{hint}")
+
+
+def _no_explanation(name: str) -> str | None:
+    return None
+
+
+def parse(
+    argv: Sequence[str],
+    classes: Sequence[type],
+    *,
+    prog: str,
+    description: str = "",
+    explain_unknown: Callable[[str], str | None] = _no_explanation,
+) -> tuple[Any, ...]:
+    """Instances of the dataclasses `classes`, from defaults, then `--config FILE`, then the command line.
+
+    Raises:
+        UserError: an unknown option (with the nearest known one), a value of the wrong type, a missing required
+            option, or a combination that a class's `__post_init__` refuses.
+    """
+    parser = _build_parser(classes, prog, description)
+    namespace, extra = parser.parse_known_args(list(argv))
+    given = vars(namespace)
+    known = {option.name: option for cls in classes for option in options_of(cls)}
+    for argument in extra:
+        name = argument.split("=")[0].lstrip("-")
+        if not argument.startswith("-"):
+            raise UserError(f"command line: unexpected argument {argument} (options start with --)")
+        raise unknown_option(name, list(known), "command line", explain_unknown)
+
+    config_file = given.pop("config", None)
+    print_config = given.pop("print_config", False)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    from_yaml = _read_yaml(config_file) if config_file else {}
+    for source, mapping in ((f"--config {config_file}", from_yaml), ("command line", given)):
+        for name, value in mapping.items():
+            if name not in known:
+                raise unknown_option(name, list(known), source, explain_unknown)
+            values[name] = convert(known[name], value, source)
+            sources[name] = source
+    for option in known.values():
+        if option.default is REQUIRED and option.name not in values:
+            raise UserError(f"--{option.name} is required: {option.help}")
+
+    instances = tuple(
+        cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
+        for cls in classes
+    )
+    if print_config:
+        for name, value in resolved(*instances).items():
+            print(f"{name}: {_shown(value)}  # {sources.get(name, 'default')}")
+        raise SystemExit(0)
+    return instances
+
+
+def resolved(*instances: Any) -> dict[str, Any]:
+    """Every option of `instances` with its value, flat: as YAML this is a config file that replays the run."""
+    return {option.name: getattr(instance, option.name) for instance in instances for option in options_of(type(instance))}
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """`values` as a YAML document that `parse` reads back to the same options."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,100 @@
+"""Canonical rows → what a tokenizer reads: templates, transcripts, and prompts cut to length."""
+
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from tandem.data.formats import Message, Row, to_transcript
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = "plain"
+
+
+def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Give a tokenizer without a chat template the `plain` one; whether it was needed.
+
+    `plain` renders turns as HH transcripts (`\\n\\nHuman: …\\n\\nAssistant: …`), each answer closed by the
+    end-of-sequence token. It needs no new tokens, so a base model can start from it.
+    """
+    if tokenizer.chat_template is not None:
+        return False
+    template = resources.files("tandem.data") / "templates" / f"{PLAIN_TEMPLATE}.jinja"
+    tokenizer.chat_template = template.read_text()
+    return True
+
+
+def render(row: Row, use_chat_template: bool) -> Row:
+    """`row` with all texts as messages (`use_chat_template`) or all as plain text."""
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if use_chat_template and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+        chosen, rejected = ([{"role": "assistant", "content": text.strip()}] for text in (chosen, rejected))
+    elif not use_chat_template and not isinstance(prompt, str):
+        prompt = to_transcript(prompt) + "\n\nAssistant:"
+        chosen, rejected = (to_transcript(turns).removeprefix("\n\nAssistant:") for turns in (chosen, rejected))
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def trim_prompt(
+    prompt: str | list[Message], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+) -> str | list[Message]:
+    """The prompt's end, in at most `max_tokens` tokens as rendered for an answer.
+
+    A conversation loses its oldest turns, its system message last of all; a single turn or a text loses its
+    beginning.
+    """
+    if isinstance(prompt, str):
+        return _last_tokens(prompt, tokenizer, max_tokens)
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    turns = prompt[len(system) :]
+    while _length(system + turns, tokenizer) > max_tokens and len(turns) > 1:
+        # A prompt begins with a user's turn, so an answer goes with the question it answers
+        turns = turns[2:] if len(turns) > 2 and turns[1]["role"] == "assistant" else turns[1:]
+    excess = _length(system + turns, tokenizer) - max_tokens
+    if excess > 0 and system:
+        return trim_prompt(turns, tokenizer, max_tokens)
+    if excess > 0:
+        text = turns[0]["content"]
+        keep = max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]) - excess)
+        turns = [{**turns[0], "content": _last_tokens(text, tokenizer, keep)}]
+    return system + turns
+
+
+def _length(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> int:
+    return len(prompt_ids(messages, tokenizer))
+
+
+def prompt_ids(prompt: str | list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a prompt as the model sees it before it answers."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _last_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> str:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= count else str(tokenizer.decode(ids[-count:]))
+
+
+def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a rendered row, as TRL 1.16's DPOTrainer makes them.
+
+    The completions begin where the tokens of prompt and prompt + completion part, which a tokenizer that merges
+    across the boundary moves into the prompt. Plain text gets the end-of-sequence token, a template brings its own.
+    """
+    from trl.data_utils import common_prefix_length
+
+    prompt = prompt_ids(row["prompt"], tokenizer)
+    whole = [_whole_ids(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")]
+    shared = min(common_prefix_length(prompt, ids) for ids in whole)
+    return {"prompt_ids": prompt[:shared], "chosen_ids": whole[0][shared:], "rejected_ids": whole[1][shared:]}
+
+
+def _whole_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if not isinstance(prompt, str):
+        encoded: Any = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)
+        return list(encoded["input_ids"])
+    end = tokenizer.eos_token or ""
+    return list(tokenizer(prompt + completion + ("" if completion.endswith(end) else end))["input_ids"])

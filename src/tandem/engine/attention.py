@@ -1,0 +1,305 @@
+"""Attention over the packed row of a `PairPlan`, plugged into transformers through its attention registry.
+
+A model whose attention implementation was switched to `tandem|<original>` (see `switch_implementation`) runs
+`PairAttention` where the caller passes one as the forward keyword `pair_attention`, and exactly its original
+implementation everywhere else. Generation, evaluation and saving are untouched, and gradient checkpointing recomputes
+with the keyword it was given, whatever runs in between.
+
+Backends:
+    varlen  one fused variable-length call a layer, on CUDA in half precision: flash-attn's where it is installed,
+            else `torch.nn.attention.varlen.varlen_attn`
+    sdpa    a loop over the sequences with `scaled_dot_product_attention`: CPU, MPS, float32, dropout
+    dense   a loop with plain matrix products: what no fused kernel here computes (soft-capping, attention sinks)
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from tandem.engine.layout import PairPlan, Segment
+
+Backend = Literal["auto", "varlen", "sdpa", "dense"]
+PAIR_ATTENTION = "pair_attention"
+_PREFIX = "tandem|"
+# Head sizes and dtypes of the flash kernels
+_VARLEN_MAX_HEAD_DIM = 256
+_VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class UnsupportedAttention(Exception):
+    """A layer asks for something the packed row cannot express, such as a position bias."""
+
+
+class PairAttention:
+    """The attention of one forward over one plan. Holds the masks its layers share.
+
+    Args:
+        plan: where the sequences are.
+        backend: forces one backend for every layer; `auto` takes the fastest that serves the layer.
+    """
+
+    def __init__(self, plan: PairPlan, backend: Backend = "auto") -> None:
+        self.plan = plan
+        self.backend = backend
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Attend every sequence of the plan to itself and its prefix, causally.
+
+        Args:
+            query: (1, H, T, D).
+            key, value: (1, H_kv, T, D), H a multiple of H_kv. The value's D may differ.
+            scale: factor of the scores; D ** -0.5 when None.
+            window: a query sees its `window` latest keys, itself included; all of them when None.
+            softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
+            sinks: (H,) logit per head that takes part in the softmax and has no value (gpt-oss).
+            dropout: probability of dropping an attention weight.
+
+        Returns:
+            (1, T, H, D_value) in the dtype attended in, which under autocast is autocast's.
+
+        Raises:
+            UnsupportedAttention: a forced backend cannot compute this.
+        """
+        device = query.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        # Rotary embedding leaves float32 queries beside half-precision values under autocast, and not every backend
+        # below is one that autocast knows
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if window is not None and window >= self.plan.max_k:
+            window = None
+
+        backend = self.backend
+        if backend == "auto":
+            backend = _choose_backend(query, value, softcap, sinks, dropout)
+        if backend == "varlen":
+            if sinks is not None:
+                raise UnsupportedAttention("the varlen backend has no attention sinks")
+            return self._varlen(query, key, value, scale, window, softcap, dropout)
+        if backend == "sdpa":
+            if softcap is not None or sinks is not None:
+                raise UnsupportedAttention("the sdpa backend has neither soft-capping nor attention sinks")
+            attend = partial(_sdpa, scale=scale, dropout=dropout)
+        else:
+            attend = partial(_dense, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+        return self._each_segment(attend, query, key, value, window)
+
+    def _each_segment(
+        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> Tensor:
+        outputs = []
+        for segment in self.plan.segments:
+            keys, values = _with_prefix(key, segment), _with_prefix(value, segment)
+            # Without prefix and window the mask is the plain triangle, for which sdpa needs no mask
+            plain = segment.q_length == segment.k_length and (window is None or window >= segment.k_length)
+            mask = None if plain else self._mask(segment, window, query.device)
+            outputs.append(attend(query[:, :, segment.start : segment.end], keys, values, mask=mask))
+        # One concatenation in the layout the projection reads, instead of one here and a transposed copy after it
+        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+    def _mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
+        """(q, k) bool, True where query i may see key j: bottom-right aligned, `0 <= i + k - q - j < window`."""
+        size = (segment.q_length, segment.k_length, window)
+        if size not in self._masks:
+            q_length, k_length, _ = size
+            visible = torch.ones(q_length, k_length, dtype=torch.bool, device=device).tril_(k_length - q_length)
+            self._masks[size] = visible if window is None else visible.triu_(k_length - q_length - window + 1)
+        return self._masks[size]
+
+    def _varlen(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        plan, device = self.plan, query.device
+        key_index = plan.key_index.to(device)
+        # Both kernels align bottom-right where queries are fewer than keys, as flash-attn does since 2.1. A left window
+        # of w - 1 keys and the query's own make a window of w.
+        arguments = (
+            query[0].transpose(0, 1),
+            key[0].index_select(1, key_index).transpose(0, 1),
+            value[0].index_select(1, key_index).transpose(0, 1),
+            plan.cu_seq_q.to(device),
+            plan.cu_seq_k.to(device),
+            plan.max_q,
+            plan.max_k,
+        )
+        window_size = (-1 if window is None else window - 1, 0)
+        if _flash_attn_installed():
+            from flash_attn import flash_attn_varlen_func
+
+            return flash_attn_varlen_func(
+                *arguments,
+                dropout_p=dropout,
+                softmax_scale=scale,
+                causal=True,
+                window_size=window_size,
+                softcap=softcap or 0.0,
+            )[None]
+        if softcap is not None or dropout:
+            raise UnsupportedAttention("torch's varlen kernel has neither soft-capping nor dropout; install flash-attn")
+        gqa = query.shape[1] != key.shape[1]
+        return varlen.varlen_attn(*arguments, scale=scale, window_size=window_size, enable_gqa=gqa)[None]
+
+
+def _choose_backend(
+    query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, dropout: float
+) -> Backend:
+    fits = query.dtype in _VARLEN_DTYPES and query.shape[-1] == value.shape[-1] <= _VARLEN_MAX_HEAD_DIM
+    needs_flash_attn = softcap is not None or dropout > 0
+    if query.is_cuda and fits and sinks is None and (not needs_flash_attn or _flash_attn_installed()):
+        return "varlen"
+    return "dense" if softcap is not None or sinks is not None else "sdpa"
+
+
+def _flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _with_prefix(states: Tensor, segment: Segment) -> Tensor:
+    own = states[:, :, segment.start : segment.end]
+    if segment.prefix_start == segment.prefix_end:
+        return own
+    return torch.cat([states[:, :, segment.prefix_start : segment.prefix_end], own], dim=2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """(1, H, q, D) queries over (1, H_kv, k, D) keys; causal where there is no mask."""
+    gqa = query.shape[1] != key.shape[1]
+    if gqa and mask is not None and query.is_cuda:
+        # CUDA's fused kernels take grouped heads or a mask, not both, and the way out of both is quadratic in memory
+        groups = query.shape[1] // key.shape[1]
+        key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=gqa
+    )
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same as `_sdpa` with soft-capping and sinks, softmax in float32; quadratic in memory."""
+    _, heads, q_length, _ = query.shape
+    kv_heads, k_length = key.shape[1:3]
+    grouped = query.reshape(1, kv_heads, heads // kv_heads, q_length, -1)
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(q_length, k_length, dtype=torch.bool, device=query.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1)[..., :k_length].to(query.dtype)
+    weights = F.dropout(weights, dropout)
+    return (weights @ value[:, :, None]).view(1, heads, q_length, -1)
+
+
+def switch_implementation(config: PreTrainedConfig) -> None:
+    """Let the modules that read `config` take a `PairAttention`; without one they run what they ran before."""
+    original = config._attn_implementation
+    if original is None or original.startswith(_PREFIX):
+        return
+    name = _PREFIX + original
+    AttentionInterface.register(name, partial(_attention_forward, original))
+    masks = AttentionMaskInterface()
+    if original in masks:
+        AttentionMaskInterface.register(name, masks[original])
+    # The property's setter would switch the sub-configs of a multimodal model, vision tower included
+    config._attn_implementation_internal = name
+
+
+def restore_implementation(config: PreTrainedConfig) -> None:
+    """Undo `switch_implementation`."""
+    if config._attn_implementation is not None:
+        config._attn_implementation_internal = config._attn_implementation.removeprefix(_PREFIX)
+
+
+def _attention_forward(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    pair_attention: PairAttention | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function transformers calls in every attention layer; shapes as in `PairAttention.__call__`."""
+    if pair_attention is None:
+        return _original_forward(original, module, query, key, value, attention_mask, *args, **kwargs)
+    if args:
+        raise UnsupportedAttention(f"{type(module).__name__} passes attention arguments by position")
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedAttention(f"{type(module).__name__} adds a position bias to its scores")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedAttention(f"{type(module).__name__} is not causal")
+    output = pair_attention(
+        query,
+        key,
+        value,
+        scale=kwargs.get("scaling"),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        dropout=kwargs.get("dropout", 0.0),
+    )
+    return output, None
+
+
+def _original_forward(original: str, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    function = eager_function(module) if original == "eager" else AttentionInterface()[original]
+    if function is None:
+        raise UnsupportedAttention(f"no eager attention function beside {type(module).__name__}")
+    # flash attention reads the name of its own kernel from the config
+    switched = module.config._attn_implementation
+    module.config._attn_implementation_internal = original
+    try:
+        return function(module, *args, **kwargs)
+    finally:
+        module.config._attn_implementation_internal = switched
+
+
+def eager_function(module: nn.Module) -> Callable[..., Any] | None:
+    """The `eager_attention_forward` of the file that defines the module's class: eager is not in the registry."""
+    for cls in type(module).__mro__:  # FSDP2 puts a class of its own in front
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None

@@ -1,0 +1,105 @@
+"""Whether a model gives the same log-probs in both layouts: asked of the model itself, once, and remembered.
+
+Architectures lie about what they support. Some that run without an error under a foreign attention function and
+explicit positions read their positions from the padding mask, carry a state along the row, or add a bias of their
+own, and would score every pair wrongly. Two short pairs, scored both ways, tell.
+"""
+
+import contextlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tandem
+from tandem.engine.layout import IGNORED_LABEL
+from tandem.runs import sha256_json, write_json
+
+DEFAULT_CACHE = Path("~/.cache/tandem/probe")
+# Longest sequence of the probe: past the window of a model with a small one, and still a second of work
+_MAX_LENGTH = 160
+_MIN_LENGTH = 48
+# Largest mean difference per token that rounding explains, in units of max(1, mean |log p|). float32 paths differ by
+# about 1e-6; in half precision the same model differs from itself under another padding by up to 1e-2.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest `difference` that counts as agreement for a model computing in `dtype`."""
+    return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
+
+
+def probe_batch(model: PreTrainedModel, vocabulary: Tensor) -> dict[str, Tensor]:
+    """Two pairs of different lengths as TRL would collate them: `input_ids`, `attention_mask` and `labels`, (4, S).
+
+    Args:
+        model: sets the length, past its sliding window where that is short.
+        vocabulary: 1-d int64, token ids to draw from, on the device to use. Ids the model reads as something other
+            than text, such as an image, must not be among them.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    length = min(max(_MIN_LENGTH, 2 * window), _MAX_LENGTH, getattr(config, "max_position_embeddings", _MAX_LENGTH))
+    # Completions of both rows differ in length, and pair 1 starts where a packed row has already gone on for a while
+    prompts = (length // 2, length // 3)
+    completions = ((length - length // 2, length // 4), (length // 5, length - length // 3))
+
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.arange(length)
+    prompt_length = torch.tensor(prompts * 2)[:, None]
+    row_length = prompt_length + torch.tensor([pair[side] for side in (0, 1) for pair in completions])[:, None]
+    ids = torch.randint(len(vocabulary), (4, length), generator=generator)
+    ids[2:] = torch.where(columns < prompt_length[2:], ids[:2], ids[2:])
+    real = columns < row_length
+    input_ids = vocabulary[ids.to(vocabulary.device)]
+    completion = (real & (columns >= prompt_length)).to(vocabulary.device)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": real.long().to(vocabulary.device),
+        "labels": input_ids.masked_fill(~completion, IGNORED_LABEL),
+    }
+
+
+def difference(padded: Tensor, engine: Tensor, labels: Tensor) -> float:
+    """Mean |difference| per scored token of two (4, S - 1) grids of log-probs, over max(1, mean |log p|).
+
+    Not a number where either path is not finite.
+    """
+    scored = labels[:, 1:] != IGNORED_LABEL
+    reference = padded[scored].double()
+    gap = (engine[scored].double() - reference).abs().mean()
+    return (gap / reference.abs().mean().clamp(min=1.0)).item()
+
+
+class ProbeCache:
+    """Differences measured before, one small JSON file a key, whole or absent."""
+
+    def __init__(self, folder: str | Path = DEFAULT_CACHE) -> None:
+        self.folder = Path(folder).expanduser()
+
+    def key(self, model: PreTrainedModel, **setting: Any) -> str:
+        """Hash of all that decides the outcome: architecture, library versions, and `setting`."""
+        config = model.config.to_dict()
+        for name in ("_name_or_path", "architectures", "transformers_version"):
+            config.pop(name, None)
+        versions = {name: version(name) for name in ("torch", "transformers", "trl")} | {"tandem": tandem.__version__}
+        return sha256_json(
+            {"model": type(model).__name__, "config": json.loads(json.dumps(config, default=str))}
+            | {"versions": versions, "setting": setting}
+        )
+
+    def read(self, key: str) -> float | None:
+        """The difference measured under `key`, or None. An unreadable file is none: it is written again."""
+        try:
+            return float(json.loads((self.folder / f"{key}.json").read_text())["difference"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, key: str, value: float) -> None:
+        """Remember a finite difference; a folder that cannot be written costs a probe next time, and nothing else."""
+        with contextlib.suppress(OSError):
+            write_json(self.folder / f"{key}.json", {"difference": value})

@@ -1,0 +1,125 @@
+"""Options of the judge. Light to import: a wrong command line is answered before anything heavy is loaded."""
+
+import dataclasses
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tandem.config import REQUIRED, opt
+from tandem.errors import UserError
+
+OPENAI_URL = "https://api.openai.com/v1"
+API_KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+@dataclasses.dataclass
+class JudgeOptions:
+    """Judge."""
+
+    judge_model: str = opt(REQUIRED, "model that judges, as the server at --base_url names it")
+    base_url: str = opt(OPENAI_URL, "server with the Responses API; its key, if any, is read from $OPENAI_API_KEY")
+    run_dir: str | None = opt(None, "run folder that holds generations_*.jsonl")
+    policy: str = opt("dpo", "in --run_dir: the model to be judged, as generations_<policy>.jsonl")
+    against: str = opt("base", "in --run_dir: the model it is judged against, as generations_<against>.jsonl")
+    generations_a: str | None = opt(None, "instead of --run_dir: answers of the model judged against")
+    generations_b: str | None = opt(None, "instead of --run_dir: answers of the model to be judged")
+    output_dir: str | None = opt(
+        None, "folder of replies and verdicts, judge_summary.json goes beside it; unset: judge/ beside the generations"
+    )
+    calibration_pairs: int = opt(
+        100, "held-out human-labelled pairs the judge is first tried on; 0: no winner is named"
+    )
+    self_pairs: int = opt(10, "answers judged against themselves, to show a preference for a position")
+    max_flip_rate: float = opt(0.4, "name no winner if the judge changes sides with the order more often than this")
+    samples: int = opt(1, "verdicts per order, averaged")
+    temperature: float | None = opt(None, "sampling temperature of the judge; unset: the server's own")
+    max_output_tokens: int = opt(2048, "longest reply of the judge, its reasoning included")
+    max_concurrency: int = opt(8, "requests at a time; a 429 halves it for a while")
+    timeout: float = opt(300.0, "seconds without an answer before a request is given up")
+    max_attempts: int = opt(6, "tries for each verdict: failed requests, and replies that are no verdict")
+    price_in: float | None = opt(None, "price of a million input tokens, in your currency")
+    price_out: float | None = opt(None, "price of a million output tokens")
+    max_cost: float | None = opt(None, "stop before this much is spent; the same command with a higher one goes on")
+    dry_run: bool = opt(False, "count requests, tokens and cost; ask nothing, write nothing")
+    batch: bool = opt(False, "use OpenAI's Batch API: cheaper, up to a day, the same command goes on waiting")
+    seed: int = opt(42, "seed of the choice of calibration pairs and of the bootstrap")
+
+    def __post_init__(self) -> None:
+        for name, low in {
+            "calibration_pairs": 0,
+            "self_pairs": 0,
+            "samples": 1,
+            "max_output_tokens": 1,
+            "max_concurrency": 1,
+            "max_attempts": 1,
+            "seed": 0,
+        }.items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} must be at least {low}, not {getattr(self, name)}")
+        for price in ("temperature", "price_in", "price_out", "max_cost"):
+            value = getattr(self, price)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UserError(f"--{price} must be a number of at least 0, not {value}")
+        if not 0 < self.timeout < float("inf"):
+            raise UserError(f"--timeout must be above 0, not {self.timeout}")
+        if not 0 <= self.max_flip_rate <= 1:
+            raise UserError(f"--max_flip_rate is a share between 0 and 1, not {self.max_flip_rate}")
+        if (self.price_in is None) != (self.price_out is None):
+            raise UserError("--price_in and --price_out need each other")
+        if self.max_cost is not None and self.price_in is None:
+            raise UserError("--max_cost needs --price_in and --price_out: the server does not tell its prices")
+        self._check_url()
+        if (self.generations_a is None) != (self.generations_b is None):
+            raise UserError("--generations_a and --generations_b need each other")
+        if (self.run_dir is None) == (self.generations_a is None):
+            raise UserError("--run_dir, or --generations_a and --generations_b, is required: the answers to judge")
+        if self.run_dir is not None and self.policy == self.against:
+            raise UserError(f"--policy and --against are both {self.policy}: nothing to compare")
+
+    def _check_url(self) -> None:
+        try:
+            url = urlsplit(self.base_url)
+            host = url.hostname
+        except ValueError as error:
+            raise UserError(f"--base_url {self.base_url}: {error}") from error
+        if url.scheme not in ("http", "https") or not host:
+            raise UserError(f"--base_url {self.base_url}: must start with http:// or https:// and name a host")
+        if url.username or url.password or url.query:
+            # It goes into files and the report
+            raise UserError(f"--base_url must hold no credentials or query; put the key into ${API_KEY_VARIABLE}")
+        self.base_url = self.base_url.rstrip("/")
+
+    @property
+    def generation_files(self) -> tuple[Path, Path]:
+        """Files with the answers of the model judged against, and of the model to be judged."""
+        if self.run_dir is None:
+            return Path(str(self.generations_a)), Path(str(self.generations_b))
+        folder = Path(self.run_dir)
+        return folder / f"generations_{self.against}.jsonl", folder / f"generations_{self.policy}.jsonl"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of raw.jsonl and verdicts.jsonl."""
+        return Path(self.output_dir) if self.output_dir else self.generation_files[1].parent / "judge"
+
+    @property
+    def summary_file(self) -> Path:
+        """judge_summary.json stands beside the judge's folder, in the run folder."""
+        return self.folder.absolute().parent / "judge_summary.json"
+
+    def api_key(self) -> str | None:
+        """The server's key from the environment, the only place it is ever read from.
+
+        Raises:
+            UserError: OpenAI's own server is asked and there is none.
+        """
+        key = os.environ.get(API_KEY_VARIABLE) or None
+        if key is None and self.base_url == OPENAI_URL:
+            raise UserError(f"${API_KEY_VARIABLE} is not set: {OPENAI_URL} needs a key; or name another --base_url")
+        return key
+
+    def cost(self, input_tokens: float, output_tokens: float) -> float | None:
+        """Price of so many tokens, in the currency of the prices; None without prices."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (input_tokens * self.price_in + output_tokens * self.price_out) / 1e6

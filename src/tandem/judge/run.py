@@ -1,0 +1,383 @@
+"""The judge from end to end: what to ask, asking it, what was said, what follows from it."""
+
+import asyncio
+import collections
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tandem.errors import UserError
+from tandem.judge import calibration, statistics, verdicts
+from tandem.judge.client import Admission, Client, OverBudget
+from tandem.judge.options import JudgeOptions
+from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge, Kind
+from tandem.judge.statistics import Array
+from tandem.judge.verdicts import ORDERS, Reading
+from tandem.runs import append_jsonl, read_jsonl, write_json
+
+BYTES_PER_TOKEN = 3  # few texts have fewer: token counts guessed with it are rather too high
+SERVER_FILE = "server.json"
+
+Plan = dict[Kind, list[Call]]
+
+
+def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
+    """Have every comparison judged in both orders, after trying the judge on `labelled` ones; returns the summary.
+
+    In `options.folder`: `server.json` (whether the server enforces schemas), `raw.jsonl` (every reply, before it is
+    read), `verdicts.jsonl` (a line an attempt), `usage.json` (what all attempts cost), `batches.jsonl` with --batch.
+    Beside that folder: `judge_summary.json`, which depends on the verdicts alone and not on how often the run was
+    interrupted. The same call again asks only for what has no verdict yet.
+
+    Args:
+        options: with `dry_run`, nothing is asked or written and the estimate is returned instead
+        comparisons: side 2 is the model to be judged, the same labels throughout
+        labelled: side 2 is the answer that people chose (`calibration.labelled_comparisons`)
+
+    Raises:
+        UserError: nothing to judge, the server cannot be used, or --max_cost is reached.
+    """
+    if not comparisons:
+        raise UserError("there is nothing to judge: no prompt was answered by both models")
+    log = VerdictLog(options)
+    if options.dry_run:
+        return _dry_run(options, comparisons, labelled, log)
+    judge, plan = asyncio.run(_have_judged(options, comparisons, labelled, log))
+    summary = summarise(options, judge, plan, log)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_json(options.folder / "usage.json", log.usage())
+    write_json(options.summary_file, summary)
+    return summary
+
+
+def load_comparisons(options: JudgeOptions) -> list[Comparison]:
+    """The answers of both generation files, joined by prompt; a prompt that occurs twice counts once.
+
+    Labels are what stands after `generations_` in the files' names.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files answer different prompts.
+    """
+    file_1, file_2 = options.generation_files
+    rows_1, rows_2 = _generations(file_1), _generations(file_2)
+    if differing := rows_1.keys() ^ rows_2.keys():
+        raise UserError(f"{file_1} and {file_2}: {len(differing)} prompts are in one only; generate both on the same")
+    label_1, label_2 = (file.name.split(".")[0].removeprefix("generations_") for file in (file_1, file_2))
+    return [
+        Comparison(key, row["messages"], row["text"], rows_2[key]["text"], label_1, label_2)
+        for key, row in rows_1.items()
+    ]
+
+
+def _generations(file: Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; generate answers first")
+    rows: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(_read_log(file), start=1):
+        for field, kind in (("prompt_id", str), ("messages", list), ("text", str)):
+            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+                raise UserError(f"{file} line {number}: {field} is missing or not a {kind.__name__}")
+        rows.setdefault(row["prompt_id"], row)
+    return rows
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    try:
+        return read_jsonl(file)
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); move it away, or restore it") from error
+
+
+class VerdictLog:
+    """raw.jsonl and verdicts.jsonl: what was said so far, and where it is written down."""
+
+    def __init__(self, options: JudgeOptions) -> None:
+        self._options = options
+        self._raw_file = options.folder / "raw.jsonl"
+        self._verdict_file = options.folder / "verdicts.jsonl"
+        self._ok: dict[str, dict[str, Any]] = {}
+        self._last: dict[str, dict[str, Any]] = {}
+        self._attempts: collections.Counter[str] = collections.Counter()
+        self._used: collections.Counter[str] = collections.Counter()
+        for record in _read_log(self._verdict_file):
+            self._remember(record)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        key = record["key"]
+        self._last[key] = record
+        self._attempts[key] = max(self._attempts[key], record["attempt"])
+        self._used.update(
+            replies=1, input_tokens=record["input_tokens"] or 0, output_tokens=record["output_tokens"] or 0
+        )
+        if record["status"] == "ok":
+            self._ok.setdefault(key, record)
+
+    def is_ok(self, call: Call) -> bool:
+        """Whether the call has its verdict and need not be asked again."""
+        return call.key in self._ok
+
+    def verdict(self, call: Call) -> dict[str, Any] | None:
+        """The line with the call's verdict."""
+        return self._ok.get(call.key)
+
+    def status(self, call: Call) -> str:
+        """ok, or the status of the last attempt; `not_asked` if there was none."""
+        record = self._ok.get(call.key) or self._last.get(call.key)
+        return record["status"] if record else "not_asked"
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens and cost of all attempts, those of earlier runs too; requests that failed have no known tokens."""
+        tokens = self._used["input_tokens"], self._used["output_tokens"]
+        return {
+            "replies": self._used["replies"],
+            "input_tokens": tokens[0],
+            "output_tokens": tokens[1],
+            "cost": self._options.cost(*tokens),
+        }
+
+    def add_reply(self, call: Call, body: str) -> Reading:
+        """Write the reply down, then read it."""
+        attempt = self._attempts[call.key] + 1
+        append_jsonl(self._raw_file, {"key": call.key, "attempt": attempt, "body": body})
+        return self._add_body(call, attempt, body)
+
+    def _add_body(self, call: Call, attempt: int, body: str) -> Reading:
+        reading = verdicts.read_reply(body)
+        self._add(call, attempt, reading, _tokens(call, body, reading))
+        return reading
+
+    def add_error(self, call: Call, detail: str) -> None:
+        """Write down that there was no reply."""
+        self._add(call, self._attempts[call.key] + 1, Reading("error", detail=detail), (0, 0))
+
+    def add_tie(self, call: Call) -> None:
+        """Write down the verdict on identical answers, which nobody needs to be asked for."""
+        self._add(call, 0, Reading("ok", "tie", detail="identical answers"), (0, 0))
+
+    def _add(self, call: Call, attempt: int, reading: Reading, tokens: tuple[int, int]) -> None:
+        record = call.identity | {
+            "attempt": attempt,
+            "status": reading.status,
+            "verdict": reading.verdict,
+            "rationale": reading.rationale,
+            "detail": reading.detail,
+            "input_tokens": tokens[0],
+            "output_tokens": tokens[1],
+        }
+        append_jsonl(self._verdict_file, record)
+        self._remember(record)
+
+    def recover(self, by_key: Mapping[str, Call]) -> None:
+        """Read replies that a killed run wrote down and had no time to read."""
+        for record in _read_log(self._raw_file):
+            call = by_key.get(record["key"])
+            if call is not None and record["attempt"] > self._attempts[call.key] and not self.is_ok(call):
+                self._add_body(call, record["attempt"], record["body"])
+
+
+def _tokens(call: Call, body: str, reading: Reading) -> tuple[int, int]:
+    """Tokens as the server counts them, else a guess, so that --max_cost also holds where it counts none."""
+    if reading.input_tokens is not None and reading.output_tokens is not None:
+        return reading.input_tokens, reading.output_tokens
+    return _guess(call), len(body.encode()) // BYTES_PER_TOKEN
+
+
+def _guess(call: Call) -> int:
+    return sum(len(message["content"].encode()) for message in call.messages) // BYTES_PER_TOKEN + 1
+
+
+def _plan(
+    options: JudgeOptions, judge: Judge, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]
+) -> Plan:
+    """All calls, in the order in which they are asked: whether the judge can judge comes first."""
+    return {
+        "labelled": judge.calls("labelled", labelled, options.samples),
+        "self": judge.calls("self", calibration.self_comparisons(comparisons, options.self_pairs), options.samples),
+        "main": judge.calls("main", comparisons, options.samples),
+    }
+
+
+def _judge_of(options: JudgeOptions, schema_enforced: bool) -> Judge:
+    return Judge(options.base_url, options.judge_model, schema_enforced, options.temperature, options.max_output_tokens)
+
+
+def _known_server(options: JudgeOptions) -> bool | None:
+    """Whether the server enforces schemas, if an earlier run found out.
+
+    It is kept since the form of the question is part of each call's key: an answer that changed with the probe's luck
+    would have everything judged anew.
+    """
+    file = options.folder / SERVER_FILE
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        same = (known["base_url"], known["model"]) == (options.base_url, options.judge_model)
+        return bool(known["schema_enforced"]) if same else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove it to have the server probed again") from error
+
+
+async def _have_judged(
+    options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison], log: VerdictLog
+) -> tuple[Judge, Plan]:
+    left = None
+    if options.max_cost is not None:
+        left = options.max_cost - log.usage()["cost"]
+    admission = Admission(options.max_concurrency, left)
+    async with Client(options, admission) as client:
+        judge = await _probed(options, client)
+        plan = _plan(options, judge, comparisons, labelled)
+        calls = {call.key: call for part in plan.values() for call in part}
+        log.recover(calls)
+        for call in calls.values():
+            if call.free and not log.is_ok(call):
+                log.add_tie(call)
+        await _ask(options, judge, client, calls, log)
+    return judge, plan
+
+
+async def _probed(options: JudgeOptions, client: Client) -> Judge:
+    enforced = _known_server(options)
+    if enforced is None:
+        enforced, replies = await client.enforces_schema(_judge_of(options, True))
+        found = {"base_url": options.base_url, "model": options.judge_model, "schema_enforced": enforced}
+        write_json(options.folder / SERVER_FILE, found | {"replies": replies})
+    if not enforced:
+        tqdm.write(
+            f"judge: {options.base_url} does not enforce JSON schemas; verdicts are asked for as plain JSON with "
+            "worked examples, and checked here",
+            file=sys.stderr,
+        )
+    return _judge_of(options, enforced)
+
+
+async def _ask(options: JudgeOptions, judge: Judge, client: Client, calls: Mapping[str, Call], log: VerdictLog) -> None:
+    """Rounds over all calls without a verdict, up to --max_attempts.
+
+    Refusals are asked again as well: a run that was interrupted asks them again anyway, and the summary must not depend
+    on that. Requests that failed for good are left to the next run: the openai package has already retried them.
+    """
+    failed: set[str] = set()
+    with tqdm(total=len(calls), initial=sum(map(log.is_ok, calls.values())), desc="judge", unit="verdict") as progress:
+
+        def on_reply(call: Call, body: str) -> None:
+            if log.is_ok(call):
+                return  # a batch that was being collected when the run was killed
+            reading = log.add_reply(call, body)
+            client.admission.spend(options.cost(*_tokens(call, body, reading)) or 0.0)
+            progress.update(reading.status == "ok")
+
+        def on_error(call: Call, detail: str) -> None:
+            log.add_error(call, detail)
+            if not options.batch:
+                failed.add(call.key)
+
+        def worst_cost(call: Call) -> float:
+            return options.cost(_guess(call), options.max_output_tokens) or 0.0
+
+        if options.batch:
+            await client.collect_batches(dict(calls), options.folder, on_reply, on_error)
+        for _ in range(options.max_attempts):
+            pending = [call for call in calls.values() if not log.is_ok(call) and call.key not in failed]
+            if not pending:
+                break
+            try:
+                if options.batch:
+                    await client.ask_batch(judge, pending, worst_cost, options.folder, on_reply, on_error)
+                else:
+                    await client.ask_all(judge, pending, worst_cost, on_reply, on_error)
+            except OverBudget:
+                raise UserError(
+                    f"stopped before --max_cost {options.max_cost:g}: {log.usage()['cost']:.4g} spent, "
+                    f"{sum(map(log.is_ok, calls.values()))} of {len(calls)} verdicts; the same command with a higher "
+                    "--max_cost goes on"
+                ) from None
+
+
+def _dry_run(
+    options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison], log: VerdictLog
+) -> dict[str, Any]:
+    """What the run would ask, at most; before the server is known, prompts count with their worked examples."""
+    plan = _plan(options, _judge_of(options, bool(_known_server(options))), comparisons, labelled)
+    calls = {call.key: call for part in plan.values() for call in part}
+    pending = [call for call in calls.values() if not log.is_ok(call) and not call.free]
+    input_tokens, output_tokens = sum(map(_guess, pending)), len(pending) * options.max_output_tokens
+    return {
+        "dry_run": True,
+        "verdicts": {kind: len(part) for kind, part in plan.items()},
+        "identical": sum(call.free for call in calls.values()),
+        "judged_already": sum(log.is_ok(call) and not call.free for call in calls.values()),
+        "to_ask": len(pending),
+        "input_tokens": input_tokens,
+        "output_tokens_at_most": output_tokens,
+        "cost_at_most": options.cost(input_tokens, output_tokens),
+    }
+
+
+def summarise(options: JudgeOptions, judge: Judge, plan: Plan, log: VerdictLog) -> dict[str, Any]:
+    """judge_summary.json, from the verdicts alone."""
+    votes = {kind: _votes(calls, log) for kind, calls in plan.items()}
+    labelled = calibration.agreement(*votes["labelled"])
+    result = statistics.summarise(*votes["main"], seed=options.seed)
+    first = plan["main"][0].comparison
+    return {
+        **calibration.conclude(result, labelled, first.label_1, first.label_2, options.max_flip_rate),
+        "judge": {
+            "model": judge.model,
+            "base_url": judge.base_url,
+            "prompt_version": PROMPT_VERSION,
+            "schema_enforced": judge.schema_enforced,
+            "sampling": judge.sampling,
+            "samples": options.samples,
+        },
+        "labels": {"side_1": first.label_1, "side_2": first.label_2},
+        "calibration": {
+            "labelled": labelled,
+            "self_vs_self": calibration.self_agreement(votes["self"][0], votes["self"][3]),
+            "max_flip_rate": options.max_flip_rate,
+        },
+        "result": result,
+        "accounting": {kind: _accounting(calls, log) for kind, calls in plan.items()},
+        "tokens_of_verdicts": _tokens_of_verdicts(plan, log),
+    }
+
+
+def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int]:
+    """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, number of prompts left out.
+
+    A prompt with no verdict in one of the orders is left out: half of it would carry the judge's bias of position.
+    """
+    votes: dict[int, Array] = {}
+    comparisons: dict[int, Comparison] = {}
+    for call in calls:
+        unit = id(call.comparison)
+        comparisons[unit] = call.comparison
+        cast = votes.setdefault(unit, np.zeros((2, 3), dtype=np.int64))
+        if record := log.verdict(call):
+            cast[ORDERS.index(call.order), verdicts.vote(record["verdict"], call.order)] += 1
+    whole = [unit for unit, cast in votes.items() if cast.sum(1).all()]
+    scored = [comparisons[unit] for unit in whole]
+    return (
+        np.array([votes[unit] for unit in whole], dtype=np.int64).reshape(-1, 2, 3),
+        np.array([len(one.answer_2) - len(one.answer_1) for one in scored], dtype=np.float64),
+        np.array([one.identical for one in scored], dtype=bool),
+        len(votes) - len(whole),
+    )
+
+
+def _accounting(calls: Sequence[Call], log: VerdictLog) -> dict[str, int]:
+    """How every verdict that was wanted ended; the parts add up to `verdicts`."""
+    ends = collections.Counter("identical" if call.free else log.status(call) for call in calls)
+    kinds = ("ok", "identical", "refusal", "malformed", "incomplete", "error", "not_asked")
+    return {"verdicts": len(calls)} | {kind: ends[kind] for kind in kinds}
+
+
+def _tokens_of_verdicts(plan: Plan, log: VerdictLog) -> dict[str, int]:
+    records = [record for calls in plan.values() for call in calls if (record := log.verdict(call))]
+    return {name: sum(record[name] for record in records) for name in ("input_tokens", "output_tokens")}

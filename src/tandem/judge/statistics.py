@@ -1,0 +1,251 @@
+"""Arithmetic on verdicts. The prompt is the unit of every interval, never the call.
+
+`votes`, the input of most functions, is an integer array (n prompts, 2 orders, 3): how many verdicts of that prompt in
+that order were a loss, a tie and a win of side 2, the side that is scored. The first order shows side 1 first, the
+second shows side 2 first. Both orders of every prompt hold the same number of verdicts or more than none.
+
+An estimate is a dict of `value`, `low`, `high` (95% interval) and `n`; what cannot be had is None, with `why`.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]  # typed loosely: counts, scores and flags are told apart by the docstrings
+Estimate = dict[str, Any]
+
+LEVEL = 0.95
+RESAMPLES = 9_999
+MIN_PROMPTS = 20  # a cluster-robust interval from fewer clusters is too short
+
+
+def estimate(value: float | None, low: float | None, high: float | None, n: int, why: str | None = None) -> Estimate:
+    """An estimate as it stands in judge_summary.json."""
+    result: Estimate = {
+        "value": None if value is None else float(value),
+        "low": None if low is None else float(low),
+        "high": None if high is None else float(high),
+        "n": int(n),
+    }
+    return result if why is None else result | {"why": why}
+
+
+def order_scores(votes: Array) -> Array:
+    """Mean score of side 2 per prompt and order, (n, 2): win 1, tie ½, loss 0."""
+    return (votes[..., 2] + votes[..., 1] / 2) / votes.sum(-1)
+
+
+def prompt_scores(votes: Array) -> Array:
+    """Mean score of side 2 per prompt over both orders, (n,)."""
+    return order_scores(votes).mean(1)
+
+
+def order_outcomes(votes: Array) -> Array:
+    """What each order says, (n, 2): 1 side 2 won, −1 it lost, 0 tie."""
+    return np.sign(votes[..., 2] - votes[..., 0])
+
+
+def strict_outcomes(votes: Array) -> Array:
+    """A prompt is won or lost only if both orders say so, (n,); all else is a tie."""
+    outcomes = order_outcomes(votes)
+    return np.where(outcomes[:, 0] == outcomes[:, 1], outcomes[:, 0], 0)
+
+
+def mean_outcomes(votes: Array) -> Array:
+    """A prompt is won if its mean score is above ½, (n,). In integers: a half must not be missed by rounding."""
+    lead = votes[..., 2] - votes[..., 0]
+    calls = votes.sum(-1)
+    return np.sign(lead[:, 0] * calls[:, 1] + lead[:, 1] * calls[:, 0])
+
+
+def wilson(successes: float, n: int, why_none: str) -> Estimate:
+    """Share with its Wilson score interval; halves may be counted as half a success."""
+    if n == 0:
+        return estimate(None, None, None, 0, why_none)
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(successes, n, alpha=1 - LEVEL, method="wilson")
+    return estimate(successes / n, max(0.0, low), min(1.0, high), n)
+
+
+def count(outcomes: Array) -> dict[str, Any]:
+    """Wins, ties and losses; the share won of the decisive prompts; the exact two-sided sign test of ½."""
+    from scipy.stats import binomtest
+
+    wins, ties, losses = (int((outcomes == outcome).sum()) for outcome in (1, 0, -1))
+    decisive = wins + losses
+    return {
+        "wins": wins,
+        "ties": ties,
+        "losses": losses,
+        "win_rate": wilson(wins, decisive, "no prompt is decisive"),
+        "sign_test_p": float(binomtest(wins, decisive).pvalue) if decisive else 1.0,
+    }
+
+
+def mean_score(scores: Array, seed: int) -> Estimate:
+    """Mean of the prompts' scores with its BCa bootstrap interval (Efron 1987)."""
+    n = len(scores)
+    if n == 0:
+        return estimate(None, None, None, 0, "no prompt was judged in both orders")
+    if np.ptp(scores) == 0:
+        return estimate(scores[0], None, None, n, "every prompt has the same score: nothing to resample")
+    from scipy.stats import bootstrap
+
+    result = bootstrap(
+        (scores,),
+        np.mean,
+        confidence_level=LEVEL,
+        n_resamples=RESAMPLES,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+        batch=max(1, 2_000_000 // n),  # resamples at a time: bounds the memory, not the result's quality
+    )
+    low, high = result.confidence_interval
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return estimate(scores.mean(), None, None, n, "the bootstrap has no interval for these scores")
+    return estimate(scores.mean(), low, high, n)
+
+
+def length_controlled(votes: Array, length_difference: Array) -> Estimate:
+    """Share won by side 2 were both answers equally long and shown in either order.
+
+    Binomial GLM, score ~ 1 + tanh(d / sd(d)) + order, d the length of answer 2 less that of answer 1, order ±½; one
+    row per prompt and order, errors clustered by prompt. The value is the model's at d = 0 and order 0. d is scaled
+    but not centred, so that 0 stays "equally long" (Dubois et al. 2024, Length-Controlled AlpacaEval, without its
+    terms for model and instruction, which need outside data). `length_effect` is the coefficient of tanh, in log-odds.
+
+    Args:
+        votes: (n, 2, 3)
+        length_difference: (n,)
+    """
+    n = len(votes)
+
+    def none(why: str) -> Estimate:
+        return estimate(None, None, None, n, why) | {"length_effect": None}
+
+    if n < MIN_PROMPTS:
+        return none(f"fewer than {MIN_PROMPTS} prompts")
+    spread = length_difference.std()
+    if spread == 0:
+        if length_difference[0] == 0:
+            return none("both answers are equally long on every prompt: there is nothing to control for")
+        return none("the difference in length is the same on every prompt: it cannot be told from quality")
+    length = np.tanh(length_difference / spread)
+    rows = np.stack(
+        [np.ones(2 * n), np.repeat(length, 2), np.tile([-0.5, 0.5], n)],
+        axis=1,
+    )
+    score = order_scores(votes).reshape(-1)
+    if np.ptp(score) == 0 or separated(rows, score):
+        return none("length and order predict the verdicts perfectly: the model has no finite fit")
+    import statsmodels.api as sm
+
+    fit = sm.GLM(score, rows, family=sm.families.Binomial()).fit(
+        cov_type="cluster", cov_kwds={"groups": np.repeat(np.arange(n), 2)}
+    )
+    intercept, error = fit.params[0], fit.bse[0]
+    if not (fit.converged and np.isfinite(error)):
+        return none("the model did not converge")
+    from scipy.special import expit
+    from scipy.stats import norm
+
+    reach = norm.ppf((1 + LEVEL) / 2) * error
+    low, value, high = expit([intercept - reach, intercept, intercept + reach])
+    return estimate(value, low, high, n) | {"length_effect": float(fit.params[1])}
+
+
+def separated(rows: Array, score: Array) -> bool:
+    """Whether some direction of the parameters predicts every score perfectly, so that no finite fit exists.
+
+    The linear program of Konis (2007, Linear programming algorithms for detecting separated data in binary logistic
+    regression models). A score between 0 and 1 counts as a success and a failure at once.
+
+    Args:
+        rows: (m, k) design
+        score: (m,) in [0, 1]
+    """
+    from scipy.optimize import linprog
+
+    pure = (score == 0) | (score == 1)
+    signed = rows[pure] * np.where(score[pure] == 1, 1.0, -1.0)[:, None]
+    mixed = rows[~pure]
+    # The greatest total by which a bounded direction gets the pure scores right, none of them wrong, mixed ones at 0
+    result = linprog(
+        -signed.sum(0),
+        A_ub=-signed if len(signed) else None,
+        b_ub=np.zeros(len(signed)) if len(signed) else None,
+        A_eq=mixed if len(mixed) else None,
+        b_eq=np.zeros(len(mixed)) if len(mixed) else None,
+        bounds=(-1, 1),
+    )
+    return bool(-result.fun > 1e-6 * len(rows))
+
+
+def when_not_longer(votes: Array, length_difference: Array) -> dict[str, Estimate]:
+    """For each side, its share won of the decisive prompts on which its answer is not the longer one."""
+    outcomes = strict_outcomes(votes)
+    result = {}
+    for side, sign in (("side_1", -1), ("side_2", 1)):
+        decided = sign * outcomes[(sign * length_difference <= 0) & (outcomes != 0)]
+        result[side] = wilson((decided == 1).sum(), len(decided), "no such prompt is decisive")
+    return result
+
+
+def first_position_rate(votes: Array) -> Estimate:
+    """Share of the verdicts other than tie that favour the answer shown first; n counts verdicts, so no interval."""
+    first = votes[:, 0, 0].sum() + votes[:, 1, 2].sum()
+    named = votes[..., 0].sum() + votes[..., 2].sum()
+    if named == 0:
+        return estimate(None, None, None, 0, "every verdict is a tie")
+    return estimate(first / named, None, None, named)
+
+
+def flip_rate(votes: Array) -> Estimate:
+    """Share of prompts whose winner changes with the order, among those where both orders name one."""
+    outcomes = order_outcomes(votes)
+    decided = outcomes[(outcomes != 0).all(1)]
+    return wilson((decided[:, 0] != decided[:, 1]).sum(), len(decided), "no prompt has a winner in both orders")
+
+
+def bounds(votes: Array, missing: int) -> dict[str, dict[str, Estimate]]:
+    """The result if side 2 had lost, or won, every prompt that has no verdict in both orders."""
+    outcomes = strict_outcomes(votes)
+    wins, losses = int((outcomes == 1).sum()), int((outcomes == -1).sum())
+    total, n = float(prompt_scores(votes).sum()) if len(votes) else 0.0, len(votes) + missing
+    result = {}
+    for name, gained in (("missing_as_losses", 0), ("missing_as_wins", missing)):
+        result[name] = {
+            "win_rate": wilson(wins + gained, wins + losses + missing, "no prompt is decisive"),
+            "mean_score": estimate((total + gained) / n if n else None, None, None, n),
+        }
+    return result
+
+
+def summarise(votes: Array, length_difference: Array, identical: Array, missing: int, seed: int) -> dict[str, Any]:
+    """Every statistic of one set of comparisons.
+
+    Args:
+        votes: int (n, 2, 3), prompts judged in both orders; identical answers as ties
+        length_difference: (n,) characters of answer 2 less those of answer 1
+        identical: bool (n,) byte-identical answers, which no judge saw: left out of the judge's own habits
+        missing: prompts without a verdict in one order or both
+        seed: of the bootstrap
+    """
+    seen = votes[~identical]
+    return {
+        "n_prompts": len(votes) + missing,
+        "n_scored": len(votes),
+        "n_missing": missing,
+        "n_identical": int(identical.sum()),
+        "mean_score": mean_score(prompt_scores(votes), seed),
+        "orders_agree": count(strict_outcomes(votes)),
+        "mean_of_orders": count(mean_outcomes(votes)),
+        "length_controlled": length_controlled(votes, length_difference),
+        "when_not_longer": when_not_longer(votes, length_difference),
+        "first_position_rate": first_position_rate(seen),
+        "order_flip_rate": flip_rate(seen),
+        "bounds": bounds(votes, missing),
+        "mean_length_difference": float(length_difference.mean()) if len(votes) else None,
+    }

@@ -1,0 +1,60 @@
+"""An adapter and its base → one model folder that anything loads."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.config import REQUIRED, opt
+from tandem.errors import UserError
+from tandem.options import ModelOptions, is_adapter
+from tandem.runs import MANIFEST, is_complete, staged_dir
+
+
+@dataclass
+class MergeOptions:
+    """Merge."""
+
+    adapter: str = opt(REQUIRED, "folder of the trained adapter (a full model is copied as it is)")
+    output_dir: str = opt(REQUIRED, "folder for the merged model")
+    base_model: str | None = opt(None, "base model, where it is not the one the adapter names")
+    dtype: str = opt("float32", "type of the merged weights", choices=("float32", "bfloat16", "float16", "auto"))
+
+    def __post_init__(self) -> None:
+        folder = Path(self.adapter)
+        if not is_adapter(self.adapter) and not (folder / "config.json").is_file():
+            raise UserError(f"--adapter {self.adapter}: neither an adapter's folder nor a model's")
+        if (folder / "config.yaml").exists() and not is_complete(folder):
+            raise UserError(f"--adapter {self.adapter}: its training has not finished; run it again to resume it")
+        if self.base_model and not is_adapter(self.adapter):
+            raise UserError(f"--base_model has no effect: {self.adapter} is a full model, not an adapter")
+
+
+def merge(options: MergeOptions) -> None:
+    """Write the merged model and its tokenizer to `output_dir`, complete or not at all."""
+    with staged_dir(options.output_dir) as staging:
+        if is_adapter(options.adapter):
+            _merge_adapter(options, staging)
+        else:
+            _copy_model(Path(options.adapter), staging)
+
+
+def _merge_adapter(options: MergeOptions, staging: Path) -> None:
+    from peft import PeftModel
+
+    from tandem.models import base_of_adapter, load_model, load_tokenizer
+
+    base = options.base_model or base_of_adapter(options.adapter)
+    model = load_model(ModelOptions(model_name_or_path=base, dtype=options.dtype))
+    if isinstance(model, PeftModel):  # the adapter was trained on top of another one
+        model = model.merge_and_unload()
+    merged = PeftModel.from_pretrained(model, options.adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(staging)
+    tokenizer_home = options.adapter if (Path(options.adapter) / "tokenizer_config.json").exists() else base
+    load_tokenizer(ModelOptions(model_name_or_path=tokenizer_home)).save_pretrained(staging)
+
+
+def _copy_model(source: Path, staging: Path) -> None:
+    for file in source.iterdir():
+        is_model = file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt")
+        if file.is_file() and is_model and file.name not in (MANIFEST, "run.json", "training_metrics.json"):
+            shutil.copy2(file, staging / file.name)

@@ -1,0 +1,151 @@
+"""Models and tokenizers loaded from a folder or the Hub, with the mistakes of doing so told in one line."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import create_model_from_path
+
+from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
+from tandem.errors import UserError
+from tandem.options import LoraOptions, ModelOptions, is_adapter
+from tandem.log import logger
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def fast_bf16() -> bool:
+    """Whether this process's device multiplies bfloat16 in hardware, so that autocast to it pays."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a CUDA, MPS, XPU or HPU device."""
+    return torch.accelerator.is_available()
+
+
+def base_of_adapter(folder: str) -> str:
+    """The model that the adapter in `folder` was trained on.
+
+    Raises:
+        UserError: the adapter's config does not say.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder}: adapter_config.json has no base_model_name_or_path")
+    return str(base)
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of `options`, with a pad token and a chat template.
+
+    Raises:
+        UserError: nothing there that is a tokenizer.
+    """
+    name = options.tokenizer_name_or_path or options.model_name_or_path
+    revision = options.model_revision if options.tokenizer_name_or_path is None else None
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").exists():
+        name = base_of_adapter(name)
+    _check_folder(name, "tokenizer_config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: no tokenizer can be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if ensure_chat_template(tokenizer):
+        logger.info("%s has no chat template: using %r (turns as HH transcripts)", name, PLAIN_TEMPLATE)
+    return tokenizer
+
+
+def load_model(options: ModelOptions, *, trainable_adapter: bool = False, quantize: bool = False) -> PreTrainedModel:
+    """The model of `options` on the CPU or its device; an adapter's folder gives its base with the adapter on.
+
+    Safetensors only: a pickle checkpoint can run code, and is refused.
+
+    Raises:
+        UserError: a folder that is not a model, weights in another format, no quantization library.
+    """
+    name = options.model_name_or_path
+    if is_adapter(name):
+        from peft import PeftModel
+
+        base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize)
+        return PeftModel.from_pretrained(base, name, is_trainable=trainable_adapter)
+    _check_folder(name, "config.json")
+    keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
+    if options.attn_implementation:
+        keywords["attn_implementation"] = options.attn_implementation
+    if options.model_revision:
+        keywords["revision"] = options.model_revision
+    try:
+        return create_model_from_path(
+            name,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            **keywords,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from error
+
+
+def lora_config(options: LoraOptions) -> "LoraConfig | None":
+    """The PEFT configuration of `options`, or None without `--use_peft`."""
+    if not options.use_peft:
+        return None
+    from peft import LoraConfig
+
+    modules: list[str] | str = options.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+    )
+
+
+def _check_folder(name: str, needed: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / needed).is_file():
+        raise UserError(f"{name}: not a model folder: it has no {needed}")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name}: no such model folder")
+
+
+def _replace_name(options: ModelOptions, name: str) -> ModelOptions:
+    from dataclasses import replace
+
+    return replace(options, model_name_or_path=name, model_revision=None)
+
+
+def _four_bits() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'tandem[quantization]'") from None
+    if not torch.cuda.is_available():
+        raise UserError("--load_in_4bit needs a CUDA device")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,139 @@
+"""One optimizer step's pairs, brought together from all micro-batches and ranks."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+
+ROWS = ("margin", "chosen", "rejected", "kl")  # of MicroBatch.values and of Step.values
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """What the trainer gave for one micro-batch. Tensors stay on the device: nothing here waits for it."""
+
+    pair_ids: list[str]
+    values: torch.Tensor
+    """(4, B) float32, `ROWS`, in nats; kl is NaN where the trainer has no estimate."""
+    loss: torch.Tensor
+    """() float32."""
+    tokens: torch.Tensor
+    """() float32: exact up to 16.7 million tokens in a micro-batch."""
+    batch: Callable[[], Mapping[str, Any]] | None
+    """The model's inputs, asked for only if an alarm saves them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One rank's part of an optimizer step, on the host."""
+
+    pair_ids: list[list[str]]
+    """Per micro-batch."""
+    values: list[NDArray[np.float32]]
+    """Per micro-batch, (4, B)."""
+    losses: list[float]
+    """Per micro-batch."""
+    tokens: int
+    grad_norm: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An optimizer step's pairs over all ranks, in the order of the sampler: by micro-batch, rank, row."""
+
+    pair_ids: list[str]
+    values: NDArray[np.float32]
+    """(4, n), `ROWS`."""
+    sources: list[tuple[int, int]]
+    """(rank, micro-batch) of each pair."""
+
+    @property
+    def margins(self) -> NDArray[np.float32]:
+        """(n,) in nats."""
+        return self.values[0]
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """(n,) whether a pair's margin and log-probs are all finite."""
+        return np.logical_and.reduce(np.isfinite(self.values[:3]))
+
+    def select(self, rows: Sequence[int]) -> "Step":
+        return Step([self.pair_ids[i] for i in rows], self.values[:, rows], [self.sources[i] for i in rows])
+
+
+def to_host(micro_batches: Sequence[MicroBatch], grad_norm: float | torch.Tensor | None) -> Share:
+    """This rank's share. One transfer, which waits for the device."""
+    columns = [micro.values.flatten() for micro in micro_batches]
+    columns += [torch.stack([micro.loss, micro.tokens]) for micro in micro_batches]
+    if isinstance(grad_norm, torch.Tensor) and micro_batches:
+        columns.append(grad_norm.detach().reshape(1).to(columns[0]))
+    flat = torch.cat(columns).cpu().numpy() if columns else np.empty(0, np.float32)
+    values, at = [], 0
+    for micro in micro_batches:
+        size = micro.values.numel()
+        values.append(flat[at : at + size].reshape(len(ROWS), -1))
+        at += size
+    losses = flat[at : at + 2 * len(micro_batches) : 2]
+    tokens = flat[at + 1 : at + 2 * len(micro_batches) : 2]
+    if isinstance(grad_norm, torch.Tensor):
+        grad_norm = float(flat[-1])
+    return Share(
+        pair_ids=[micro.pair_ids for micro in micro_batches],
+        values=values,
+        losses=losses.tolist(),
+        tokens=int(tokens.sum(dtype=np.float64)),
+        grad_norm=grad_norm,
+    )
+
+
+def gather_shares(share: Share) -> list[Share]:
+    """The shares of all ranks in the order of ranks, the same list on each. Collective."""
+    shares: list[Share] = gather_object([share])
+    return shares
+
+
+def assemble(shares: Sequence[Share]) -> Step:
+    """All pairs of the shares, padding and repeats included."""
+    pair_ids: list[str] = []
+    values: list[NDArray[np.float32]] = []
+    sources: list[tuple[int, int]] = []
+    for micro in range(max((len(share.pair_ids) for share in shares), default=0)):
+        for rank, share in enumerate(shares):
+            if micro < len(share.pair_ids):
+                pair_ids += share.pair_ids[micro]
+                values.append(share.values[micro])
+                sources += [(rank, micro)] * len(share.pair_ids[micro])
+    joined = np.concatenate(values, axis=1) if values else np.empty((len(ROWS), 0), np.float32)
+    return Step(pair_ids, joined, sources)
+
+
+def without_repeats(step: Step, rows_before: int, epoch_pairs: int | None) -> Step:
+    """The step with each pair once.
+
+    Two things repeat pairs. Where an epoch does not fill its last global batch, accelerate fills it with the epoch's
+    first pairs; the sampler deals `epoch_pairs` rows in an epoch, so the rows beyond them are that padding. (Its own
+    count, `gradient_state.remainder`, is lost when a run resumes in mid-epoch.) And a dataset may hold the same pair
+    twice: within a step, pairs are told apart by `pair_id` alone, and the first of each is taken.
+
+    Args:
+        rows_before: rows of the same epoch in the steps before, padding and repeats included.
+        epoch_pairs: rows in an epoch; None if unknown, which leaves the padding in but for repeats in the step.
+    """
+    rows = np.arange(len(step.pair_ids))
+    if epoch_pairs is not None:
+        rows = rows[rows + rows_before < epoch_pairs]
+    first: dict[str, int] = {}
+    for row in rows.tolist():
+        first.setdefault(step.pair_ids[row], row)
+    return step.select(list(first.values()))
+
+
+def grad_norm_of(shares: Sequence[Share]) -> float | None:
+    """The step's gradient norm: the same on all ranks, but one that is not finite on any rank wins."""
+    norms = [share.grad_norm for share in shares if share.grad_norm is not None]
+    return next((norm for norm in norms if not math.isfinite(norm)), norms[0] if norms else None)

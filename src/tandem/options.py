@@ -1,0 +1,224 @@
+"""Options of the stages that load a model: which model, how it is adapted, how it is trained.
+
+Only what Tandem has reviewed is here. An option of TRL or transformers that is not is refused by name rather than
+passed on: `explain_unknown` says so.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tandem.config import REQUIRED, opt
+from tandem.errors import UserError
+
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+LAYOUTS = ("shared", "packed", "padded")
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Model."""
+
+    model_name_or_path: str = opt(REQUIRED, "model folder or Hub name; an adapter's folder goes on training it")
+    model_revision: str | None = opt(None, "branch, tag or commit of a Hub model")
+    tokenizer_name_or_path: str | None = opt(None, "tokenizer folder or Hub name, where it is not the model's")
+    dtype: str = opt("float32", "type of the weights held", choices=("float32", "bfloat16", "float16", "auto"))
+    attn_implementation: str | None = opt(None, "attention of transformers used outside the pair engine")
+    trust_remote_code: bool = opt(False, "run code that the model's repository ships")
+
+
+@dataclasses.dataclass
+class LoraOptions:
+    """LoRA."""
+
+    use_peft: bool = opt(False, "train a LoRA adapter instead of all weights")
+    lora_r: int = opt(16, "rank")
+    lora_alpha: int = opt(32, "scale: the update is multiplied by alpha / r")
+    lora_dropout: float = opt(0.0, "dropout before the adapter; DPO turns it off unless --disable_dropout false")
+    lora_target_modules: list[str] = opt(["all-linear"], "modules to adapt")
+    load_in_4bit: bool = opt(False, "QLoRA: hold the base model in 4 bits (CUDA, extra: quantization)")
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise UserError(f"--lora_r must be at least 1, not {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        if self.load_in_4bit and not self.use_peft:
+            raise UserError("--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves")
+
+
+@dataclasses.dataclass
+class TextOptions:
+    """Text to tokens."""
+
+    use_chat_template: bool = opt(True, "render conversations with the tokenizer's chat template, else as transcripts")
+    max_length: int = opt(1024, "longest sequence in tokens; the answer's end is cut")
+    max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first")
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserError(f"--max_length must be at least 2, not {self.max_length}")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise UserError(
+                f"--max_prompt_length must be at least 1 and below --max_length {self.max_length}, "
+                f"not {self.max_prompt_length}"
+            )
+
+
+@dataclasses.dataclass
+class TrainOptions:
+    """Training."""
+
+    output_dir: str = opt(REQUIRED, "folder for checkpoints, logs and the trained model")
+    num_train_epochs: float = opt(1.0, "passes over the training pairs")
+    max_steps: int = opt(-1, "stop after this many optimizer steps; -1: by --num_train_epochs")
+    per_device_train_batch_size: int = opt(8, "pairs (SFT: examples) per device and micro-batch")
+    per_device_eval_batch_size: int = opt(8, "the same in evaluation")
+    gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step")
+    learning_rate: float = opt(1e-6, "peak learning rate")
+    lr_scheduler_type: str = opt("linear", "learning rate schedule of transformers")
+    warmup_steps: float = opt(0.0, "steps of warm-up; below 1: as a share of all steps")
+    weight_decay: float = opt(0.0, "AdamW weight decay")
+    max_grad_norm: float = opt(1.0, "clip the gradient to this norm; 0: do not")
+    optim: str = opt("adamw_torch", "optimizer of transformers")
+    seed: int = opt(42, "seed of adapters, data order and dropout")
+    bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
+    fp16: bool = opt(False, "float16 autocast")
+    gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass: slower, much less memory")
+    use_cpu: bool = opt(False, "train on the CPU though there is an accelerator")
+    max_train_samples: int | None = opt(None, "use the first N training pairs")
+    max_eval_samples: int | None = opt(None, "use the first N held-out pairs")
+    logging_steps: int = opt(10, "optimizer steps between two logs")
+    eval_strategy: str = opt("no", "when to evaluate on the held-out pairs", choices=("no", "steps", "epoch"))
+    eval_steps: int | None = opt(None, "optimizer steps between evaluations, with --eval_strategy steps")
+    save_strategy: str = opt("steps", "when to save a checkpoint", choices=("no", "steps", "epoch"))
+    save_steps: int = opt(500, "optimizer steps between checkpoints, with --save_strategy steps")
+    save_total_limit: int | None = opt(3, "keep this many checkpoints; none: all")
+    resume_from_checkpoint: str = opt("auto", "auto: the last complete checkpoint; no: start over; or its folder")
+    report_to: list[str] = opt(["none"], "trackers", choices=("none", "wandb", "tensorboard", "trackio"))
+    run_name: str | None = opt(None, "name of the run in the trackers")
+    mount_dir: str | None = opt(None, "mirror checkpoints, the final model and logs into this folder at every save")
+    debug: bool = opt(False, "32 pairs, 4 steps, every step logged, anomaly detection on")
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 exclude each other")
+        if self.learning_rate < 0:
+            raise UserError(f"--learning_rate must not be negative, got {self.learning_rate}")
+        if (self.eval_steps is not None) != (self.eval_strategy == "steps"):
+            raise UserError("--eval_steps and --eval_strategy steps need each other")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise UserError("--report_to none excludes other trackers")
+        if Path(self.output_dir).is_file():
+            raise UserError(f"--output_dir {self.output_dir}: is a file")
+
+
+@dataclasses.dataclass
+class SFTOptions(TrainOptions):
+    """Training."""
+
+    learning_rate: float = opt(2e-5, "peak learning rate")
+
+
+@dataclasses.dataclass
+class DPOOptions:
+    """DPO."""
+
+    beta: float = opt(0.1, "β: how strongly the policy is held to the reference")
+    loss_type: list[str] = opt(["sigmoid"], "one TRL loss, or several to be added", choices=LOSS_TYPES)
+    loss_weights: list[float] | None = opt(None, "weights of several losses")
+    label_smoothing: float = opt(0.0, "share of labels taken for flipped; with sigmoid this is cDPO")
+    f_divergence_type: str = opt("reverse_kl", "divergence between policy and reference", choices=F_DIVERGENCES)
+    f_alpha_divergence_coef: float = opt(0.5, "α of the alpha divergence")
+    ld_alpha: float | None = opt(None, "LD-DPO: weight of the tokens beyond the shorter answer's length")
+    discopop_tau: float = opt(0.05, "temperature of the discopop loss")
+    use_weighting: bool = opt(False, "WPO: weight pairs by the policy's own probability of them")
+    disable_dropout: bool = opt(True, "set every dropout of policy and reference to zero")
+    reference_model: str | None = opt(None, "reference model folder or Hub name; unset: the policy before training")
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"--beta must be above 0, not {self.beta}")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise UserError(f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
+            raise UserError(
+                f"--label_smoothing has no effect with --loss_type {' '.join(self.loss_type)}; "
+                f"it has with {', '.join(SMOOTHED_LOSSES)}"
+            )
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise UserError(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
+
+    @property
+    def trl_losses(self) -> tuple[list[str], list[float]]:
+        """TRL's loss terms and weights that add up to the losses asked for.
+
+        TRL's sigmoid ignores label smoothing. With x = β·margin, its robust loss (Chowdhury et al. 2024, Eq. 11) is
+        −log σ(x) − εx / (1 − 2ε), and cDPO (Mitchell 2023) is −log σ(x) + εx. So cDPO is, exactly,
+        (2 − 2ε)·sigmoid − (1 − 2ε)·robust, and TRL keeps the losses.
+        """
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        smoothing = self.label_smoothing
+        terms: list[tuple[str, float]] = []
+        for name, weight in zip(self.loss_type, weights, strict=True):
+            if name == "sigmoid" and smoothing:
+                terms += [("sigmoid", weight * (2 - 2 * smoothing)), ("robust", -weight * (1 - 2 * smoothing))]
+            else:
+                terms.append((name, weight))
+        return [name for name, _ in terms], [weight for _, weight in terms]
+
+
+@dataclasses.dataclass
+class EngineOptions:
+    """Pair engine."""
+
+    layout: str = opt("shared", "forward each prompt once (shared), twice unpadded (packed), or as TRL", choices=LAYOUTS)
+    ref_cache: str | None = opt(None, "folder of reference log-probs; unset: in the user's cache folder")
+
+
+def explain_unknown(name: str) -> str | None:
+    """Why an option is unknown, if TRL or transformers has it. Imports TRL: only a wrong command line pays."""
+    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    if any(name in cls.__dataclass_fields__ for cls in (DPOConfig, SFTConfig, ModelConfig, ScriptArguments)):
+        return "TRL has it, but Tandem has not reviewed it and does not pass it on"
+    return None
+
+
+def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions) -> None:
+    """Refuse combinations across classes in which an option would have no effect.
+
+    Raises:
+        UserError: naming all of them together.
+    """
+    problems = []
+    lora_given = [f for f in dataclasses.fields(LoraOptions) if getattr(lora, f.name) != _default(f)]
+    if not lora.use_peft and lora_given:
+        problems.append(f"--{lora_given[0].name} has no effect without --use_peft true")
+    if lora.use_peft and is_adapter(model.model_name_or_path):
+        problems.append(f"--use_peft would add an adapter to the adapter {model.model_name_or_path}: leave it out to go on training that one, or merge it first")
+    if train.debug and train.max_steps != -1:
+        problems.append("--debug sets --max_steps itself")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether `name` is a local folder that holds a PEFT adapter."""
+    return (Path(name) / "adapter_config.json").is_file()

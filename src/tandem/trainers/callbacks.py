@@ -1,0 +1,76 @@
+"""What a training run shows and leaves behind besides the model."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tandem.log import logger
+from tandem.runs import MANIFEST
+
+
+class RateProgress(ProgressCallback):
+    """transformers' progress bar (with its ETA), with pairs/s and tokens/s of this process's run beside it."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        self.first_tokens: float | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        seconds = time.perf_counter() - self.started
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rates = {f"{self.unit}/s": f"{(state.global_step - self.first_step) * batch / seconds:.2f}"}
+        if "num_tokens" in logs:
+            rates["tokens/s"] = f"{logs['num_tokens'] / seconds:.0f}"
+        if "loss" in logs:
+            rates["loss"] = f"{float(logs['loss']):.4f}"
+        self.training_bar.set_postfix(rates)
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in logs.items()}
+        logger.info("step %d: %s", state.global_step, shown)
+
+
+class Mirror(TrainerCallback):
+    """Copies the output folder into another one (a mounted drive) at every save and at the end."""
+
+    def __init__(self, source: str, target: str) -> None:
+        self.source, self.target = Path(source), Path(target) / Path(source).name
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.copy()
+
+    def copy(self) -> None:
+        """Bring the mirror up to date; a checkpoint's manifest goes last, as it does in the original."""
+        files = [file for file in self.source.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == MANIFEST, file)):
+            copy = self.target / file.relative_to(self.source)
+            if copy.exists() and (copy.stat().st_size, copy.stat().st_mtime) >= (
+                file.stat().st_size,
+                file.stat().st_mtime,
+            ):
+                continue
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            part = copy.with_name(f".{copy.name}.part")
+            shutil.copy2(file, part)
+            part.replace(copy)
+        for folder in self.target.glob("checkpoint-*"):
+            if not (self.source / folder.name).exists():
+                shutil.rmtree(folder)

@@ -1,0 +1,303 @@
+"""The SFT and DPO stages: options → data → trainer → a complete model folder."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, SFTConfig
+
+from tandem.config import resolved, to_yaml
+from tandem.data.formats import Row
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_splits, load_training
+from tandem.data.texts import render, tokenize_pair, trim_prompt
+from tandem.errors import UserError
+from tandem.log import log_to, logger
+from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer, lora_config
+from tandem.options import (
+    DPOOptions,
+    EngineOptions,
+    LoraOptions,
+    ModelOptions,
+    SFTOptions,
+    TextOptions,
+    TrainOptions,
+    check_training,
+)
+from tandem.runs import MANIFEST, is_complete, sha256_json, write_atomic, write_json
+from tandem.trainers.callbacks import Mirror, RateProgress
+from tandem.trainers.trl import PairCollator, TandemDPOTrainer, TandemSFTTrainer
+
+# Options that change how a run is watched, not what it computes: they may differ when it is resumed
+_FREE_ON_RESUME = {"logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "save_total_limit"}
+
+
+def run_sft(
+    model: ModelOptions, lora: LoraOptions, text: TextOptions, data: DataOptions, train: SFTOptions
+) -> None:
+    """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
+    check_training(model, lora, train)
+    options = (model, lora, text, data, train)
+    with _session(train, options, "examples") as session:
+        if session is None:
+            return
+        tokenizer = load_tokenizer(model)
+        splits = _splits(data, text, train, tokenizer)
+        trainer = TandemSFTTrainer(
+            model=_trainable(model, lora),
+            args=SFTConfig(**_arguments(train, model), max_length=text.max_length),
+            processing_class=tokenizer,
+            peft_config=lora_config(lora),
+            **{name: _examples(rows) for name, rows in splits.items()},
+        )
+        session.train(trainer)
+
+
+def run_dpo(
+    model: ModelOptions,
+    lora: LoraOptions,
+    text: TextOptions,
+    data: DataOptions,
+    train: TrainOptions,
+    dpo: DPOOptions,
+    engine: EngineOptions,
+) -> None:
+    """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
+    check_training(model, lora, train)
+    options = (model, lora, text, data, train, dpo, engine)
+    with _session(train, options, "pairs") as session:
+        if session is None:
+            return
+        tokenizer = load_tokenizer(model)
+        splits = _splits(data, text, train, tokenizer)
+        loss_types, loss_weights = dpo.trl_losses
+        reference = None
+        if dpo.reference_model:
+            reference = load_model(dataclasses.replace(model, model_name_or_path=dpo.reference_model))
+        trainer = TandemDPOTrainer(
+            model=_trainable(model, lora),
+            ref_model=reference,
+            args=DPOConfig(
+                **_arguments(train, model),
+                max_length=text.max_length,
+                disable_dropout=dpo.disable_dropout,
+                beta=dpo.beta,
+                loss_type=loss_types,
+                loss_weights=loss_weights,
+                label_smoothing=dpo.label_smoothing,
+                f_divergence_type=dpo.f_divergence_type,
+                f_alpha_divergence_coef=dpo.f_alpha_divergence_coef,
+                ld_alpha=dpo.ld_alpha,
+                discopop_tau=dpo.discopop_tau,
+                use_weighting=dpo.use_weighting,
+            ),
+            processing_class=tokenizer,
+            peft_config=lora_config(lora),
+            data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id, max_length=text.max_length),
+            **{name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in splits.items()},
+        )
+        session.train(trainer)
+
+
+def _trainable(model: ModelOptions, lora: LoraOptions) -> Any:
+    loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit)
+    loaded.config.use_cache = False
+    return loaded
+
+
+def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
+    """The TrainingArguments that SFT and DPO have in common."""
+    own = {"max_train_samples", "max_eval_samples", "mount_dir", "debug", "resume_from_checkpoint"}
+    arguments = {
+        field.name: getattr(train, field.name) for field in dataclasses.fields(TrainOptions) if field.name not in own
+    }
+    on_cpu = train.use_cpu or not has_accelerator()
+    arguments["use_cpu"] = on_cpu
+    arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
+    if train.debug:
+        arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
+    return arguments | {
+        "trust_remote_code": model.trust_remote_code,
+        "dataloader_pin_memory": not on_cpu,
+        "eval_steps": train.eval_steps,
+    }
+
+
+def _splits(
+    data: DataOptions, text: TextOptions, train: TrainOptions, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Row]]:
+    """Rendered training pairs and, where the run evaluates, held-out pairs, under the trainer's argument names.
+
+    Raises:
+        UserError: an evaluation without held-out pairs, or no pair left to train on.
+    """
+    pairs, held_out = load_splits(data) if train.eval_strategy != "no" else (load_training(data), [])
+    if train.eval_strategy != "no" and not held_out:
+        raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")
+    limit = 32 if train.debug else train.max_train_samples
+    splits = {"train_dataset": _render(pairs[:limit], text, tokenizer)}
+    if held_out:
+        splits["eval_dataset"] = _render(held_out[: train.max_eval_samples], text, tokenizer)
+    return splits
+
+
+def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    rows = [render(pair, text.use_chat_template) for pair in pairs]
+    if text.max_prompt_length is None:
+        return rows
+    return [row | {"prompt": trim_prompt(row["prompt"], tokenizer, text.max_prompt_length)} for row in rows]
+
+
+def _examples(rows: list[Row]) -> Dataset:
+    """Prompt + chosen, for SFT."""
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+
+
+def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    pairs = [tokenize_pair(row, tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
+    fitting = [pair for pair in pairs if len(pair["prompt_ids"]) < max_length]
+    if len(fitting) < len(pairs):
+        logger.warning("%d of %d pairs left out: the prompt alone fills --max_length", len(pairs) - len(fitting), len(pairs))
+    if not fitting:
+        raise UserError(f"--max_length {max_length}: no pair keeps any of its answers; raise it or set --max_prompt_length")
+    return Dataset.from_list(fitting)
+
+
+class _Session:
+    """One training run in its output folder."""
+
+    def __init__(self, train: TrainOptions, unit: str, config: dict[str, Any]) -> None:
+        self.options, self.unit, self.config = train, unit, config
+        self.folder = Path(train.output_dir)
+
+    def checkpoint(self) -> str | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            UserError: one named by the user that is not complete.
+        """
+        asked = self.options.resume_from_checkpoint
+        if asked == "no":
+            return None
+        if asked != "auto":
+            if not is_complete(asked):
+                raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint of Tandem")
+            return asked
+        found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+        for path in found:
+            if is_complete(path):
+                return str(path)
+            logger.warning("%s is torn (no manifest, or a file is missing): using the one before it", path)
+        return None
+
+    def train(self, trainer: Any) -> None:
+        """Train, save the model and the metrics, and write the manifest last."""
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(RateProgress(self.unit))
+        mirror = Mirror(self.options.output_dir, self.options.mount_dir) if self.options.mount_dir else None
+        if mirror:
+            trainer.add_callback(mirror)
+        checkpoint = self.checkpoint()
+        if checkpoint:
+            logger.info("resuming from %s", checkpoint)
+        anomalies = torch.autograd.set_detect_anomaly(True) if self.options.debug else contextlib.nullcontext()
+        with anomalies:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        self._save(trainer, result.metrics)
+        if mirror and trainer.is_world_process_zero():
+            mirror.copy()
+        trainer.end()
+
+    def _save(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(model, PeftModel) and "ref" in model.peft_config:
+            model.delete_adapter("ref")  # TRL's frozen copy of the adapter we started from; not part of the result
+        trainer.save_model(str(self.folder))
+        if not trainer.is_world_process_zero():
+            return
+        write_json(self.folder / "training_metrics.json", {"train": metrics, "log_history": trainer.state.log_history})
+        write_json(self.folder / MANIFEST, {"files": _sizes(self.folder)})
+        logger.info("model saved in %s", self.folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if _is_result(file)}
+
+
+def _is_result(file: Path) -> bool:
+    return file.is_file() and file.name not in (MANIFEST, "train.log")
+
+
+@contextlib.contextmanager
+def _session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> Iterator[_Session | None]:
+    """Open `output_dir`; None where an earlier run with the same settings has finished there.
+
+    Raises:
+        UserError: the folder holds a run with other settings, which this one would overwrite or resume wrongly.
+    """
+    config = resolved(*options)
+    folder = Path(train.output_dir)
+    if train.resume_from_checkpoint != "no":
+        _check_same_run(folder, config)
+        if is_complete(folder):
+            print(f"{folder}: already trained with these settings", file=sys.stderr)
+            yield None
+            return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        log_to(folder)
+        write_atomic(folder / "config.yaml", to_yaml(config))
+        write_json(folder / "run.json", {"config": config, "config_sha256": sha256_json(config), **_environment()})
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.WARNING)
+    yield _Session(train, unit, config)
+
+
+def _check_same_run(folder: Path, config: dict[str, Any]) -> None:
+    started = is_complete(folder) or any(is_complete(path) for path in folder.glob("checkpoint-*"))
+    if not started or not (folder / "run.json").exists():
+        return
+    before = json.loads((folder / "run.json").read_text())["config"]
+    changed = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in config.items()
+        if name not in _FREE_ON_RESUME and before.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}): choose another folder, "
+            "or start over in this one with --resume_from_checkpoint no"
+        )
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tandem")
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "git_sha": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+

@@ -1,0 +1,174 @@
+"""The engine against stock TRL: same losses, gradients, metrics and weights, in float32 on the CPU."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.engine.tiny_models import perturbed, random_pairs, tiny_model
+
+SERVED = """
+    Llama Gemma2 Gemma3 Mistral Qwen2 Qwen3 SmolLM3 Olmo2 GPT2 GPTNeoX Phi Phi3 Granite Mixtral Qwen2Moe GptOss OPT
+""".split()
+LOSSES = """
+    sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft
+    sigmoid_norm
+""".split()
+DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]
+# What differs between two runs of the same trainer
+TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if name not in TIMINGS:
+            assert abs(ours[name] - expected) <= tolerance * max(1.0, abs(expected)), name
+
+
+def one_step(trainer, batch):
+    """Loss, gradient norm and every metric of one micro-batch."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return metrics | {"loss": loss.item(), "gradient norm": norm.item()}
+
+
+def train(trainer):
+    """Every log of a training run."""
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return perturbed(tiny_model("Llama"))
+
+
+@pytest.fixture(scope="module")
+def both(policy, tmp_path_factory):
+    """The same trainer under TRL and under the engine, with a batch; a test may change its loss."""
+
+
+def trainers(build_trainer, model, reference, **settings):
+    """A trainer of each kind over copies of the same models."""
+    return [
+        build_trainer(copy.deepcopy(model), copy.deepcopy(reference), engine=engine, **settings)
+        for engine in ("shared", None)
+    ]
+
+
+@pytest.mark.parametrize("use_weighting", [False, True])
+def test_every_loss_and_divergence(build_trainer, policy, use_weighting):
+    ours, theirs = trainers(
+        build_trainer, policy, tiny_model("Llama"), use_weighting=use_weighting, label_smoothing=0.1, ld_alpha=0.5
+    )
+    batch = next(iter(theirs.get_train_dataloader()))
+    settings = [(loss, "reverse_kl") for loss in LOSSES if not (use_weighting and loss.startswith("aot"))]
+    divergent = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+    settings += [(loss, divergence) for loss in LOSSES if loss in divergent for divergence in DIVERGENCES]
+    seen = set()
+    for loss, divergence in settings:
+        results = []
+        for trainer in (ours, theirs):
+            trainer.loss_types, trainer.f_divergence_type = [loss], divergence
+            trainer.f_alpha_divergence_coef = 0.5
+            results.append(one_step(trainer, batch))
+        seen.add(round(results[1]["loss"], 6))
+        assert_same(*results)
+    assert len(seen) > len(settings) * 0.8, "the settings are different losses"
+    assert [report.layout for report in ours.reports] == ["shared", "shared"]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_architecture(build_trainer, name):
+    reference = tiny_model(name)
+    ours, theirs = trainers(build_trainer, perturbed(tiny_model(name)), reference)
+    assert_same(one_step(ours, batch := next(iter(theirs.get_train_dataloader()))), one_step(theirs, batch))
+    assert {report.layout for report in ours.reports} == {"shared"}
+
+
+@pytest.mark.parametrize("name", ["Bloom", "FalconH1"])
+def test_an_architecture_that_cannot_be_served_is_trained_padded(build_trainer, name):
+    ours, theirs = trainers(build_trainer, perturbed(tiny_model(name)), tiny_model(name))
+    assert_same(one_step(ours, batch := next(iter(theirs.get_train_dataloader()))), one_step(theirs, batch))
+    assert {report.layout for report in ours.reports} == {"padded"}
+
+
+@pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Mixtral"])
+def test_training_logs(build_trainer, name, lora, checkpointing):
+    model = perturbed(tiny_model(name))
+    settings = {
+        "gradient_checkpointing": bool(checkpointing),
+        "gradient_checkpointing_kwargs": checkpointing or None,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+    }
+    if lora:
+        settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    reference = None if lora else tiny_model(name)
+    logs = []
+    for trainer in trainers(build_trainer, model, reference, **settings):
+        torch.manual_seed(0)
+        if lora:
+            perturbed(trainer.model)
+        logs.append(train(trainer))
+    assert len(logs[0]) == len(logs[1]) == 5
+    for ours, theirs in zip(*logs, strict=True):
+        assert "grad_norm" in theirs or "train_loss" in theirs
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_weights_after_twenty_steps(build_trainer, name):
+    model = perturbed(tiny_model(name))
+    ours, theirs = trainers(
+        build_trainer, model, tiny_model(name), max_steps=20, per_device_train_batch_size=2, pairs=random_pairs(12)
+    )
+    ours.train()
+    theirs.train()
+    before = dict(model.named_parameters())
+    weights = dict(ours.model.named_parameters())
+    for tensor, expected in theirs.model.named_parameters():
+        assert (expected - before[tensor]).norm() > 1e-2 * before[tensor].norm()
+        assert (weights[tensor] - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_layouts_agree(build_trainer, policy):
+    results = []
+    for layout in ("shared", "packed", "padded"):
+        trainer = build_trainer(copy.deepcopy(policy), tiny_model("Llama"), engine=layout)
+        assert_same(one_step(trainer, next(iter(trainer.get_train_dataloader()))), results[0] if results else {}) if (
+            results
+        ) else results.append(one_step(trainer, next(iter(trainer.get_train_dataloader()))))
+        assert {report.layout for report in trainer.reports} == {layout}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_starts_at_ln_2_and_stays_as_close_as_trl(build_trainer, lora):
+    model = tiny_model("Llama")
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None
+    logs = {}
+    for engine, bf16 in (("shared", True), (None, True), (None, False)):
+        trainer = build_trainer(
+            copy.deepcopy(model), None if lora else copy.deepcopy(model), engine=engine, bf16=bf16,
+            peft_config=peft_config, learning_rate=1e-2, num_train_epochs=4,
+        )  # fmt: skip
+        logs[engine, bf16] = [log["loss"] for log in train(trainer)[:-1]]
+    assert abs(logs["shared", True][0] - math.log(2)) < 1e-4
+    assert logs[None, False][-1] < 0.6, "the model learned something"
+    ours, trl = (
+        sum(abs(one - other) for one, other in zip(logs[engine, True], logs[None, False], strict=True))
+        for engine in ("shared", None)
+    )
+    assert ours <= 1.5 * trl + 1e-3

@@ -1,0 +1,173 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tandem.engine.layout import plan_pairs
+
+# Two tokens only, so that rows share prefixes, completions begin alike and whole rows are equal often
+tokens = st.lists(st.integers(5, 6), max_size=5)
+pair = st.tuples(tokens, tokens, tokens, st.integers(0, 2), st.integers(0, 2))
+
+
+def grid(rows, starts, width):
+    """(2B, S) tensors of rows of (prompt, completion), each row beginning at its own column."""
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, ((prompt, completion), start) in enumerate(zip(rows, starts, strict=True)):
+        for offset, token in enumerate([*prompt, *completion]):
+            ids[row, start + offset], mask[row, start + offset] = token, 1
+            if offset >= len(prompt):
+                labels[row, start + offset] = token
+    return ids, mask, labels
+
+
+@st.composite
+def batches(draw):
+    """Batches as TRL collates and truncates them, and left-padded ones."""
+    pairs = draw(st.lists(pair, min_size=1, max_size=4))
+    limit = draw(st.integers(1, 12))
+    keep = draw(st.sampled_from([slice(None, limit), slice(-limit, None)]))
+    left = draw(st.booleans())
+    rows = []
+    for answer in (1, 2):
+        for one in pairs:
+            flags = ([0] * len(one[0]) + [1] * len(one[answer]))[keep]
+            ids = (one[0] + one[answer])[keep]
+            rows.append((ids[: flags.count(0)], ids[flags.count(0) :]))
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    width += draw(st.integers(0, 2)) + (width == 0)
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    starts = [width - length for length in lengths] if left else [0] * len(rows)
+    return grid(rows, starts, width)
+
+
+def attention_sets(plan):
+    """For every packed token, the packed tokens its query sees, in order: the segments taken literally."""
+    sets = {}
+    for segment in plan.segments:
+        keys = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, segment.end)]
+        for query in range(segment.start, segment.end):
+            assert query not in sets, "a token is the query of one sequence only"
+            sets[query] = [key for key in keys if key <= query]
+    return sets
+
+
+def varlen_attention_sets(plan):
+    """The same from the cumulative lengths, as flash attention reads them: causal, aligned bottom-right."""
+    sets = {}
+    cu_q, cu_k = plan.cu_seq_q.tolist(), plan.cu_seq_k.tolist()
+    for q_start, q_end, k_start, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        for i in range(q_end - q_start):
+            visible = (k_end - k_start) - (q_end - q_start) + i + 1
+            sets[q_start + i] = plan.key_index[k_start : k_start + visible].tolist()
+    return sets
+
+
+def context(ids, mask, row, column):
+    """(column, token) of everything up to and including `column` in a row of the padded grid."""
+    return [(c, ids[row, c].item()) for c in range(column + 1) if mask[row, c]]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@settings(max_examples=300, deadline=None)
+@given(batch=batches())
+def test_each_token_is_scored_once_from_exactly_its_context(layout, batch):
+    ids, mask, labels = batch
+    scored = {(r, c) for r in range(len(ids)) for c in range(1, ids.shape[1]) if labels[r, c] != -100}
+    if not mask.any() or any(not mask[r, c - 1] for r, c in scored):
+        # nothing to forward, or a completion without anything before it that left padding would have it predicted from
+        with pytest.raises(ValueError, match="no tokens|nothing predicts"):
+            plan_pairs(ids, mask, labels, layout)
+        return
+    plan = plan_pairs(ids, mask, labels, layout)
+
+    # What each packed token sees is a list of (position, token): its context
+    tokens = ids.flatten()[plan.token_index].tolist()
+    positions = plan.position_ids[0].tolist()
+    sees = attention_sets(plan)
+    assert sees == varlen_attention_sets(plan)
+    assert sorted(sees) == list(range(plan.n_tokens))
+    contexts = {query: [(positions[key], tokens[key]) for key in keys] for query, keys in sees.items()}
+
+    columns = ids.shape[1]
+    slots = [divmod(slot, columns - 1) for slot in plan.score_slots.tolist()] if columns > 1 else []
+    assert len(slots) == len(set(slots)) and {(row, column + 1) for row, column in slots} == scored
+    for (row, column), index, target in zip(slots, plan.score_index.tolist(), plan.targets.tolist(), strict=True):
+        assert contexts[index] == context(ids, mask, row, column)
+        assert target == labels[row, column + 1]
+
+    assert plan.multiplicity.sum() == mask.sum()
+    assert plan.cu_seq_q.dtype == plan.cu_seq_k.dtype == torch.int32
+    assert plan.max_q == max(segment.q_length for segment in plan.segments)
+    assert plan.max_k == max(segment.k_length for segment in plan.segments)
+    if layout == "packed":
+        assert plan.n_tokens == mask.sum()
+    else:
+        # every distinct (pair, context) once: nothing that could be shared within a pair is forwarded twice
+        pairs = len(ids) // 2
+        distinct = {
+            (row % pairs, tuple(context(ids, mask, row, column)))
+            for row in range(len(ids))
+            for column in range(columns)
+            if mask[row, column]
+        }
+        assert plan.n_tokens == len(distinct)
+
+
+def test_a_batch_by_hand():
+    # pair 0: prompt 10 11, chosen 12, rejected 13 14; pair 1: prompt 20, chosen 21 22, rejected 23
+    ids = torch.tensor([[10, 11, 12, 0], [20, 21, 22, 0], [10, 11, 13, 14], [20, 23, 0, 0]])
+    labels = torch.tensor([[-100, -100, 12, -100], [-100, 21, 22, -100], [-100, -100, 13, 14], [-100, 23, -100, -100]])
+    plan = plan_pairs(ids, (ids != 0).long(), labels)
+    assert ids.flatten()[plan.token_index].tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 23]
+    assert plan.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1]]
+    assert plan.multiplicity.tolist() == [[2, 2, 1, 1, 1, 2, 1, 1, 1]]
+    assert plan.cu_seq_q.tolist() == [0, 3, 5, 8, 9]
+    assert plan.cu_seq_k.tolist() == [0, 3, 7, 10, 12]
+    assert plan.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 5, 8]
+    assert (plan.max_q, plan.max_k) == (3, 4)
+    # chosen rows first, as in the grid; both first tokens of pair 0 are predicted from token 11, at packed place 1
+    assert plan.score_index.tolist() == [1, 5, 6, 1, 3, 5]
+    assert plan.targets.tolist() == [12, 21, 22, 13, 14, 23]
+    assert plan.scatter(torch.arange(1.0, 7.0)).tolist() == [[0, 1, 0], [2, 3, 0], [0, 4, 5], [6, 0, 0]]
+
+
+def test_prompts_cut_at_different_places_share_nothing():
+    # keep_end truncation of prompt 1 2 3 with a short and a long answer
+    ids = torch.tensor([[1, 2, 3, 7], [3, 8, 8, 9]])
+    labels = torch.tensor([[-100, -100, -100, 7], [-100, 8, 8, 9]])
+    plan = plan_pairs(ids, torch.ones_like(ids), labels)
+    assert plan.n_tokens == 8 and plan.multiplicity.max() == 1
+
+
+def test_equal_answers_are_forwarded_once_and_scored_twice():
+    ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    labels = torch.tensor([[-100, 2, 3], [-100, 2, 3]])
+    plan = plan_pairs(ids, torch.ones_like(ids), labels)
+    assert plan.n_tokens == 3 and len(plan.segments) == 1
+    assert plan.score_index.tolist() == [0, 1, 0, 1]
+
+
+def test_the_scattered_grid_keeps_the_gradient_when_nothing_is_scored():
+    ids = torch.tensor([[1, 2], [1, 3]])
+    plan = plan_pairs(ids, torch.ones_like(ids), torch.full_like(ids, -100))
+    values = torch.zeros(0, requires_grad=True)
+    grid = plan.scatter(values)
+    grid.sum().backward()
+    assert grid.tolist() == [[0], [0]] and values.grad.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("mask", "labels", "message"),
+    [
+        ([[1, 0, 1], [1, 1, 1]], [[-100] * 3] * 2, "hole"),
+        ([[0, 0, 0], [0, 0, 0]], [[-100] * 3] * 2, "no tokens"),
+        ([[1, 1, 0], [1, 1, 1]], [[-100, -100, 5], [-100] * 3], "padding"),
+        ([[0, 1, 1], [1, 1, 1]], [[-100, 5, 5], [-100] * 3], "padding"),
+        ([[1, 1, 1]], [[-100] * 3], "even"),
+    ],
+)
+def test_batches_that_are_no_padded_pairs_are_refused(mask, labels, message):
+    ids = torch.full((len(mask), 3), 5)
+    with pytest.raises(ValueError, match=message):
+        plan_pairs(ids, torch.tensor(mask), torch.tensor(labels))

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from tandem.engine import logprobs
+from tandem.engine.logprobs import LogitTransform, score_tokens
+from torch.testing import assert_close
+from transformers import PreTrainedConfig
+from trl.kernels import ChunkedLogProbFunction
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3, temperature=0.7), LogitTransform(2.0, 3.0, 1.3)]
+
+
+@pytest.fixture
+def head():
+    """Hidden states, weight, bias and targets of 11 tokens over 40 words, in float64 for `gradcheck`'s sake."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((11, 6), (40, 6), (40,)))
+    targets = torch.randint(40, (11,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+
+@pytest.fixture(params=[1, 4, 100], ids="{} tokens a chunk".format)
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 40 * request.param)
+
+
+def from_the_definition(hidden, weight, bias, targets, transform):
+    logits = (hidden @ weight.t() + (0 if bias is None else bias)) * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logits = logits / transform.temperature
+    log_p = logits.log_softmax(-1)
+    return {
+        "log_probs": log_p.gather(-1, targets[:, None]).squeeze(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "log_sum_sq_probs": (2 * log_p).logsumexp(-1),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == targets,
+    }
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fields_and_gradients_are_the_definition(head, chunk, transform, with_bias):
+    hidden, weight, bias, targets = (tensor.detach().float() if tensor.is_floating_point() else tensor for tensor in head)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()] + ([bias.requires_grad_()] if with_bias else [])
+    bias = bias if with_bias else None
+    targets[:4] = (hidden @ weight.t()).argmax(-1)[:4]  # some tokens that are the likeliest
+    scores = score_tokens(hidden, weight, bias, targets, transform, FIELDS)
+    expected = from_the_definition(hidden, weight, bias, targets, transform)
+    for name in FIELDS:
+        assert_close(getattr(scores, name), expected[name], rtol=1e-5, atol=1e-5)
+    assert scores.is_top1.any() and not scores.is_top1.all()
+
+    upstream = torch.linspace(-1, 1, len(targets))
+    ours = torch.autograd.grad((scores.log_probs * upstream).sum(), leaves)
+    theirs = torch.autograd.grad((expected["log_probs"] * upstream).sum(), leaves)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_is_asked_for_is_computed(head):
+    scores = score_tokens(*head, LogitTransform(), ("log_probs", "entropy"))
+    assert scores.entropy is not None
+    assert scores.mean_logits is scores.is_top1 is scores.log_sum_sq_probs is None
+    assert not scores.entropy.requires_grad
+
+
+def test_a_tie_with_an_earlier_word_is_not_top1():
+    scores = score_tokens(torch.ones(2, 1), torch.ones(3, 1), None, torch.tensor([0, 1]), LogitTransform(), FIELDS)
+    assert scores.is_top1.tolist() == [True, False]
+
+
+def test_a_frozen_head_gets_no_gradient(head):
+    hidden, weight, bias, targets = head
+    score_tokens(hidden, weight.detach(), None, targets, LogitTransform()).log_probs.sum().backward()
+    assert hidden.grad is not None
+
+
+def test_no_tokens_still_connect_to_the_model(head):
+    hidden, weight, bias, targets = head
+    scores = score_tokens(hidden[:0], weight, bias, targets[:0], LogitTransform(), FIELDS)
+    assert scores.log_probs.shape == (0,)
+    scores.log_probs.sum().backward()
+    assert weight.grad.abs().sum() == 0
+
+
+def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
+    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 80)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        score_tokens(*head, LogitTransform(), FIELDS)
+    assert max(kept) < 11 * 40
+
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(o.numel() for o in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(o))
+            return out
+
+    with Sizes():
+        score_tokens(*head, LogitTransform(), FIELDS).log_probs.sum().backward()
+    assert max(sizes) == 40 * 6  # the weight's gradient; the logits would be 440
+
+
+def test_bf16_is_no_further_from_float32_than_trl(head):
+    hidden, weight, _, targets = (tensor.detach().float() if tensor.is_floating_point() else tensor for tensor in head)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(200, 64, generator=generator), torch.randn(500, 64, generator=generator) / 4
+    targets = torch.randint(500, (200,), generator=generator)
+    upstream = torch.linspace(-1, 1, 200)
+    exact = from_the_definition(hidden.requires_grad_(), weight.requires_grad_(), None, targets, LogitTransform())
+    gradients = torch.autograd.grad((exact["log_probs"] * upstream).sum(), [hidden, weight])
+
+    def errors(score):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            log_probs = score()
+        assert log_probs.dtype == torch.float32
+        found = torch.autograd.grad((log_probs * upstream).sum(), [hidden, weight])
+        pairs = [(log_probs, exact["log_probs"]), *zip(found, gradients, strict=True)]
+        return [((one - other).norm() / other.norm()).item() for one, other in pairs]
+
+    ours = errors(lambda: score_tokens(hidden, weight, None, targets, LogitTransform()).log_probs)
+    trl = errors(lambda: ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 128, None, 1.0, ())[0])
+    for mine, theirs in zip(ours, trl, strict=True):
+        # TRL's gradient products leave in float32; bf16 products, as autocast's everywhere else, round once more
+        assert 0 < mine <= 1.25 * theirs
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 1.0),
+        ({"logit_scale": None}, 1.0),
+        ({"logit_scale": 0.0}, 0.0),
+        ({"output_multiplier": 2.0}, 2.0),
+        ({"lm_head_multiplier": 3.0}, 3.0),
+        ({"logits_scaling": 4.0}, 0.25),
+        ({"logit_scale": 5.0, "logits_scaling": 4.0}, 5.0),
+    ],
+)
+def test_the_scale_is_read_from_the_config(settings, scale):
+    assert LogitTransform.of(PreTrainedConfig(**settings)) == LogitTransform(scale=scale)
+
+
+def test_the_other_settings_are_read_from_the_config():
+    config = PreTrainedConfig(final_logit_softcapping=30.0, logits_scaling=4.0)
+    config.model_type = "hyperclovax"
+    assert LogitTransform.of(config, temperature=0.5) == LogitTransform(4.0, 30.0, 0.5)

@@ -1,0 +1,73 @@
+"""A tiny random model with a working tokenizer, and a tiny preference file: real parts, milliseconds to run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+WORDS = "the cat sat on a mat and the dog ran far away from red house why did you eat my green apple".split()
+
+
+def tokenizer(chat_template: str | None = TEMPLATE) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    vocabulary = {token: index for index, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+        chat_template=chat_template,
+    )
+
+
+def save_model(folder: Path, seed: int = 0, chat_template: str | None = TEMPLATE) -> Path:
+    """A 2-layer Llama with its tokenizer, as a model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    text = tokenizer(chat_template)
+    config = LlamaConfig(
+        vocab_size=len(text),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder
+
+
+def hh_rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """HH transcripts of a few words, each prompt different."""
+    rows = []
+    for index in range(start, start + count):
+        word = WORDS[index % len(WORDS)]
+        prompt = f"\n\nHuman: {index} say {word}\n\nAssistant:"
+        if index % 3 == 0:
+            prompt = f"\n\nHuman: hi {index}\n\nAssistant: hello\n\nHuman: say {word}\n\nAssistant:"
+        rows.append({"chosen": f"{prompt} {word} {word}", "rejected": f"{prompt} no, {index} is better"})
+    return rows
+
+
+def save_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
