@@ -3,6 +3,7 @@
 from tandem.config import parse
 from tandem.data.options import DataOptions
 from tandem.errors import script_main
+from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     DPOOptions,
     EngineOptions,
@@ -13,7 +14,7 @@ from tandem.options import (
     explain_unknown,
 )
 
-OPTIONS = (ModelOptions, LoraOptions, TextOptions, DataOptions, TrainOptions, DPOOptions, EngineOptions)
+OPTIONS = (ModelOptions, LoraOptions, TextOptions, DataOptions, TrainOptions, DPOOptions, EngineOptions, MonitorOptions)
 
 
 def main(argv: list[str]) -> None:

@@ -31,6 +31,7 @@ from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.errors import UserError
 from tandem.log import log_to, logger
 from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer, lora_config
+from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     DPOOptions,
     EngineOptions,
@@ -78,10 +79,11 @@ def run_dpo(
     train: TrainOptions,
     dpo: DPOOptions,
     engine: EngineOptions,
+    monitor: MonitorOptions,
 ) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
     check_training(model, lora, train)
-    options = (model, lora, text, data, train, dpo, engine)
+    options = (model, lora, text, data, train, dpo, engine, monitor)
     with _session(train, options, "pairs") as session:
         if session is None:
             return
@@ -107,9 +109,13 @@ def run_dpo(
                 ld_alpha=dpo.ld_alpha,
                 discopop_tau=dpo.discopop_tau,
                 use_weighting=dpo.use_weighting,
+                precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
             ),
             processing_class=tokenizer,
             peft_config=lora_config(lora),
+            engine=engine,
+            monitor=monitor,
+            logs_dir=session.folder / "logs",
             data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id, max_length=text.max_length),
             **{name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in splits.items()},
         )

@@ -34,6 +34,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+class _TokenizedTrainer(DPOTrainer):
+    """TRL's trainer over pairs that are token ids already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
 @pytest.fixture
 def build_trainer(tmp_path: Path):
     """`build_trainer(model, reference, engine="shared" | None, ...)`: a trainer over already tokenized pairs.
@@ -71,7 +78,7 @@ def build_trainer(tmp_path: Path):
         reports: list[LayoutReport] = []
         install = pair_engine(engine or "padded", on_report=reports.append, cache_dir=tmp_path / "probe")
         with install if engine else contextlib.nullcontext():
-            trainer = DPOTrainer(
+            trainer = _TokenizedTrainer(
                 model=model,
                 ref_model=reference,
                 args=arguments,

@@ -52,11 +52,6 @@ def policy():
     return perturbed(tiny_model("Llama"))
 
 
-@pytest.fixture(scope="module")
-def both(policy, tmp_path_factory):
-    """The same trainer under TRL and under the engine, with a batch; a test may change its loss."""
-
-
 def trainers(build_trainer, model, reference, **settings):
     """A trainer of each kind over copies of the same models."""
     return [
@@ -71,9 +66,11 @@ def test_every_loss_and_divergence(build_trainer, policy, use_weighting):
         build_trainer, policy, tiny_model("Llama"), use_weighting=use_weighting, label_smoothing=0.1, ld_alpha=0.5
     )
     batch = next(iter(theirs.get_train_dataloader()))
-    settings = [(loss, "reverse_kl") for loss in LOSSES if not (use_weighting and loss.startswith("aot"))]
+    # TRL refuses to weight aot, and fails on hinge and sft, which it weights in place
+    losses = [loss for loss in LOSSES if not (use_weighting and loss in ("aot", "aot_unpaired", "hinge", "sft"))]
     divergent = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-    settings += [(loss, divergence) for loss in LOSSES if loss in divergent for divergence in DIVERGENCES]
+    settings = [(loss, "reverse_kl") for loss in losses]
+    settings += [(loss, divergence) for loss in losses if loss in divergent for divergence in DIVERGENCES]
     seen = set()
     for loss, divergence in settings:
         results = []
@@ -113,6 +110,9 @@ def test_training_logs(build_trainer, name, lora, checkpointing):
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
         "num_train_epochs": 2,
+        # Adam divides a rounding error in a gradient near zero by that gradient
+        "optim": "sgd",
+        "learning_rate": 1e-2,
     }
     if lora:
         settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -140,18 +140,18 @@ def test_weights_after_twenty_steps(build_trainer, name):
     before = dict(model.named_parameters())
     weights = dict(ours.model.named_parameters())
     for tensor, expected in theirs.model.named_parameters():
-        assert (expected - before[tensor]).norm() > 1e-2 * before[tensor].norm()
+        assert (expected - before[tensor]).norm() > 1e-3 * before[tensor].norm()
         assert (weights[tensor] - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_layouts_agree(build_trainer, policy):
-    results = []
+    results = {}
     for layout in ("shared", "packed", "padded"):
         trainer = build_trainer(copy.deepcopy(policy), tiny_model("Llama"), engine=layout)
-        assert_same(one_step(trainer, next(iter(trainer.get_train_dataloader()))), results[0] if results else {}) if (
-            results
-        ) else results.append(one_step(trainer, next(iter(trainer.get_train_dataloader()))))
+        results[layout] = one_step(trainer, next(iter(trainer.get_train_dataloader())))
         assert {report.layout for report in trainer.reports} == {layout}
+    assert_same(results["shared"], results["padded"])
+    assert_same(results["packed"], results["padded"])
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -74,7 +74,7 @@ class MonitoredTrainer(DPOTrainer):
             "num_train_epochs": 2,
             "learning_rate": 1e-2,
             "save_steps": 4,
-            "logging_steps": 2,
+            "logging_steps": 3,
             "report_to": "none",
             "use_cpu": True,
             "bf16": False,
@@ -106,7 +106,9 @@ class MonitoredTrainer(DPOTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "pair_id"]))
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self.die_in == self.state.global_step + 1:
             raise KeyboardInterrupt
         inputs = dict(inputs)
@@ -121,9 +123,7 @@ class MonitoredTrainer(DPOTrainer):
             hook.remove()
         if set(pair_ids) & set(self.poison):
             loss = loss * math.nan
-            logps[0] = torch.where(
-                torch.tensor([pair in self.poison for pair in pair_ids * 2]), torch.nan, logps[0]
-            )
+            logps[0] = torch.where(torch.tensor([pair in self.poison for pair in pair_ids * 2]), torch.nan, logps[0])
         if self.model.training:
             (chosen, rejected), (ref_chosen, ref_rejected) = (both.chunk(2) for both in logps)
             self.monitor.add(

@@ -32,7 +32,10 @@ def logged(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> MonitoredTrainer:
-    """12 steps in 2 epochs of 22 pairs; each epoch's last step has one micro-batch of 2 pairs."""
+    """12 steps in 2 epochs of 22 pairs; each epoch's last step has one micro-batch of 2 pairs.
+
+    A log every 3 steps and a checkpoint every 4, so that checkpoints lie between logs.
+    """
     trainer = MonitoredTrainer(tmp_path_factory.mktemp("whole"), options())
     trainer.train()
     return trainer
@@ -52,12 +55,12 @@ def test_every_pair_once_an_epoch(whole: MonitoredTrainer) -> None:
 
 
 def test_margins_are_those_trl_computes(whole: MonitoredTrainer) -> None:
-    # With β fixed until step 4, TRL's logged reward margin is β times the mean over the two steps of an interval
+    # With β fixed until step 4, TRL's logged reward margin is β times the mean over the three steps of an interval
     steps, _ = read_margins_log(Path(whole.args.output_dir) / "logs" / "margins")
     trl = {log["step"]: log["rewards/margins"] for log in whole.state.log_history if "rewards/margins" in log}
     assert steps[0]["max"] == steps[0]["min"] == 0  # the policy is the reference before its first step
-    assert trl[2] == pytest.approx(0.1 * (steps[0]["mean"] + steps[1]["mean"]) / 2, abs=1e-6)
-    assert trl[2] != 0
+    assert trl[3] == pytest.approx(0.1 * sum(r["mean"] for r in steps[:3]) / 3, abs=1e-6)
+    assert trl[3] != 0
 
 
 def test_beta_of_the_trainer_follows_the_control(whole: MonitoredTrainer) -> None:
@@ -73,7 +76,7 @@ def test_beta_of_the_trainer_follows_the_control(whole: MonitoredTrainer) -> Non
 def test_trackers_get_the_tail_and_the_system(whole: MonitoredTrainer) -> None:
     logs = [log for log in whole.state.log_history if "loss" in log]
     steps, _ = read_margins_log(Path(whole.args.output_dir) / "logs" / "margins")
-    assert [log["step"] for log in logs] == [2, 4, 6, 8, 10, 12]
+    assert [log["step"] for log in logs] == [3, 6, 9, 12]
     for log in logs:
         record = steps[log["step"] - 1]
         for name in ("mean", "p90", "tau", "p_hat", "beta", "over"):
@@ -81,7 +84,7 @@ def test_trackers_get_the_tail_and_the_system(whole: MonitoredTrainer) -> None:
         assert log["system/rank_0/pairs_per_second"] > 0
         assert log["system/rank_0/tokens_per_second"] > log["system/rank_0/pairs_per_second"]
         assert 0.05 < log["system/rank_0/allocated_gib"] <= log["system/rank_0/peak_gib"] < 8
-    assert [log["step"] for log in logs if "tail/tau0" in log] == [4]
+    assert [log["step"] for log in logs if "tail/tau0" in log] == [3]
     assert logs[-1]["tail/failures"] == sum(bool(r["over"]) for r in steps)
 
 
@@ -100,6 +103,7 @@ def test_a_killed_run_resumes_to_the_same_logs(whole: MonitoredTrainer, tmp_path
     assert logged(tmp_path) == logged(Path(whole.args.output_dir))
     assert trainer.monitor.state == whole.monitor.state
     assert trainer.beta == whole.beta
+    assert trainer.monitor._alarms == whole.monitor._alarms
     for ours, theirs in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -108,7 +112,9 @@ def test_an_injected_nan_stops_in_its_step(tmp_path: Path, whole: MonitoredTrain
     arrays = [read_margins(file) for file in sorted(Path(whole.args.output_dir).glob("logs/margins/epoch_001/*.npy"))]
     bad = str(arrays[4]["pair_id"][2])  # a pair of step 5, in its second micro-batch
     trainer = MonitoredTrainer(tmp_path, options(), poison=(bad,), save_steps=3)
-    with pytest.raises(AlarmStop, match=rf"stopped in step 5: margin is nan \(pairs {bad}\); saved a checkpoint of step 4"):
+    with pytest.raises(
+        AlarmStop, match=rf"stopped in step 5: margin is nan \(pairs {bad}\); saved a checkpoint of step 4"
+    ):
         trainer.train()
 
     (alarm,) = read_jsonl(tmp_path / "logs" / "alarms.jsonl")

@@ -90,7 +90,7 @@ def read_reply(body: str) -> Reading:
     found = find_verdict(text)
     if isinstance(found, str):
         return reading("malformed", found)
-    return dataclasses.replace(reading("ok", ""), verdict=found.verdict, rationale=found.rationale)
+    return dataclasses.replace(reading("ok", ""), verdict=found.verdict, rationale=_printable(found.rationale))
 
 
 def find_verdict(text: str) -> Verdict | str:
@@ -134,8 +134,13 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _short(value: Any, limit: int = 300) -> str:
-    text = " ".join(str(value).split())
+    text = _printable(" ".join(str(value).split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    """`text` with question marks for lone surrogates, which JSON may hold and no file can."""
+    return text.encode(errors="replace").decode()
 
 
 def vote(verdict: str, order: str) -> int:

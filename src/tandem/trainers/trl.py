@@ -1,15 +1,30 @@
-"""TRL's trainers on CPU, CUDA and MPS, with checkpoints that are complete or absent and pairs that keep their ids."""
+"""TRL's trainers on CPU, CUDA and MPS, with Tandem's engine, reference cache and monitor in their places."""
 
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tandem.runs import write_manifest
+from tandem.engine.forward import pair_engine
+from tandem.engine.ref_cache import RefCache, fingerprint, pair_key
+from tandem.log import logger
+from tandem.monitor.callback import Monitor, MonitorCallback
+from tandem.monitor.options import MonitorOptions
+from tandem.options import EngineOptions
+from tandem.runs import write_json, write_manifest
+from tandem.trainers.deferred import DeferredGather, Promise
+
+_COUNTERS = "tandem_counters.json"
 
 
 class _CompleteCheckpoints:
@@ -18,6 +33,10 @@ class _CompleteCheckpoints:
     args: Any
     state: Any
     accelerator: Any
+
+    def checkpoint_folder(self) -> Path:
+        """Where a checkpoint of the current step goes."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Older checkpoints may go only when this one is complete, so Trainer must not rotate by itself
@@ -28,7 +47,7 @@ class _CompleteCheckpoints:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            write_manifest(self.checkpoint_folder())
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
 
@@ -40,21 +59,213 @@ class PairCollator(DataCollatorForPreference):
 
 
 class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
-    """TRL's DPOTrainer on tokenized pairs (`data.texts.tokenize_pair`), whose batches carry `pair_id`."""
+    """TRL's DPOTrainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
+
+    Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
+    computed before training and kept there, so that no reference model is in memory while the policy trains.
+    Losses, and the values of all metrics, are TRL's.
+    """
+
+    def __init__(
+        self, *arguments: Any, engine: EngineOptions, monitor: MonitorOptions, logs_dir: Path, **keywords: Any
+    ) -> None:
+        self._ref_cache = RefCache(engine.ref_cache)
+        with pair_engine(engine.layout), _weights_hashed_by(fingerprint):
+            super().__init__(*arguments, **keywords)
+        self.ref_model = None
+        self._deferred = DeferredGather(self.accelerator)
+        self._token_counts: list[Promise] = []
+        self.monitor = Monitor(
+            monitor,
+            logs_dir,
+            self.accelerator,
+            self.beta,
+            save_checkpoint=lambda: self._save_checkpoint(self.model_wrapped, None),
+            epoch_pairs=len(self.train_dataset),
+            ranks_per_batch=self._tp_size,
+        )
+        self.add_callback(MonitorCallback(self))
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "pair_id" not in self._signature_columns:
-            self._signature_columns.append("pair_id")
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "pair_id"]))
+
+    # Reference
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`dataset` with the reference's log-probs: from the cache, or computed and added to it batch by batch."""
+        keys = self._pair_keys(dataset)
+        known = [self._ref_cache.read(keys) if self.accelerator.is_main_process else None]
+        # Another run may add entries between the reads of two ranks, which would then forward different batches
+        found: dict[bytes, tuple[float, float]] = broadcast_object_list(known)[0]
+        missing = [index for index, key in enumerate(keys) if key not in found]
+        logger.info("reference of %s pairs: %d of %d in %s", name, len(keys) - len(missing), len(keys), self._ref_cache.path)
+        if missing:
+            found |= self._score_reference(dataset, keys, missing, name, batch_size)
+        chosen, rejected = zip(*(found[key] for key in keys), strict=True)
+        return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
+
+    def _pair_keys(self, dataset: Dataset) -> list[bytes]:
+        dtype = f"{self.model.dtype} under {self.accelerator.mixed_precision}"
+        longest = self.data_collator.max_length
+        keys = []
+        for pair in dataset:
+            prompt = pair["prompt_ids"]
+            rows = [(prompt + pair[side])[:longest] for side in ("chosen_ids", "rejected_ids")]
+            scored = [len(row) - len(prompt) for row in rows]
+            keys.append(pair_key(self._precompute_model_hash, rows, scored, dtype, self.ld_alpha))
+        return keys
+
+    def _score_reference(
+        self, dataset: Dataset, keys: list[bytes], missing: list[int], name: str, batch_size: int
+    ) -> dict[bytes, tuple[float, float]]:
+        # Pairs of like length together, so that batches are alike in memory and time
+        lengths = [sum(len(dataset[index][ids]) for ids in ("prompt_ids", "chosen_ids", "rejected_ids")) for index in missing]
+        order = [index for _, index in sorted(zip(lengths, missing, strict=True))]
+        loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.data_collator)
+        model = self.ref_model or self.model
+        scores: dict[bytes, tuple[float, float]] = {}
+        for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference of {name} pairs"):
+            batch.pop("pair_id")
+            gathered = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            values = torch.stack(gathered, dim=1).tolist()
+            some = {keys[order[len(scores) + row]]: tuple(pair) for row, pair in enumerate(values)}
+            scores |= some
+            if self.accelerator.is_main_process:
+                self._ref_cache.write(some)
+        return scores
+
+    # Loss and metrics
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        inputs = {key: value for key, value in inputs.items() if key != "pair_id"}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        pair_ids = inputs.pop("pair_id")
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        per_token: list[torch.Tensor] = []
+
+        def policy(*args: Any, **kwargs: Any) -> Any:
+            output = model(*args, **kwargs)
+            per_token.append(output.log_probs.detach())
+            return output
+
+        with self._metrics_deferred():
+            loss = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
+        self._feed_monitor(pair_ids, inputs, per_token[0], loss)
+        return loss
+
+    def _feed_monitor(
+        self, pair_ids: list[str], inputs: dict[str, Any], per_token: torch.Tensor, loss: torch.Tensor
+    ) -> None:
+        logps = sequence_logps(per_token, inputs["completion_mask"][:, 1:], self.ld_alpha)
+        chosen, rejected = logps.chunk(2)
+        chosen_ratio = chosen - inputs["ref_chosen_logps"]
+        rejected_ratio = rejected - inputs["ref_rejected_logps"]
+        self.monitor.add(
+            pair_ids,
+            chosen_ratio - rejected_ratio,
+            chosen,
+            rejected,
+            loss,
+            tokens=inputs["attention_mask"].sum(),
+            # Schulman's k2 estimator of KL, http://joschu.net/blog/kl-approx.html, on the pair's answers: they are
+            # not the policy's own, so it shows drift and does not measure KL
+            kl=0.25 * (chosen_ratio**2 + rejected_ratio**2),
+            batch=lambda: inputs,
+        )
+
+    @contextlib.contextmanager
+    def _metrics_deferred(self) -> Iterator[None]:
+        accelerator, counted = self.accelerator, self._total_train_tokens
+        self.accelerator, self._total_train_tokens = self._deferred, 0
+        try:
+            yield
+        finally:
+            self._token_counts.append(self._total_train_tokens)
+            self.accelerator, self._total_train_tokens = accelerator, counted
+
+    def _resolve_metrics(self) -> None:
+        """Turn what TRL's metrics were promised into numbers. Collective."""
+        if not self._token_counts:
+            return
+        self._deferred.collect()
+        metrics = self._metrics["train"]
+        self._total_train_tokens += int(sum(count.value() for count in self._token_counts))
+        self._token_counts = []
+        for name, values in metrics.items():
+            metrics[name] = [float(value.value()) if isinstance(value, Promise) else value for value in values]
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            self._resolve_metrics()
+            logs.update(self.monitor.interval_logs())
+        super().log(logs, start_time)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.monitor.add_grad_norm(grad_norm)
+        return grad_norm
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = self.checkpoint_folder()
+        self.monitor.save(folder, self.model)
+        self._resolve_metrics()
+        if self.args.should_save:
+            counters = {"num_tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
+            write_json(folder / _COUNTERS, counters)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
+        if resume_from_checkpoint:
+            self.monitor.load(resume_from_checkpoint)
+            counters = json.loads((Path(resume_from_checkpoint) / _COUNTERS).read_text())
+            self._total_train_tokens = counters["num_tokens"]
+            self._metrics["train"].update(counters["metrics"])
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
+
+@contextlib.contextmanager
+def _weights_hashed_by(function: Any) -> Iterator[None]:
+    """While TRL's constructor runs, its hash of the reference is ours: taken at the same moment, cheaper, and blind
+    to adapters that are off."""
+    original = dpo_trainer.hash_module
+    dpo_trainer.hash_module = function
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = original
+
+
+def sequence_logps(per_token: torch.Tensor, completion_mask: torch.Tensor, ld_alpha: float | None) -> torch.Tensor:
+    """Log-prob of each answer, as TRL sums it.
+
+    Args:
+        per_token: (2B, S − 1) log-probs in nats, zero outside of completions; chosen rows, then rejected.
+        completion_mask: (2B, S − 1), 1 at completion tokens.
+        ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO, Liu et al. 2024, Eq. 8), or None.
+
+    Returns:
+        (2B,) nats.
+    """
+    if ld_alpha is None:
+        return per_token.sum(1)
+    lengths = completion_mask.sum(1)
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    beyond = completion_mask.cumsum(1) > shorter[:, None]
+    return (per_token * torch.where(beyond, ld_alpha, 1.0)).sum(1)
 
 
 class TandemSFTTrainer(_CompleteCheckpoints, SFTTrainer):

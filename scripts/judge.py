@@ -1,0 +1,22 @@
+"""Have a judge compare the answers of two models, after trying the judge itself on labelled pairs."""
+
+from tandem.config import parse
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_held_out
+from tandem.errors import script_main
+from tandem.judge.options import JudgeOptions
+
+
+def main(argv: list[str]) -> None:
+    options, data = parse(argv, (JudgeOptions, DataOptions), prog="judge.py", description=__doc__)
+    from tandem.judge.calibration import labelled_comparisons
+    from tandem.judge.run import judge, load_comparisons
+
+    comparisons = load_comparisons(options)
+    labelled = labelled_comparisons(load_held_out(data), options.calibration_pairs, options.seed)
+    summary = judge(options, comparisons, labelled)
+    print(summary.get("conclusion") or summary)
+
+
+if __name__ == "__main__":
+    script_main(main)

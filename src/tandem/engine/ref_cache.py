@@ -1,0 +1,108 @@
+"""Reference log-probs on disk, keyed by what they depend on and by nothing else.
+
+A pair's entry is keyed by the reference's weights and configuration, the token ids of both rows as they are forwarded
+(after truncation) and which of them are scored, the dtype of the forward, and `ld_alpha`. So a sweep over β, learning
+rate, loss, epochs, order or subset scores each pair once ever, and a change of template, tokenizer, truncation or of
+one weight finds nothing.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+
+from tandem.errors import UserError
+
+DEFAULT_CACHE = Path("~/.cache/tandem/reference")
+_DATABASE = "log_probs.sqlite"
+# Another run may hold the write lock for as long as its own insert takes
+_LOCK_SECONDS = 60
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex digest of the weights and configuration that the reference's log-probs come from.
+
+    For a PEFT model the reference is the copy of its adapter that TRL names `ref` or, without one, the base model; a
+    model has the same fingerprint with adapters around it as without.
+    """
+    digest = xxhash.xxh3_128()
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures", "pad_token_id"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(_reference_tensors(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _reference_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    adapters = set(getattr(model, "peft_config", ()))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if adapters & set(parts) and "ref" not in parts:
+            continue
+        if tensor.dim() == 0:
+            tensor = tensor[None]
+        tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+    return tensors
+
+
+def pair_key(
+    model: str, ids: Sequence[Sequence[int]], scored: Sequence[int], dtype: str, ld_alpha: float | None
+) -> bytes:
+    """Key of one pair: 16 bytes.
+
+    Args:
+        model: `fingerprint` of the reference.
+        ids: token ids of prompt + chosen and of prompt + rejected, as forwarded.
+        scored: how many tokens at the end of each are the completion.
+        dtype: that the forward computes in.
+        ld_alpha: LD-DPO's weight of the longer answer's tail, or None.
+    """
+    text = json.dumps([model, ids, scored, dtype, ld_alpha], separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class RefCache:
+    """Summed log-probs of chosen and rejected, by `pair_key`. Safe under several processes and a kill at any moment.
+
+    Raises:
+        UserError: the folder cannot be written, or the file in it is not a cache.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.path = (Path(folder) if folder else DEFAULT_CACHE).expanduser() / _DATABASE
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._connect() as database:
+                database.execute("CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen REAL, rejected REAL)")
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"--ref_cache: {self.path} cannot be used ({error}); remove it or name a folder") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=_LOCK_SECONDS)
+
+    def read(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
+        """The entries there are among `keys`, as (chosen, rejected) in nats."""
+        found = {}
+        with self._connect() as database:
+            for start in range(0, len(keys), 500):  # SQLite takes so many variables in one statement
+                some = keys[start : start + 500]
+                marks = ",".join("?" * len(some))
+                query = f"SELECT key, chosen, rejected FROM pairs WHERE key IN ({marks})"
+                found.update({key: (chosen, rejected) for key, chosen, rejected in database.execute(query, some)})
+        return found
+
+    def write(self, entries: Mapping[bytes, tuple[float, float]]) -> None:
+        """Add entries in one transaction. What is not finite is not kept, and what is there stays as it is."""
+        rows = [(key, *values) for key, values in entries.items() if np.isfinite(values).all()]
+        with self._connect() as database:
+            database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)

@@ -1,0 +1,232 @@
+"""What a run folder holds, read for the report and the model card. A missing piece is None or empty, never an error."""
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge
+from tandem.judge.verdicts import vote
+from tandem.runs import read_jsonl
+
+Json = dict[str, Any]
+
+STAGES = ("sft", "dpo")
+PIPELINE_LOG = "dpo_pipeline_sanity.log"
+OUTCOMES = ("won", "lost", "tie", "disagree", "unjudged")
+_STAGE_TIME = re.compile(r"^== (\w+): (\d+) s$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage: its run.json, its config.yaml as text, its training metrics."""
+
+    run: Json
+    config_yaml: str | None
+    metrics: Json | None
+
+    @property
+    def config(self) -> Json:
+        """The options it was run with."""
+        return self.run.get("config") or {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+    stages: dict[str, Stage]
+    results: Json | None
+    comparison: Json | None
+    judge: Json | None  # judge_summary.json
+    usage: Json | None  # judge/usage.json
+    data: Json | None  # data_report.json
+    answers: list[Json]
+    unmatched_verdicts: int  # verdicts on these prompts that another judge gave, or that are on other answers
+    seconds: dict[str, int]
+    alarms: list[Json]
+
+    @property
+    def labels(self) -> list[str]:
+        """The columns of the side-by-side: models in the order of training, the data's own answer last."""
+        known = ("base", "sft", "dpo")
+        present = {label for row in self.answers for label in row["answers"]}
+        others = sorted(present - {*known, "chosen"})
+        return [label for label in (*known, *others, "chosen") if label in present]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read everything in a run folder that the report shows.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, or a file in it that Tandem did not write like that.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--run_dir {folder}: no such folder")
+    comparison = read_json(folder / "dpo_comparison_results.json")
+    judge = read_json(folder / "judge_summary.json")
+    records = _read_jsonl(folder / "judge" / "verdicts.jsonl")
+    answers, unmatched = _judged(_side_by_side(folder, comparison), judge, records, folder)
+    run = Run(
+        folder=folder,
+        stages={name: stage for name in STAGES if (stage := _stage(folder / name)) is not None},
+        results=read_json(folder / "results.json"),
+        comparison=comparison,
+        judge=judge,
+        usage=read_json(folder / "judge" / "usage.json"),
+        data=read_json(folder / "data_report.json"),
+        answers=answers,
+        unmatched_verdicts=unmatched,
+        seconds=_stage_seconds(folder / PIPELINE_LOG),
+        alarms=_read_jsonl(folder / "dpo" / "logs" / "alarms.jsonl"),
+    )
+    if not any((run.stages, run.results, run.judge, run.data, run.answers)):
+        raise UserError(
+            f"--run_dir {folder}: nothing of a run in it (no results.json, dpo_comparison_results.json, sft/, dpo/ …)"
+        )
+    return run
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or None if there is none; NaN and infinities, which JSON lacks, are read as None.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run its stage again") from error
+
+
+def _read_jsonl(path: Path) -> list[Json]:
+    try:
+        return read_jsonl(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run its stage again") from error
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Name `path` where what was read from it turns out not to have the shape that Tandem writes.
+
+    Raises:
+        UserError: instead of the KeyError and the like.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: not as this version of Tandem writes it ({error!r}); run its stage again") from error
+
+
+def _stage(folder: Path) -> Stage | None:
+    run, metrics = read_json(folder / "run.json"), read_json(folder / "training_metrics.json")
+    config = folder / "config.yaml"
+    config_yaml = config.read_text(encoding="utf-8") if config.is_file() else None
+    if run is None and metrics is None and config_yaml is None:
+        return None
+    return Stage(run or {}, config_yaml, metrics)
+
+
+def _stage_seconds(log: Path) -> dict[str, int]:
+    """Seconds of the last completed run of each stage, in the order of the log."""
+    if not log.is_file():
+        return {}
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return {name: int(seconds) for name, seconds in _STAGE_TIME.findall(text)}
+
+
+def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
+    """Rows of `prompt_id`, `messages` and `answers` by label, from the comparison or else the generations."""
+    if comparison is not None:
+        with as_written(folder / "dpo_comparison_results.json"):
+            return [
+                {
+                    "prompt_id": row["prompt_id"],
+                    "messages": row["messages"],
+                    "answers": {**row["answers"], **({"chosen": row["chosen"]} if row.get("chosen") else {})},
+                }
+                for row in comparison["comparisons"]
+            ]
+    rows: dict[str, Json] = {}
+    for path in sorted(folder.glob("generations_*.jsonl")):
+        label = path.stem.removeprefix("generations_")
+        with as_written(path):
+            for record in _read_jsonl(path):
+                empty = {"prompt_id": record["prompt_id"], "messages": record["messages"], "answers": {}}
+                rows.setdefault(record["prompt_id"], empty)["answers"][label] = record["text"]
+    return list(rows.values())
+
+
+def _judged(
+    rows: Sequence[Json], summary: Json | None, records: Iterable[Json], folder: Path
+) -> tuple[list[Json], int]:
+    """The rows with `outcome` and `verdicts`, and how many verdicts on these prompts belong to none of them.
+
+    verdicts.jsonl only ever grows, so it may hold verdicts of another judge or on answers since replaced. The keys of
+    the judge's calls tell which count.
+    """
+    main = [record for record in records if record.get("kind") == "main"]
+    if summary is None:
+        return [row | {"outcome": "unjudged", "verdicts": []} for row in rows], len(main)
+    by_key: dict[str, Json] = {}
+    for record in main:
+        if by_key.get(record["key"], {}).get("status") != "ok":
+            by_key[record["key"]] = record
+    with as_written(folder / "judge_summary.json"):
+        calls = {row["prompt_id"]: _calls(row, summary) for row in rows}
+    matched = {call.key for row_calls in calls.values() for call in row_calls} & by_key.keys()
+    with as_written(folder / "judge" / "verdicts.jsonl"):
+        judged = [row | _verdicts(calls[row["prompt_id"]], by_key) for row in rows]
+    return judged, len(by_key) - len(matched)
+
+
+def _calls(row: Json, summary: Json) -> list[Call]:
+    """What the judge of `summary` was asked about a row; nothing if it was not about answers shown there."""
+    judge, labels = summary["judge"], summary["labels"]
+    side_1, side_2 = labels["side_1"], labels["side_2"]
+    if judge["prompt_version"] != PROMPT_VERSION or not {side_1, side_2} <= row["answers"].keys():
+        return []
+    sampling = judge["sampling"]
+    asked = Judge(
+        judge["base_url"],
+        judge["model"],
+        judge["schema_enforced"],
+        sampling.get("temperature"),
+        sampling["max_output_tokens"],
+    )
+    answers = row["answers"]
+    pair = Comparison(row["prompt_id"], row["messages"], answers[side_1], answers[side_2], side_1, side_2)
+    return asked.calls("main", [pair], judge["samples"])
+
+
+def _verdicts(calls: Sequence[Call], by_key: Mapping[str, Json]) -> Json:
+    found = [by_key[call.key] for call in calls if call.key in by_key]
+    return {"outcome": outcome(found), "verdicts": [_shown(record) for record in found]}
+
+
+def _shown(record: Json) -> Json:
+    named = {"A": record["a"], "B": record["b"], "tie": "tie"}.get(record["verdict"])
+    text = record["rationale"] or record["detail"]
+    return {"first": record["a"], "second": record["b"], "named": named, "status": record["status"], "text": text}
+
+
+def outcome(records: Iterable[Json]) -> str:
+    """One of OUTCOMES for side 2, from the verdicts on one prompt; `disagree` where the orders differ in any way."""
+    leads: dict[str, int] = {}
+    for record in records:
+        if record["status"] == "ok":
+            lead = vote(record["verdict"], record["order"]) - 1
+            leads[record["order"]] = leads.get(record["order"], 0) + lead
+    if len(leads) < 2:
+        return "unjudged"
+    signs = {(lead > 0) - (lead < 0) for lead in leads.values()}
+    return {1: "won", 0: "tie", -1: "lost"}[signs.pop()] if len(signs) == 1 else "disagree"

@@ -1,0 +1,144 @@
+"""Training curves as SVG that takes its colours from the page, so that light and dark are one drawing."""
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tandem.report.collect import Json, Run, as_written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Drawn in these, which stand for variables of report.css
+COLOURS = {
+    "#010203": "var(--muted)",
+    "#010204": "var(--rule)",
+    "#010205": "var(--dpo)",
+    "#010206": "var(--sft)",
+    "#010207": "var(--chosen)",
+}
+MUTED, RULE, DPO, SFT, CHOSEN = COLOURS
+SIZE = (4.6, 2.7)  # inches; a column of the page is about this wide, so text keeps its size
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One curve: a key of the trainer's log."""
+
+    key: str
+    label: str
+    colour: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """One drawing of a stage's log."""
+
+    stage: str
+    title: str
+    note: str
+    lines: tuple[Line, ...]
+    level: float | None = None  # a horizontal line to compare with
+
+
+DRAWINGS = (
+    Curves("sft", "SFT loss", "nats per answer token", (Line("loss", "training", SFT),)),
+    Curves("dpo", "DPO loss", "0.69 is that of no preference, with the sigmoid loss", (Line("loss", "training", DPO),)),
+    Curves(
+        "dpo",
+        "Accuracy in training",
+        "share of pairs with a positive margin",
+        (Line("rewards/accuracies", "training", DPO),),
+        0.5,
+    ),
+    Curves("dpo", "Margin", "β times the mean margin", (Line("rewards/margins", "training", DPO),), 0.0),
+    Curves(
+        "dpo",
+        "Implicit rewards",
+        "β times the log-ratio to the reference",
+        (Line("rewards/chosen", "chosen", CHOSEN), Line("rewards/rejected", "rejected", SFT)),
+        0.0,
+    ),
+    Curves(
+        "dpo",
+        "Log-probabilities",
+        "of whole answers, nats",
+        (Line("logps/chosen", "chosen", CHOSEN), Line("logps/rejected", "rejected", SFT)),
+    ),
+)
+
+
+def training_curves(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Title, note and SVG of every drawing that the run's logs have numbers for."""
+    for curves in DRAWINGS:
+        stage = run.stages.get(curves.stage)
+        if stage is None or stage.metrics is None:
+            continue
+        with as_written(run.folder / curves.stage / "training_metrics.json"):
+            series = [
+                (dataclasses.replace(line, key=prefix + line.key), points)
+                for line in curves.lines
+                for prefix in ("", "eval_")
+                if (points := _points(stage.metrics["log_history"], prefix + line.key))
+            ]
+        if series:
+            yield curves.title, curves.note, to_svg(_draw(curves, series))
+
+
+def _points(history: Sequence[Json], key: str) -> list[tuple[int, float]]:
+    return [(record["step"], float(record[key])) for record in history if record.get(key) is not None]
+
+
+def _draw(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]) -> "Figure":
+    figure, axes = new_figure()
+    if curves.level is not None:
+        axes.axhline(curves.level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    for line, points in series:
+        steps, values = zip(*points, strict=True)
+        held_out = line.key.startswith("eval_")
+        label = f"{line.label}, held out" if held_out and len(curves.lines) > 1 else "held out" if held_out else line.label
+        marker = "o" if held_out or len(points) == 1 else None
+        style = "--" if held_out else "-"
+        axes.plot(steps, values, style, color=line.colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+    if len(series) > 1:
+        axes.legend(frameon=False, labelcolor=MUTED, fontsize=10, handlelength=1.4)
+    axes.set_xlabel("step", color=MUTED)
+    return figure
+
+
+def new_figure() -> tuple["Figure", Any]:
+    """A figure with one quiet pair of axes, not registered with pyplot."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=10, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    return figure, axes
+
+
+def to_svg(figure: "Figure") -> str:
+    """`figure` as SVG to be set into HTML: no prolog, no ids that clash, text as text, colours of the page."""
+    import matplotlib as mpl
+
+    settings: Mapping[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "tandem", "axes.unicode_minus": True}
+    out = io.StringIO()
+    with mpl.rc_context(dict(settings)):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[a-z]+\w*_\d+"', "", svg)  # figure_1, axes_1, …: the same in every drawing
+    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"font: (\d+\.?\d*)px [^;\"]*", r"font-size: \1px", svg)
+    for drawn, variable in COLOURS.items():
+        svg = svg.replace(drawn, variable)
+    return svg.strip()

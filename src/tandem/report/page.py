@@ -1,0 +1,360 @@
+"""report.html: one file that a person opens at the end of a run, with no network and no server."""
+
+import base64
+import dataclasses
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tandem.config import REQUIRED, opt, options_of
+from tandem.data.options import DataOptions
+from tandem.judge.calibration import distrust
+from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
+from tandem.runs import write_atomic, write_json
+
+MODEL_NAMES = {"base": "Base", "sft": "SFT", "dpo": "DPO", "chosen": "Chosen in the data"}
+
+# Options worth seeing at a glance; the whole of them is in the YAML below the table
+SHOWN_OPTIONS = (
+    "model_name_or_path",
+    "dataset_name",
+    "dataset_train_split",
+    "max_train_samples",
+    "max_length",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "use_peft",
+    "lora_r",
+    "beta",
+    "loss_type",
+    "label_smoothing",
+    "layout",
+    "seed",
+)
+
+
+@dataclasses.dataclass
+class ReportOptions:
+    """Report."""
+
+    run_dir: str = opt(REQUIRED, "run folder to report on; report.html and training_metrics.json are written into it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a held-out metric is shown."""
+
+    title: str
+    meaning: str
+    is_share: bool = False
+
+
+METRICS = {
+    "preference_accuracy": Metric(
+        "Preference accuracy", "pairs whose chosen answer has the higher implicit reward", is_share=True
+    ),
+    "mean_margin": Metric("Mean margin", "chosen over rejected, against the reference, nats"),
+    "median_margin": Metric("Median margin", "nats"),
+    "perplexity_chosen": Metric("Perplexity of chosen", "over all tokens of the chosen answers"),
+    "kl_per_token": Metric("KL per token", "from the reference, on the model's own answers, nats"),
+    "kl_per_sequence": Metric("KL per answer", "the same, over whole answers, nats"),
+}
+STATISTICS = {
+    "n": Metric("Answers", "prompts answered"),
+    "mean_tokens": Metric("Mean length", "tokens"),
+    "truncated": Metric("Truncated", "stopped by the length limit", is_share=True),
+    "empty": Metric("Empty", "no text at all", is_share=True),
+    "refusal": Metric("Refusals", "answers that refuse", is_share=True),
+    "repetition": Metric("Repetition", "word trigrams that are repeats", is_share=True),
+}
+
+
+def write_report(options: ReportOptions) -> Path:
+    """Write `report.html`, and `training_metrics.json` from those of the stages; returns the report's path.
+
+    Raises:
+        UserError: nothing of a run in the folder, or a damaged file.
+    """
+    run = read_run(options.run_dir)
+    metrics = {name: stage.metrics for name, stage in run.stages.items() if stage.metrics is not None}
+    if metrics:
+        write_json(run.folder / "training_metrics.json", metrics)
+    path = run.folder / "report.html"
+    # A lone surrogate, which JSON lines of model text may hold, has no UTF-8
+    write_atomic(path, render(run).encode("utf-8", errors="replace"))
+    return path
+
+
+def render(run: Run, written: datetime | None = None) -> str:
+    """The page as HTML; `written` is the date it shows, now if unset."""
+    from tandem.report.curves import training_curves
+
+    environment = _environment()
+    script = _source(environment, "report.js")
+    return environment.get_template("report.html.jinja").render(
+        run=run,
+        title=run.folder.resolve().name,
+        headline=headline(run),
+        metrics=metrics_table(run),
+        statistics=statistics_table(run),
+        plots=[(title, note, Markup(svg)) for title, note, svg in training_curves(run)],
+        options=options_table(run),
+        commands=commands(run),
+        browser=browser_data(run),
+        written=(written or datetime.now(UTC)).strftime("%d %B %Y, %H:%M UTC"),
+        style=Markup(_source(environment, "report.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tandem.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    environment.filters |= {
+        "percent": percent,
+        "number": number,
+        "value": show_value,
+        "interval": show_interval,
+        "duration": duration,
+        "model_name": model_name,
+    }
+    return environment
+
+
+def _source(environment: jinja2.Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def percent(share: float) -> str:
+    """0.583 → 58.3%."""
+    return f"{100 * share:.1f}%"
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole numbers as they are, with a true minus."""
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
+        text = f"{int(value):,}"
+    else:
+        text = f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
+        if 100 <= abs(value) < 1e6:
+            text = f"{value:,.0f}"
+    return text.replace("-", "−")
+
+
+def show_value(estimate: Mapping[str, Any] | None, is_share: bool = False) -> str:
+    """The value of an estimate."""
+    if estimate is None or estimate.get("value") is None:
+        return "–"
+    return percent(estimate["value"]) if is_share else number(estimate["value"])
+
+
+def show_interval(estimate: Mapping[str, Any] | None, is_share: bool = False) -> str:
+    """The interval of an estimate, empty if it has none."""
+    if estimate is None or estimate.get("low") is None or estimate.get("high") is None:
+        return ""
+    show = percent if is_share else number
+    return f"{show(estimate['low'])} to {show(estimate['high'])}"
+
+
+def duration(seconds: float) -> str:
+    """75 → 1 min 15 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def model_name(label: str) -> str:
+    """What a model label is called on the page."""
+    return MODEL_NAMES.get(label, label)
+
+
+def headline(run: Run) -> Json:
+    """The verdict: `tag`, `sentence`, `calibration`, `distrust` (reasons not to trust the judge), `measured`."""
+    measured = _measured(run)
+    if run.judge is None:
+        return {
+            "tag": "Not judged",
+            "tone": "open",
+            "sentence": "No judge has compared these models, so nothing here says which one answers better.",
+            "calibration": None,
+            "distrust": [],
+            "measured": measured,
+        }
+    with as_written(run.folder / "judge_summary.json"):
+        calibration, winner = run.judge["calibration"], run.judge["winner"]
+        return {
+            "tag": f"{model_name(winner)} wins" if winner else "No winner named",
+            "tone": "decided" if winner else "open",
+            "sentence": run.judge["conclusion"],
+            "calibration": _calibration(run.judge),
+            "distrust": distrust(calibration["labelled"], run.judge["result"], calibration["max_flip_rate"]),
+            "measured": measured,
+        }
+
+
+def _calibration(judge: Json) -> str:
+    labelled, result = judge["calibration"]["labelled"], judge["result"]
+    accuracy, flips, first = labelled["accuracy"], result["order_flip_rate"], result["first_position_rate"]
+    if accuracy["value"] is None:
+        parts = ["The judge was not tried on pairs labelled by people"]
+    else:
+        parts = [
+            f"On {accuracy['n']} pairs labelled by people the judge agrees with them in {percent(accuracy['value'])} "
+            f"(95% interval {show_interval(accuracy, True)}; chance is 50%)"
+        ]
+    if flips["value"] is not None:
+        parts.append(f"it changes sides with the order of the answers in {percent(flips['value'])}")
+    if first["value"] is not None:
+        parts.append(f"it names the answer shown first in {percent(first['value'])} of its decisions")
+    return "; ".join(parts) + "."
+
+
+def _measured(run: Run) -> str | None:
+    """The held-out preference accuracies as a sentence."""
+    if run.results is None:
+        return None
+    with as_written(run.folder / "results.json"):
+        accuracies = {
+            label: metrics["preference_accuracy"]
+            for label, metrics in run.results["models"].items()
+            if "preference_accuracy" in metrics
+        }
+        if not accuracies:
+            return None
+        parts = [
+            f"the {model_name(label)} model prefers the chosen answer in {percent(estimate['value'])}"
+            + (f" ({interval})" if (interval := show_interval(estimate, True)) else "")
+            for label, estimate in sorted(accuracies.items(), key=lambda item: item[0] != "dpo")
+        ]
+        return f"On {run.results['n_pairs']} held-out pairs, " + "; ".join(parts) + "."
+
+
+def metrics_table(run: Run) -> Json | None:
+    """`labels`, and `rows` of a `Metric` with an estimate for each label."""
+    if run.results is None:
+        return None
+    with as_written(run.folder / "results.json"):
+        models = run.results["models"]
+        names = dict.fromkeys(name for metrics in models.values() for name in metrics)
+        rows = [
+            {"name": name, "metric": _metric(METRICS, name), "estimates": [models[label].get(name) for label in models]}
+            for name in names
+        ]
+        accuracies = {label: models[label]["preference_accuracy"] for label in models}
+        return {"labels": list(models), "rows": rows, "accuracies": accuracies}
+
+
+def statistics_table(run: Run) -> Json | None:
+    """`labels`, and `rows` of a `Metric` with a value for each label."""
+    if run.comparison is None:
+        return None
+    with as_written(run.folder / "dpo_comparison_results.json"):
+        statistics = run.comparison["statistics"]
+        names = dict.fromkeys(name for values in statistics.values() for name in values)
+        rows = [
+            {"metric": _metric(STATISTICS, name), "values": [statistics[label].get(name) for label in statistics]}
+            for name in names
+        ]
+        return {"labels": list(statistics), "rows": rows}
+
+
+def _metric(known: Mapping[str, Metric], name: str) -> Metric:
+    return known.get(name) or Metric(name.replace("_", " ").capitalize(), "")
+
+
+def options_table(run: Run) -> list[tuple[str, list[Any]]]:
+    """The options worth seeing, each with its value in every stage; None where a stage has no such option."""
+    configs = [stage.config for stage in run.stages.values()]
+    names = [name for name in SHOWN_OPTIONS if any(config.get(name) is not None for config in configs)]
+    return [(name, [_shown(config.get(name)) for config in configs]) for name in names]
+
+
+def _shown(value: Any) -> str | None:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else None if value is None else str(value)
+
+
+def browser_data(run: Run) -> Json:
+    """What the page's script shows of the answers; embedded as JSON, and put on screen as text."""
+    labels = run.judge["labels"] if run.judge else None
+    return {
+        "labels": [{"id": label, "name": model_name(label)} for label in run.labels],
+        "judged": [labels["side_1"], labels["side_2"]] if labels else [],
+        "counts": {name: sum(row["outcome"] == name for row in run.answers) for name in OUTCOMES},
+        "rows": run.answers,
+    }
+
+
+def commands(run: Run) -> list[str]:
+    """The command lines that run the same again, from the configs saved beside each stage."""
+    lines = []
+    commit = next((stage.run["git_sha"] for stage in run.stages.values() if stage.run.get("git_sha")), None)
+    if commit:
+        lines.append(f"git checkout {shlex.quote(commit)}")
+    folder = run.folder.resolve()
+    again = folder.with_name(f"{folder.name}_again")
+    for name, stage in run.stages.items():
+        if stage.config_yaml is None:
+            continue
+        config = folder / name / "config.yaml"
+        command = ["python", f"scripts/{name}.py", "--config", config, "--output_dir", again / name]
+        if name == "dpo" and "sft" in run.stages:
+            merged = again / "sft_dpo_init_merged"
+            lines.append(_line("python", "scripts/merge_lora.py", "--adapter", again / "sft", "--output_dir", merged))
+            command += ["--model_name_or_path", merged]
+        lines.append(_line(*command))
+    if "dpo" in run.stages:
+        lines += _after_training(run, again)
+    return lines
+
+
+def _after_training(run: Run, again: Path) -> list[str]:
+    """Merge, evaluation, comparison, judging and report of a repeated training."""
+    merged = again / "dpo_sanity_merged"
+    lines = [_line("python", "scripts/merge_lora.py", "--adapter", again / "dpo", "--output_dir", merged)]
+    data = _data_flags(run.stages["dpo"].config)
+    models = (run.comparison or {}).get("models", {})
+    sft = ["--sft_model", again / "sft_dpo_init_merged"] if "sft" in run.stages else []
+    if run.results and run.results.get("reference"):
+        command = ["python", "scripts/evaluate.py", *data, "--reference_model", run.results["reference"], *sft]
+        lines.append(_line(*command, "--dpo_model", merged, "--output_file", again / "results.json"))
+    if models.get("base"):
+        command = ["python", "scripts/compare.py", *data, "--base_model", models["base"], *sft]
+        lines.append(_line(*command, "--finetuned_model", merged, "--output_dir", again))
+    if run.judge:
+        judge = run.judge["judge"]
+        command = ["python", "scripts/judge.py", *data, "--run_dir", again, "--judge_model", judge["model"]]
+        lines.append(_line(*command, "--base_url", judge["base_url"]))
+    return [*lines, _line("python", "scripts/report.py", "--run_dir", again)]
+
+
+def _line(*arguments: object) -> str:
+    return shlex.join(map(str, arguments))
+
+
+def _data_flags(config: Mapping[str, Any]) -> Sequence[str]:
+    return [
+        part
+        for option in options_of(DataOptions)
+        if config.get(option.name) not in (None, option.default)
+        for part in (f"--{option.name}", str(config[option.name]))
+    ]
