@@ -10,7 +10,9 @@ from tandem.options import TextOptions
 def main(argv: list[str]) -> None:
     from tandem.data.check import CheckOptions, run_check
 
-    options, text, data = parse(argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__)
+    options, text, data = parse(
+        argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__
+    )
     train, held_out = load_splits(data)
     run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})})
 

@@ -40,7 +40,7 @@ def compare(options: CompareOptions, sampling: SamplingOptions, pairs: Sequence[
         records = read_jsonl(generate(model, label, prompts, sampling, folder))
         answers[label] = {record["prompt_id"]: record for record in records}
     chosen = {prompt_id(_messages(pair)): _text(pair["chosen"]) for pair in pairs}
-    results = {
+    results: dict[str, Any] = {
         "models": options.models,
         "seed": sampling.seed,
         "statistics": {label: _statistics(list(by_prompt.values())) for label, by_prompt in answers.items()},

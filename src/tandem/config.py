@@ -7,6 +7,7 @@ default and help text. Nothing heavy is imported here, so that a wrong command l
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import yaml
 from tandem.errors import UserError
 
 REQUIRED: Any = "<required>"  # default of an option that has none; `parse` refuses to go on without a value
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
 def opt(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
@@ -67,14 +69,14 @@ def convert(option: _Option, value: Any, where: str) -> Any:
     Text is read as the type says (`5e-4` is a float, though YAML 1.1 calls it text); any other mismatch is a
     `UserError` that names `where` the value came from.
     """
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        if type(None) in option.kinds:
-            return None
+    if type(None) in option.kinds and (value is None or _lower(value) in ("none", "null")):
+        return None
+    if value is None:
         raise UserError(f"{where}: {option.name} needs a value")
     for kind in option.kinds:
         try:
             converted = _as_kind(kind, value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             continue
         _check_choice(option, converted, where)
         return converted
@@ -93,7 +95,7 @@ def _as_kind(kind: Any, value: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[_lower(value)]
+        return _BOOLEANS[_lower(value)]
     if isinstance(value, bool) or kind is type(None):
         raise TypeError
     if kind is str:
@@ -102,14 +104,13 @@ def _as_kind(kind: Any, value: Any) -> Any:
         return str(value)
     if kind is int and not isinstance(value, str) and int(value) != value:
         raise ValueError
+    if kind is float and not math.isfinite(float(value)):
+        raise ValueError
     return kind(value)
 
 
 def _lower(value: Any) -> str:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0", "yes", "no"):
-        raise ValueError(value)
-    return text
+    return str(value).lower()
 
 
 def _kind_name(kind: Any) -> str:
@@ -146,10 +147,7 @@ def _build_parser(classes: Sequence[type], prog: str, description: str) -> argpa
 def _argparse_keywords(option: _Option) -> dict[str, Any]:
     shown = "required" if option.default is REQUIRED else f"default: {_shown(option.default)}"
     help = f"{option.help} ({shown})".replace("%", "%%")
-    if option.choices:
-        metavar = "{" + ",".join(map(str, option.choices)) + "}"
-    else:
-        metavar = "VALUE"
+    metavar = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else "VALUE"
     keywords: dict[str, Any] = {"help": help, "metavar": metavar}
     if bool in option.kinds:
         keywords |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
@@ -164,9 +162,22 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without objects, and without YAML's silence about a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"option {name} appears twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
@@ -242,7 +253,9 @@ def parse(
 
 def resolved(*instances: Any) -> dict[str, Any]:
     """Every option of `instances` with its value, flat: as YAML this is a config file that replays the run."""
-    return {option.name: getattr(instance, option.name) for instance in instances for option in options_of(type(instance))}
+    return {
+        option.name: getattr(instance, option.name) for instance in instances for option in options_of(type(instance))
+    }
 
 
 def to_yaml(values: dict[str, Any]) -> str:

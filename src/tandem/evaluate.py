@@ -199,12 +199,12 @@ def _score_policy(
 
     scorer = _scorer(name, options)
     logps = scorer.pair_logps(pairs, max_length, label)
-    prompts = list({tuple(pair["prompt_ids"]) for pair in pairs})
-    prompts = sorted(prompts, key=lambda prompt: (len(prompt), prompt))[:: max(1, len(prompts) // (options.kl_prompts or 1))]
+    prompts = list(dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs))[: options.kl_prompts]
+    prompts.sort(key=len)  # prompts of like length together: less padding
     own = Sampling(options.kl_max_new_tokens, temperature=1.0, top_p=1.0)
     samples = []
-    for start in range(0, min(options.kl_prompts, len(prompts)), options.eval_batch_size):
-        batch = [list(p) for p in prompts[: options.kl_prompts][start : start + options.eval_batch_size]]
+    for start in range(0, len(prompts), options.eval_batch_size):
+        batch = [list(prompt) for prompt in prompts[start : start + options.eval_batch_size]]
         answers = scorer.sample(batch * 2, own, options.eval_seed + start)
         samples += [
             {"prompt_ids": prompt, "chosen_ids": first, "rejected_ids": second}

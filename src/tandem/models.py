@@ -10,8 +10,8 @@ from trl.trainer.utils import create_model_from_path
 
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.errors import UserError
-from tandem.options import LoraOptions, ModelOptions, is_adapter
 from tandem.log import logger
+from tandem.options import LoraOptions, ModelOptions, is_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -56,9 +56,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         name = base_of_adapter(name)
     _check_folder(name, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=options.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: no tokenizer can be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token is None:

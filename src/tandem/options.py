@@ -5,6 +5,7 @@ passed on: `explain_unknown` says so.
 """
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ LOSS_TYPES = (
 )  # fmt: skip
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# The others need a β·log Z(x) to cancel that only reverse KL has; TRL 1.16 refuses them
+F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 LAYOUTS = ("shared", "packed", "padded")
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit")
 
 
 @dataclasses.dataclass
@@ -70,6 +77,12 @@ class TextOptions:
             )
 
 
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
+    "eval_steps", "save_steps", "save_total_limit", "max_train_samples", "max_eval_samples",
+)  # fmt: skip
+
+
 @dataclasses.dataclass
 class TrainOptions:
     """Training."""
@@ -81,11 +94,11 @@ class TrainOptions:
     per_device_eval_batch_size: int = opt(8, "the same in evaluation")
     gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step")
     learning_rate: float = opt(1e-6, "peak learning rate")
-    lr_scheduler_type: str = opt("linear", "learning rate schedule of transformers")
+    lr_scheduler_type: str = opt("linear", "learning rate schedule", choices=SCHEDULES)
     warmup_steps: float = opt(0.0, "steps of warm-up; below 1: as a share of all steps")
     weight_decay: float = opt(0.0, "AdamW weight decay")
     max_grad_norm: float = opt(1.0, "clip the gradient to this norm; 0: do not")
-    optim: str = opt("adamw_torch", "optimizer of transformers")
+    optim: str = opt("adamw_torch", "optimizer; those of 8 bits need the extra quantization", choices=OPTIMIZERS)
     seed: int = opt(42, "seed of adapters, data order and dropout")
     bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
     fp16: bool = opt(False, "float16 autocast")
@@ -106,19 +119,33 @@ class TrainOptions:
     debug: bool = opt(False, "32 pairs, 4 steps, every step logged, anomaly detection on")
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
+        if self.num_train_epochs <= 0:
+            raise UserError(f"--num_train_epochs must be above 0, not {self.num_train_epochs}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other")
-        if self.learning_rate < 0:
-            raise UserError(f"--learning_rate must not be negative, got {self.learning_rate}")
         if (self.eval_steps is not None) != (self.eval_strategy == "steps"):
             raise UserError("--eval_steps and --eval_strategy steps need each other")
+        if self.eval_strategy == "no" and self.max_eval_samples is not None:
+            raise UserError("--max_eval_samples has no effect without --eval_strategy")
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError("--report_to none excludes other trackers")
-        if Path(self.output_dir).is_file():
-            raise UserError(f"--output_dir {self.output_dir}: is a file")
+        if "8bit" in self.optim and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"--optim {self.optim} needs bitsandbytes: pip install 'tandem[quantization]'")
+        for name in ("output_dir", "mount_dir"):
+            folder = getattr(self, name)
+            if folder and Path(folder).is_file():
+                raise UserError(f"--{name} {folder}: is a file")
+        if self.mount_dir and Path(self.mount_dir).resolve().is_relative_to(Path(self.output_dir).resolve()):
+            raise UserError(f"--mount_dir {self.mount_dir} is inside of --output_dir, which would mirror the mirror")
 
 
 @dataclasses.dataclass
@@ -158,6 +185,20 @@ class DPOOptions:
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
+        if self.f_divergence_type != "reverse_kl" and not set(self.loss_type) <= set(F_DIVERGENCE_LOSSES):
+            raise UserError(
+                f"--f_divergence_type {self.f_divergence_type} goes with {', '.join(F_DIVERGENCE_LOSSES)}, "
+                f"not with --loss_type {' '.join(self.loss_type)}"
+            )
+        alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
+        if alpha_given and self.f_divergence_type != "alpha_divergence":
+            raise UserError("--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence")
+        if self.discopop_tau <= 0:
+            raise UserError(f"--discopop_tau must be above 0, not {self.discopop_tau}")
+        if self.discopop_tau != type(self).discopop_tau and "discopop" not in self.loss_type:
+            raise UserError("--discopop_tau has no effect without --loss_type discopop")
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
+            raise UserError("--use_weighting cannot weight the losses aot and aot_unpaired: they sort the pairs apart")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise UserError(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
 
@@ -184,7 +225,9 @@ class DPOOptions:
 class EngineOptions:
     """Pair engine."""
 
-    layout: str = opt("shared", "forward each prompt once (shared), twice unpadded (packed), or as TRL", choices=LAYOUTS)
+    layout: Literal["shared", "packed", "padded"] = opt(
+        "shared", "each prompt forwarded once (shared), twice unpadded (packed), or as TRL (padded)", choices=LAYOUTS
+    )
     ref_cache: str | None = opt(None, "folder of reference log-probs; unset: in the user's cache folder")
 
 
@@ -208,7 +251,10 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions) 
     if not lora.use_peft and lora_given:
         problems.append(f"--{lora_given[0].name} has no effect without --use_peft true")
     if lora.use_peft and is_adapter(model.model_name_or_path):
-        problems.append(f"--use_peft would add an adapter to the adapter {model.model_name_or_path}: leave it out to go on training that one, or merge it first")
+        problems.append(
+            f"--use_peft would add an adapter to the adapter {model.model_name_or_path}: "
+            "leave it out to go on training that one, or merge it first"
+        )
     if train.debug and train.max_steps != -1:
         problems.append("--debug sets --max_steps itself")
     if problems:
@@ -216,7 +262,9 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions) 
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def is_adapter(name: str) -> bool:

@@ -47,9 +47,10 @@ class SamplingOptions:
             raise UserError(f"--temperature must be above 0, not {self.temperature}; use --greedy for none")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
-        for name in ("max_new_tokens", "batch_size", "max_prompt_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_new_tokens", "batch_size", "max_prompts", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
 
     @property
     def sampling(self) -> Sampling:

@@ -23,7 +23,7 @@ class Scorer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, bf16: bool | None = None
     ) -> None:
-        self.device = torch.accelerator.current_accelerator() if has_accelerator() else torch.device("cpu")
+        self.device = (torch.accelerator.current_accelerator() if has_accelerator() else None) or torch.device("cpu")
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size

@@ -50,9 +50,7 @@ from tandem.trainers.trl import PairCollator, TandemDPOTrainer, TandemSFTTrainer
 _FREE_ON_RESUME = {"logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "save_total_limit"}
 
 
-def run_sft(
-    model: ModelOptions, lora: LoraOptions, text: TextOptions, data: DataOptions, train: SFTOptions
-) -> None:
+def run_sft(model: ModelOptions, lora: LoraOptions, text: TextOptions, data: DataOptions, train: SFTOptions) -> None:
     """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
     check_training(model, lora, train)
     options = (model, lora, text, data, train)
@@ -180,9 +178,13 @@ def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_le
     pairs = [tokenize_pair(row, tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
     fitting = [pair for pair in pairs if len(pair["prompt_ids"]) < max_length]
     if len(fitting) < len(pairs):
-        logger.warning("%d of %d pairs left out: the prompt alone fills --max_length", len(pairs) - len(fitting), len(pairs))
+        logger.warning(
+            "%d of %d pairs left out: the prompt alone fills --max_length", len(pairs) - len(fitting), len(pairs)
+        )
     if not fitting:
-        raise UserError(f"--max_length {max_length}: no pair keeps any of its answers; raise it or set --max_prompt_length")
+        raise UserError(
+            f"--max_length {max_length}: no pair keeps any of its answers; raise it or set --max_prompt_length"
+        )
     return Dataset.from_list(fitting)
 
 
@@ -305,5 +307,3 @@ def _environment() -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in packages},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
-
-

@@ -13,7 +13,7 @@ LOSS, TIE, WIN = 0, 1, 2
 
 def votes_from(outcomes):
     """`votes` of outcomes 0, 1, 2, (n,) for both orders alike or (n, 2)."""
-    outcomes = np.asarray(outcomes)
+    outcomes = np.asarray(outcomes, dtype=np.int64)
     return np.eye(3, dtype=np.int64)[outcomes[:, None].repeat(2, axis=1) if outcomes.ndim == 1 else outcomes]
 
 
@@ -35,9 +35,10 @@ def conclude(result, labelled=GOOD, max_flip_rate=0.4):
     return calibration.conclude(result, labelled, "base", "dpo", max_flip_rate)
 
 
-def fair_votes(n, share, seed=0):
-    rng = np.random.default_rng(seed)
-    return votes_from(np.where(rng.random(n) < share, WIN, LOSS))
+def fair_votes(n, share):
+    """Side 2 wins exactly `share`, in no order."""
+    wins = np.arange(n) < round(n * share)
+    return votes_from(np.where(np.random.default_rng(0).permutation(wins), WIN, LOSS))
 
 
 def always_a(n):
@@ -124,13 +125,16 @@ def test_self_agreement_shows_the_preferred_position():
 def test_a_fair_judge_names_the_winner_with_its_interval():
     got = conclude(result_of(fair_votes(400, 0.6)))
     assert got["winner"] == "dpo" and got["why"] == []
-    assert got["conclusion"].startswith("dpo beats base on 6") and "95% interval" in got["conclusion"]
+    assert got["conclusion"] == (
+        "dpo beats base on 60.0% of the 400 decisive prompts (95% interval 55.1% to 64.7%), "
+        "out of 400 prompts judged in both orders."
+    )
 
 
 def test_the_other_side_can_win_too():
     got = conclude(result_of(fair_votes(400, 0.4)))
     assert got["winner"] == "base"
-    assert got["conclusion"].startswith("base beats dpo on 6") or got["conclusion"].startswith("base beats dpo on 5")
+    assert got["conclusion"].startswith("base beats dpo on 60.0% of the 400 decisive prompts (95% interval 55.1% to")
 
 
 def test_a_judge_that_always_says_a_names_no_winner_and_is_found_out():

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+
 from tandem.errors import AlarmStop
 from tandem.monitor.callback import Monitor
 from tandem.monitor.options import MonitorOptions
-from torch.utils.data import BatchSampler
 
 GLOBAL_MICRO_BATCH = 4
 ACCUMULATION = 2

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from tandem.monitor.callback import Monitor, MonitorCallback
-from tandem.monitor.options import MonitorOptions
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from tandem.monitor.callback import Monitor, MonitorCallback
+from tandem.monitor.options import MonitorOptions
 
 VOCABULARY = 64
 

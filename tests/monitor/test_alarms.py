@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from tandem.monitor.alarms import GRAD_WARMUP, AlarmState, check_finite, check_grad_norm, check_log
 from tandem.monitor.gather import Step
 from tandem.monitor.options import MonitorOptions

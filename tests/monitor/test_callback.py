@@ -1,5 +1,6 @@
 """The monitor inside TRL's real training loop."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from tandem.errors import AlarmStop, UserError
 from tandem.monitor.margins import read_margins, read_margins_log
 from tandem.monitor.options import MonitorOptions
 from tandem.runs import read_jsonl
-
 from tests.monitor.monitored import MonitoredTrainer
 
 # δ = 0.4 of 4 pairs a step: some tests fail, some do not
@@ -67,7 +68,7 @@ def test_beta_of_the_trainer_follows_the_control(whole: MonitoredTrainer) -> Non
     steps, _ = read_margins_log(Path(whole.args.output_dir) / "logs" / "margins")
     betas = [r["beta"] for r in steps]
     assert betas[:4] == [0.1] * 4
-    for before, after in zip(steps[3:], steps[4:], strict=False):
+    for before, after in itertools.pairwise(steps[3:]):
         u = (before["p_hat"] - 0.4) / math.sqrt(0.4 * 0.6 / before["n"])
         assert after["beta"] == pytest.approx(before["beta"] * math.exp(0.2 * math.tanh(0.5 * u)))
     assert whole.beta == whole.monitor.beta != 0.1
@@ -186,7 +187,7 @@ def test_bad_weights_never_replace_a_good_checkpoint(tmp_path: Path, broken: str
 def test_nan_weights_stop_without_a_checkpoint_of_them(tmp_path: Path) -> None:
     trainer = BrokenTrainer(tmp_path, options(), save_steps=3)
     trainer.broken = "weight"  # noticed by the loss of step 9, between checkpoints
-    with pytest.raises(AlarmStop, match="in step 9: .* no checkpoint was saved: the last one is good"):
+    with pytest.raises(AlarmStop, match=r"in step 9: .* no checkpoint was saved: the last one is good"):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 

@@ -7,8 +7,9 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.monitor.gather import MicroBatch, Share, Step, assemble, grad_norm_of, to_host, without_repeats
 from torch.utils.data import BatchSampler
+
+from tandem.monitor.gather import MicroBatch, Share, Step, assemble, grad_norm_of, to_host, without_repeats
 
 
 def step_of(pair_ids: list[str]) -> Step:

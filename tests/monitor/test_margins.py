@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tandem.monitor.margins import MarginsLog, read_margins, read_margins_log, summary
 from tandem.monitor.tail import TailRecord
 
@@ -39,7 +40,8 @@ def test_a_step_is_a_record_and_an_array(tmp_path: Path) -> None:
     tail = TailRecord(beta=0.2, tau=0.75, p_hat=0.5, over=True)
     record = log.write_step(2, 12, ["x", "longer"], np.array([0.5, 1.5], np.float32), tail)
     assert json.loads((tmp_path / "margins_log.jsonl").read_text()) == record
-    assert list(record) == ("epoch step n mean std min p10 median p90 max positive tau p_hat over beta npy".split())
+    fields = "epoch step n mean std min p10 median p90 max positive tau p_hat over beta npy"
+    assert " ".join(record) == fields
     assert record["npy"] == "epoch_002/step_00012.npy"
     assert (record["tau"], record["p_hat"], record["over"], record["beta"]) == (0.75, 0.5, True, 0.2)
     array = read_margins(tmp_path / record["npy"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from tandem.monitor import memory
 from tandem.monitor.memory import Memory, Throughput, Usage, device_name, imbalance, read_memory
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from safetensors import safe_open
+
 from tandem.monitor.margins import read_margins, read_margins_log
 from tandem.runs import read_jsonl
-
 from tests.monitor.fake_ranks import CASES, margin, run
 
 ROOT = Path(__file__).parents[2]

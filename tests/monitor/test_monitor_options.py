@@ -1,6 +1,7 @@
 """Options are checked when they are read."""
 
 import pytest
+
 from tandem.config import options_of, parse
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions

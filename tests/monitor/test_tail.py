@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
+
 from tandem.monitor.tail import (
     TailConfig,
     TailState,
@@ -178,7 +179,7 @@ def test_fires_within_three_steps_of_a_shift(test: str) -> None:
 
 
 def simulate_training(control: str) -> list[float]:
-    """p_hat per step where a policy's margins grow towards r/β, as DPO's optimum has it, and a larger β shrinks them."""
+    """p_hat per step where margins grow towards r/β, DPO's optimum, so that a larger β shrinks them."""
     rng = np.random.default_rng(3)
     config = dataclasses.replace(RISK, warmup_steps=20, beta_control=control)  # type: ignore[arg-type]
     state, scale, shares = TailState(beta=0.1), 1.0, []

@@ -20,7 +20,9 @@ from tandem.runs import write_json
 class CheckOptions:
     """Check."""
 
-    tokenizer_name_or_path: str | None = opt(None, "tokenizer (or model) that lengths are counted with; unset: not counted")
+    tokenizer_name_or_path: str | None = opt(
+        None, "tokenizer (or model) that lengths are counted with; unset: not counted"
+    )
     report: str | None = opt(None, "write data_report.json here")
 
 
@@ -93,8 +95,8 @@ def findings(report: dict[str, Any]) -> list[str]:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The counts as a Markdown table, a split a row, with the findings below."""
-    header = "| split | pairs | prompts | chosen longer | prompt / chosen / rejected tokens (median) |\n|---|---|---|---|---|"
-    lines = [header]
+    columns = "split | pairs | prompts | chosen longer | prompt / chosen / rejected tokens (median)"
+    lines = [f"| {columns} |", "|---" * 5 + "|"]
     for name, split in report["splits"].items():
         tokens = " / ".join(f"{value['median']:.0f}" for value in split.get("tokens", {}).values()) or "not counted"
         longer = f"{split['chosen_longer']:.2f}"

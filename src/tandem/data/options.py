@@ -11,7 +11,9 @@ from tandem.errors import UserError
 class DataOptions:
     """Data."""
 
-    dataset_name: str = opt(REQUIRED, "Hub name, or a .json, .jsonl, .csv or .parquet file (.gz too), or a folder of them")
+    dataset_name: str = opt(
+        REQUIRED, "Hub name, or a .json, .jsonl, .csv or .parquet file (.gz too), or a folder of them"
+    )
     dataset_config: str | None = opt(None, "configuration of a Hub dataset")
     dataset_revision: str | None = opt(None, "branch, tag or commit of a Hub dataset")
     dataset_train_split: str = opt("train", "training split, with a slice if wanted: train[:5%]")

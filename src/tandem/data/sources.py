@@ -136,7 +136,9 @@ def _read_split(options: DataOptions, split: str) -> list[tuple[str, Row]]:
     splits = local_splits(options.dataset_name)
     if _base(split) not in splits:
         known = ", ".join(splits)
-        raise UserError(f"--dataset_name {options.dataset_name}: no split {_base(split)} (has {known}); see --val_ratio")
+        raise UserError(
+            f"--dataset_name {options.dataset_name}: no split {_base(split)} (has {known}); see --val_ratio"
+        )
     located = [
         (f"{file} row {number}", row) for file in splits[_base(split)] for number, row in enumerate(read_rows(file), 1)
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from torch import nn
+from transformers import PreTrainedModel
 
 from tandem.errors import UserError
 
@@ -25,24 +25,24 @@ _DATABASE = "log_probs.sqlite"
 _LOCK_SECONDS = 60
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Hex digest of the weights and configuration that the reference's log-probs come from.
 
     For a PEFT model the reference is the copy of its adapter that TRL names `ref` or, without one, the base model; a
     model has the same fingerprint with adapters around it as without.
     """
     digest = xxhash.xxh3_128()
-    config = model.config.to_dict() if hasattr(model, "config") else {}
+    config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures", "pad_token_id"):
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(_reference_tensors(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
-def _reference_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _reference_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     adapters = set(getattr(model, "peft_config", ()))
     tensors = {}
     for name, tensor in model.state_dict().items():

@@ -1,9 +1,10 @@
 """Training curves as SVG that takes its colours from the page, so that light and dark are one drawing."""
 
 import dataclasses
+import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tandem.report.collect import Json, Run, as_written
@@ -45,7 +46,7 @@ class Curves:
 
 DRAWINGS = (
     Curves("sft", "SFT loss", "nats per answer token", (Line("loss", "training", SFT),)),
-    Curves("dpo", "DPO loss", "0.69 is that of no preference, with the sigmoid loss", (Line("loss", "training", DPO),)),
+    Curves("dpo", "DPO loss", "0.69: no preference (sigmoid)", (Line("loss", "training", DPO),)),
     Curves(
         "dpo",
         "Accuracy in training",
@@ -84,11 +85,25 @@ def training_curves(run: Run) -> Iterator[tuple[str, str, str]]:
                 if (points := _points(stage.metrics["log_history"], prefix + line.key))
             ]
         if series:
-            yield curves.title, curves.note, to_svg(_draw(curves, series))
+            yield curves.title, curves.note, to_svg(_draw(curves, series), _describe(curves, series))
 
 
 def _points(history: Sequence[Json], key: str) -> list[tuple[int, float]]:
     return [(record["step"], float(record[key])) for record in history if record.get(key) is not None]
+
+
+def _describe(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]) -> str:
+    parts = [
+        f"{_label(line, curves)} from {points[0][1]:.3g} at step {points[0][0]} to {points[-1][1]:.3g} at step {points[-1][0]}"
+        for line, points in series
+    ]
+    return f"{curves.title}: {', '.join(parts)}"
+
+
+def _label(line: Line, curves: Curves) -> str:
+    if not line.key.startswith("eval_"):
+        return line.label
+    return "held out" if len(curves.lines) == 1 else f"{line.label}, held out"
 
 
 def _draw(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]) -> "Figure":
@@ -98,9 +113,9 @@ def _draw(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]
     for line, points in series:
         steps, values = zip(*points, strict=True)
         held_out = line.key.startswith("eval_")
-        label = f"{line.label}, held out" if held_out and len(curves.lines) > 1 else "held out" if held_out else line.label
         marker = "o" if held_out or len(points) == 1 else None
         style = "--" if held_out else "-"
+        label = _label(line, curves)
         axes.plot(steps, values, style, color=line.colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=MUTED, fontsize=10, handlelength=1.4)
@@ -120,25 +135,29 @@ def new_figure() -> tuple["Figure", Any]:
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelsize=10, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     return figure, axes
 
 
-def to_svg(figure: "Figure") -> str:
-    """`figure` as SVG to be set into HTML: no prolog, no ids that clash, text as text, colours of the page."""
+def to_svg(figure: "Figure", description: str) -> str:
+    """`figure` as SVG to be set into HTML: no prolog, no ids that clash, text as text, colours of the page.
+
+    `description` is what it says to those who do not see it.
+    """
     import matplotlib as mpl
 
-    settings: Mapping[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "tandem", "axes.unicode_minus": True}
     out = io.StringIO()
-    with mpl.rc_context(dict(settings)):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-z]+\w*_\d+"', "", svg)  # figure_1, axes_1, …: the same in every drawing
-    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r"font: (\d+\.?\d*)px [^;\"]*", r"font-size: \1px", svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    body = svg[svg.index(">", view_box.end()) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="(?!p[0-9a-f]{10})[^"]*"', "", body)  # figure_1, axes_1, …: the same in every drawing
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     for drawn, variable in COLOURS.items():
-        svg = svg.replace(drawn, variable)
-    return svg.strip()
+        body = body.replace(drawn, variable)
+    label = html.escape(description)
+    return f'<svg {view_box[0]} role="img" aria-label="{label}">{body.strip()}'

@@ -3,8 +3,9 @@
 import base64
 import dataclasses
 import hashlib
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tandem.config import REQUIRED, opt, options_of
-from tandem.data.options import DataOptions
+from tandem.config import REQUIRED, opt
 from tandem.judge.calibration import distrust
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
 from tandem.runs import write_atomic, write_json
 
+JUDGE_SERVER_LOG = "judge_server.log"  # left by pipelines/lib.sh where it served the judge itself
 MODEL_NAMES = {"base": "Base", "sft": "SFT", "dpo": "DPO", "chosen": "Chosen in the data"}
 
 # Options worth seeing at a glance; the whole of them is in the YAML below the table
@@ -147,13 +148,11 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, whole numbers as they are, with a true minus."""
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
-        text = f"{int(value):,}"
+    """Counts as they are, measured numbers to three digits, with a true minus."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        text = f"{round(value):,}"
     else:
-        text = f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
-        if 100 <= abs(value) < 1e6:
-            text = f"{value:,.0f}"
+        text = f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−")
 
 
@@ -203,11 +202,17 @@ def headline(run: Run) -> Json:
         return {
             "tag": f"{model_name(winner)} wins" if winner else "No winner named",
             "tone": "decided" if winner else "open",
-            "sentence": run.judge["conclusion"],
+            "sentence": _with_names(run.judge["conclusion"], run.judge["labels"].values()),
             "calibration": _calibration(run.judge),
             "distrust": distrust(calibration["labelled"], run.judge["result"], calibration["max_flip_rate"]),
             "measured": measured,
         }
+
+
+def _with_names(sentence: str, labels: Iterable[str]) -> str:
+    for label in labels:
+        sentence = re.sub(rf"\b{re.escape(label)}\b(?!-)", model_name(label), sentence)
+    return sentence
 
 
 def _calibration(judge: Json) -> str:
@@ -253,12 +258,16 @@ def metrics_table(run: Run) -> Json | None:
         return None
     with as_written(run.folder / "results.json"):
         models = run.results["models"]
-        names = dict.fromkeys(name for metrics in models.values() for name in metrics)
+        names = dict.fromkeys(
+            name for metrics in models.values() for name, found in metrics.items() if "value" in found
+        )
         rows = [
             {"name": name, "metric": _metric(METRICS, name), "estimates": [models[label].get(name) for label in models]}
             for name in names
         ]
-        accuracies = {label: models[label]["preference_accuracy"] for label in models}
+        accuracies = {
+            label: models[label]["preference_accuracy"] for label in models if "preference_accuracy" in models[label]
+        }
         return {"labels": list(models), "rows": rows, "accuracies": accuracies}
 
 
@@ -304,57 +313,39 @@ def browser_data(run: Run) -> Json:
     }
 
 
-def commands(run: Run) -> list[str]:
-    """The command lines that run the same again, from the configs saved beside each stage."""
-    lines = []
-    commit = next((stage.run["git_sha"] for stage in run.stages.values() if stage.run.get("git_sha")), None)
-    if commit:
-        lines.append(f"git checkout {shlex.quote(commit)}")
+def commands(run: Run) -> dict[str, list[str]]:
+    """Command lines that run the same again: the whole `pipeline`, and single training `stages`."""
+    configured = {name: stage for name, stage in run.stages.items() if stage.config_yaml is not None and stage.config}
+    if not configured:
+        return {"pipeline": [], "stages": []}
     folder = run.folder.resolve()
     again = folder.with_name(f"{folder.name}_again")
-    for name, stage in run.stages.items():
-        if stage.config_yaml is None:
-            continue
-        config = folder / name / "config.yaml"
-        command = ["python", f"scripts/{name}.py", "--config", config, "--output_dir", again / name]
-        if name == "dpo" and "sft" in run.stages:
-            merged = again / "sft_dpo_init_merged"
-            lines.append(_line("python", "scripts/merge_lora.py", "--adapter", again / "sft", "--output_dir", merged))
-            command += ["--model_name_or_path", merged]
-        lines.append(_line(*command))
-    if "dpo" in run.stages:
-        lines += _after_training(run, again)
-    return lines
+    checkout = [f"git checkout {sha}" for sha in [_commit(run)] if sha]
+    environment = _pipeline_environment(run, next(iter(configured.values())).config) | {"OUTPUT_DIR": str(again)}
+    settings = [f"{name}={shlex.quote(value)} \\" for name, value in environment.items()]
+    return {
+        "pipeline": [*checkout, *settings, "./pipelines/dpo_pipeline_sanity.sh"],
+        "stages": [
+            shlex.join(
+                ["python", f"scripts/{name}.py", "--config", str(folder / name / "config.yaml")]
+                + ["--output_dir", str(again / name)]
+            )
+            for name in configured
+        ],
+    }
 
 
-def _after_training(run: Run, again: Path) -> list[str]:
-    """Merge, evaluation, comparison, judging and report of a repeated training."""
-    merged = again / "dpo_sanity_merged"
-    lines = [_line("python", "scripts/merge_lora.py", "--adapter", again / "dpo", "--output_dir", merged)]
-    data = _data_flags(run.stages["dpo"].config)
-    models = (run.comparison or {}).get("models", {})
-    sft = ["--sft_model", again / "sft_dpo_init_merged"] if "sft" in run.stages else []
-    if run.results and run.results.get("reference"):
-        command = ["python", "scripts/evaluate.py", *data, "--reference_model", run.results["reference"], *sft]
-        lines.append(_line(*command, "--dpo_model", merged, "--output_file", again / "results.json"))
-    if models.get("base"):
-        command = ["python", "scripts/compare.py", *data, "--base_model", models["base"], *sft]
-        lines.append(_line(*command, "--finetuned_model", merged, "--output_dir", again))
+def _commit(run: Run) -> str | None:
+    return next((shlex.quote(sha) for stage in run.stages.values() if (sha := stage.run.get("git_sha"))), None)
+
+
+def _pipeline_environment(run: Run, config: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that the pipeline takes; DATASET stays unset where the pipeline's own slice was used."""
+    environment = {"MODEL_NAME": str(config.get("model_name_or_path"))}
+    if "[" not in str(config.get("dataset_train_split")):
+        environment["DATASET"] = str(config.get("dataset_name"))
     if run.judge:
+        served_here = (run.folder / JUDGE_SERVER_LOG).exists()
         judge = run.judge["judge"]
-        command = ["python", "scripts/judge.py", *data, "--run_dir", again, "--judge_model", judge["model"]]
-        lines.append(_line(*command, "--base_url", judge["base_url"]))
-    return [*lines, _line("python", "scripts/report.py", "--run_dir", again)]
-
-
-def _line(*arguments: object) -> str:
-    return shlex.join(map(str, arguments))
-
-
-def _data_flags(config: Mapping[str, Any]) -> Sequence[str]:
-    return [
-        part
-        for option in options_of(DataOptions)
-        if config.get(option.name) not in (None, option.default)
-        for part in (f"--{option.name}", str(config[option.name]))
-    ]
+        environment |= {"JUDGE_MODEL": judge["model"], "JUDGE_BASE_URL": "local" if served_here else judge["base_url"]}
+    return environment

@@ -66,6 +66,9 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
     Losses, and the values of all metrics, are TRL's.
     """
 
+    _signature_columns: list[str]
+    _total_train_tokens: Any  # a promise of TRL's count while its metrics are deferred
+
     def __init__(
         self, *arguments: Any, engine: EngineOptions, monitor: MonitorOptions, logs_dir: Path, **keywords: Any
     ) -> None:
@@ -102,7 +105,8 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
         # Another run may add entries between the reads of two ranks, which would then forward different batches
         found: dict[bytes, tuple[float, float]] = broadcast_object_list(known)[0]
         missing = [index for index, key in enumerate(keys) if key not in found]
-        logger.info("reference of %s pairs: %d of %d in %s", name, len(keys) - len(missing), len(keys), self._ref_cache.path)
+        hits = len(keys) - len(missing)
+        logger.info("reference of %s pairs: %d of %d in %s", name, hits, len(keys), self._ref_cache.path)
         if missing:
             found |= self._score_reference(dataset, keys, missing, name, batch_size)
         chosen, rejected = zip(*(found[key] for key in keys), strict=True)
@@ -123,8 +127,8 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
         self, dataset: Dataset, keys: list[bytes], missing: list[int], name: str, batch_size: int
     ) -> dict[bytes, tuple[float, float]]:
         # Pairs of like length together, so that batches are alike in memory and time
-        lengths = [sum(len(dataset[index][ids]) for ids in ("prompt_ids", "chosen_ids", "rejected_ids")) for index in missing]
-        order = [index for _, index in sorted(zip(lengths, missing, strict=True))]
+        sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+        order = sorted(missing, key=lambda index: sum(len(dataset[index][side]) for side in sides))
         loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.data_collator)
         model = self.ref_model or self.model
         scores: dict[bytes, tuple[float, float]] = {}

@@ -1,0 +1,169 @@
+import ast
+import dataclasses
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from tandem.errors import UserError
+from tandem.options import (
+    LOSS_TYPES,
+    SMOOTHED_LOSSES,
+    DPOOptions,
+    LoraOptions,
+    ModelOptions,
+    SFTOptions,
+    TextOptions,
+    TrainOptions,
+    check_training,
+    explain_unknown,
+)
+from tandem.sampling import SamplingOptions
+
+
+def trl_branches() -> dict[str, str]:
+    """TRL's loss functions: the source of each `loss_type == "…"` branch, by name."""
+    branches = {}
+    tree = ast.parse(textwrap.dedent(inspect.getsource(DPOTrainer._compute_loss)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).startswith("loss_type == "):
+            branches[ast.literal_eval(node.test.comparators[0])] = ast.unparse(ast.Module(node.body, []))
+    return branches
+
+
+def test_losses_are_those_of_trl():
+    assert set(LOSS_TYPES) == set(trl_branches())
+
+
+def test_smoothed_losses_are_those_whose_formula_has_the_smoothing():
+    smoothed = {name for name, body in trl_branches().items() if "self.label_smoothing" in body}
+    assert set(SMOOTHED_LOSSES) == smoothed | {"sigmoid"}
+
+
+@given(
+    smoothing=st.floats(0, 0.49),
+    weight=st.floats(0.1, 10),
+    x=st.lists(st.floats(-20, 20), min_size=1, max_size=8),
+)
+def test_cdpo_from_the_terms_of_trl(smoothing: float, weight: float, x: list[float]):
+    """cDPO is (1 − ε)·(−log σ(x)) + ε·(−log σ(−x)); TRL's terms, weighted and added, must give it."""
+    logits = torch.tensor(x, dtype=torch.float64)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    trl = {
+        "sigmoid": -log_sigmoid(logits),
+        "robust": (-(1 - smoothing) * log_sigmoid(logits) + smoothing * log_sigmoid(-logits)) / (1 - 2 * smoothing),
+    }
+    names, weights = DPOOptions(label_smoothing=smoothing, loss_weights=[weight]).trl_losses
+    added = sum(w * trl[name] for name, w in zip(names, weights, strict=True))
+    formula = -(1 - smoothing) * log_sigmoid(logits) - smoothing * log_sigmoid(-logits)
+    torch.testing.assert_close(added, weight * formula, rtol=1e-9, atol=1e-9)
+
+
+def test_only_sigmoid_is_rewritten_for_smoothing():
+    options = DPOOptions(loss_type=["aot", "sigmoid", "sft"], loss_weights=[1.0, 2.0, 3.0], label_smoothing=0.1)
+    names, weights = options.trl_losses
+    assert names == ["aot", "sigmoid", "robust", "sft"]
+    assert weights == pytest.approx([1.0, 2 * 1.8, -2 * 0.8, 3.0])
+    assert DPOOptions().trl_losses == (["sigmoid"], [1.0])
+
+
+TRAIN = {"output_dir": "out"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "message"),
+    [
+        (LoraOptions, {"lora_r": 0}, "--lora_r must be at least 1, not 0"),
+        (LoraOptions, {"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
+        (LoraOptions, {"load_in_4bit": True}, "--load_in_4bit needs --use_peft true: weights in 4 bits cannot be "),
+        (TextOptions, {"max_length": 1}, "--max_length must be at least 2, not 1"),
+        (TextOptions, {"max_prompt_length": 1024}, "--max_prompt_length must be at least 1 and below --max_length 1024"),
+        (TrainOptions, TRAIN | {"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
+        (TrainOptions, TRAIN | {"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
+        (TrainOptions, TRAIN | {"max_train_samples": -1}, "--max_train_samples must be at least 1, not -1"),
+        (TrainOptions, TRAIN | {"max_steps": 0}, "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
+        (TrainOptions, TRAIN | {"num_train_epochs": 0.0}, "--num_train_epochs must be above 0, not 0.0"),
+        (TrainOptions, TRAIN | {"learning_rate": -1.0}, "--learning_rate must not be negative, got -1.0"),
+        (TrainOptions, TRAIN | {"bf16": True, "fp16": True}, "--bf16 and --fp16 exclude each other"),
+        (TrainOptions, TRAIN | {"eval_steps": 3}, "--eval_steps and --eval_strategy steps need each other"),
+        (TrainOptions, TRAIN | {"eval_strategy": "steps"}, "--eval_steps and --eval_strategy steps need each other"),
+        (TrainOptions, TRAIN | {"max_eval_samples": 3}, "--max_eval_samples has no effect without --eval_strategy"),
+        (TrainOptions, TRAIN | {"report_to": ["none", "wandb"]}, "--report_to none excludes other trackers"),
+        (TrainOptions, TRAIN | {"mount_dir": "out/mirror"}, "--mount_dir out/mirror is inside of --output_dir"),
+        (TrainOptions, TRAIN | {"optim": "adamw_8bit"}, "--optim adamw_8bit needs bitsandbytes: pip install"),
+        (DPOOptions, {"beta": 0.0}, "--beta must be above 0, not 0.0"),
+        (DPOOptions, {"loss_weights": [1.0, 2.0]}, "--loss_weights has 2 values for 1 --loss_type"),
+        (DPOOptions, {"label_smoothing": 0.5}, "--label_smoothing must be at least 0 and below 0.5, not 0.5"),
+        (
+            DPOOptions,
+            {"label_smoothing": 0.1, "loss_type": ["ipo"]},
+            "--label_smoothing has no effect with --loss_type ipo; it has with sigmoid, robust, exo_pair, aot, aot_un",
+        ),
+        (DPOOptions, {"loss_type": ["exo_pair"]}, "--loss_type exo_pair needs --label_smoothing above 0"),
+        (DPOOptions, {"ld_alpha": 1.5}, "--ld_alpha must be between 0 and 1, not 1.5"),
+        (DPOOptions, {"discopop_tau": 0.1}, "--discopop_tau has no effect without --loss_type discopop"),
+        (DPOOptions, {"f_alpha_divergence_coef": 0.3}, "--f_alpha_divergence_coef has no effect without --f_divergence"),
+        (DPOOptions, {"f_divergence_type": "js_divergence", "loss_type": ["aot"]}, "--f_divergence_type js_divergence g"),
+        (DPOOptions, {"use_weighting": True, "loss_type": ["aot"]}, "--use_weighting cannot weight the losses aot and"),
+        (SamplingOptions, {"temperature": 0.0}, "--temperature must be above 0, not 0.0; use --greedy for none"),
+        (SamplingOptions, {"top_p": 1.5}, "--top_p must be above 0 and at most 1, not 1.5"),
+        (SamplingOptions, {"max_prompts": 0}, "--max_prompts must be at least 1, not 0"),
+    ],
+)
+def test_refusals(cls: type, given: dict[str, object], message: str):
+    with pytest.raises(UserError) as error:
+        cls(**given)
+    assert str(error.value).startswith(message)
+
+
+def test_f_divergence_losses_are_those_trl_accepts():
+    source = inspect.getsource(DPOTrainer.__init__)
+    start = source.index("f_divergence_loss_types = {") + len("f_divergence_loss_types = ")
+    accepted = ast.literal_eval(source[start : source.index("}", start) + 1])
+    for name in LOSS_TYPES:
+        given = {"loss_type": [name], "f_divergence_type": "js_divergence", "label_smoothing": 0.1 * (name == "exo_pair")}
+        if name in accepted:
+            DPOOptions(**given)
+        else:
+            with pytest.raises(UserError, match="f_divergence_type"):
+                DPOOptions(**given)
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for name in ("output_dir", "mount_dir"):
+        with pytest.raises(UserError, match=f"--{name} .*file: is a file"):
+            TrainOptions(**TRAIN | {name: str(tmp_path / "file")})
+
+
+def test_options_across_classes(tmp_path: Path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    model, train = ModelOptions("gpt2"), TrainOptions("out")
+    check_training(model, LoraOptions(), train)
+    check_training(ModelOptions(str(adapter)), LoraOptions(), train)
+    with pytest.raises(UserError, match="--lora_r has no effect without --use_peft true"):
+        check_training(model, LoraOptions(lora_r=8), train)
+    with pytest.raises(UserError, match="would add an adapter to the adapter"):
+        check_training(ModelOptions(str(adapter)), LoraOptions(use_peft=True), train)
+    with pytest.raises(UserError, match="--lora_alpha has no effect .*; --debug sets --max_steps itself"):
+        check_training(model, LoraOptions(lora_alpha=8), TrainOptions("out", debug=True, max_steps=5))
+
+
+def test_sft_differs_from_training_in_its_learning_rate_only():
+    def defaults(cls: type) -> dict[str, object]:
+        return {field.name: field.default for field in dataclasses.fields(cls)} | {"learning_rate": None}
+
+    assert defaults(SFTOptions) == defaults(TrainOptions)
+    assert SFTOptions("out").learning_rate == 2e-5
+
+
+def test_unknown_options_that_trl_has_are_named_as_such():
+    assert "TRL has it" in str(explain_unknown("padding_free"))
+    assert explain_unknown("no_such_option") is None

@@ -1,0 +1,174 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.runs import (
+    MANIFEST,
+    append_jsonl,
+    is_complete,
+    read_jsonl,
+    sha256_file,
+    sha256_json,
+    staged_dir,
+    write_atomic,
+    write_json,
+    write_manifest,
+)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=5,
+)
+records = st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_size=1, max_size=5)
+
+
+def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path):
+    file = tmp_path / "deep" / "file"
+    write_atomic(file, "old")
+    write_atomic(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert os.listdir(file.parent) == ["file"]
+
+
+def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "file"
+    write_atomic(file, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(file, "new")
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_json_refuses_what_json_has_not(tmp_path: Path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "file", {"value": float("nan")})
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path):
+    """A process rewrites a file without pause, and is killed: every read is one whole version."""
+    file = tmp_path / "file"
+    code = (
+        "import sys, itertools; from tandem.runs import write_atomic\n"
+        "for i in itertools.count(): write_atomic(sys.argv[1], str(i % 10) * 100_000)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(file)])
+    try:
+        while not file.exists():
+            time.sleep(0.01)
+        reads = [file.read_text() for _ in range(50)]
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    for text in [*reads, file.read_text()]:
+        assert text == text[0] * 100_000
+
+
+@given(records, st.data())
+def test_a_torn_tail_loses_one_record_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], data: st.DataObject
+):
+    """Cut the file anywhere in its last line: the lines before it stand, and so does the one appended after."""
+    file = tmp_path_factory.getbasetemp() / "torn.jsonl"
+    file.unlink(missing_ok=True)
+    for row in rows:
+        append_jsonl(file, row)
+    assert read_jsonl(file) == rows
+    whole = file.read_bytes()
+    last_line = len(json.dumps(rows[-1], ensure_ascii=False).encode()) + 1
+    cut = data.draw(st.integers(1, last_line))
+    file.write_bytes(whole[:-cut])
+    assert read_jsonl(file) == rows[:-1]
+    append_jsonl(file, {"after": 1})
+    assert read_jsonl(file) == [*rows[:-1], {"after": 1}]
+
+
+def test_read_jsonl_of_nothing(tmp_path: Path):
+    assert read_jsonl(tmp_path / "missing.jsonl") == []
+    (tmp_path / "empty.jsonl").touch()
+    assert read_jsonl(tmp_path / "empty.jsonl") == []
+
+
+def test_line_separators_in_a_text_do_not_end_a_record(tmp_path: Path):
+    row = {"text": "a\u2028b\x85c\x0bd\r\ne"}
+    append_jsonl(tmp_path / "file", row)
+    assert read_jsonl(tmp_path / "file") == [row]
+
+
+def test_staged_dir_appears_complete(tmp_path: Path):
+    target = tmp_path / "out"
+    with staged_dir(target) as folder:
+        (folder / "a").write_text("1")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_text("22")
+        assert not target.exists()
+    assert is_complete(target)
+    assert json.loads((target / MANIFEST).read_text()) == {"files": {"a": 1, "sub/b": 2}}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_staged_dir_replaces_the_whole_folder(tmp_path: Path):
+    target = tmp_path / "out"
+    for name in ("old", "new"):
+        with staged_dir(target) as folder:
+            (folder / name).touch()
+    assert sorted(os.listdir(target)) == [MANIFEST, "new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_staged_dir_changes_nothing_on_an_error(tmp_path: Path):
+    target = tmp_path / "out"
+    with staged_dir(target) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError, match="half-way"), staged_dir(target) as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError("half-way")
+    assert (target / "a").read_text() == "old"
+    assert is_complete(target)
+    with staged_dir(target) as folder:  # what the failed one left does not get in
+        assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "shorter", "no manifest", "torn manifest"])
+def test_a_folder_with_harm_is_not_complete(tmp_path: Path, harm: str):
+    (tmp_path / "a").write_text("123")
+    write_manifest(tmp_path)
+    assert is_complete(tmp_path)
+    match harm:
+        case "missing":
+            (tmp_path / "a").unlink()
+        case "shorter":
+            (tmp_path / "a").write_text("12")
+        case "no manifest":
+            (tmp_path / MANIFEST).unlink()
+        case "torn manifest":
+            (tmp_path / MANIFEST).write_text('{"files": {"a"')
+    assert not is_complete(tmp_path)
+
+
+def test_hashes(tmp_path: Path):
+    (tmp_path / "abc").write_text("abc")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert sha256_file(tmp_path / "abc") == abc
+    assert sha256_json({"b": 1, "a": "ü"}) == sha256_json({"a": "ü", "b": 1})
+    assert sha256_json([1, 2]) != sha256_json([2, 1])
+    assert sha256_json("\ud800") != sha256_json("\ud801")  # half a surrogate pair can come out of JSON
+
+
+@given(json_values)
+def test_sha256_json_depends_on_the_value_alone(value: object):
+    assert sha256_json(value) == sha256_json(json.loads(json.dumps(value)))
