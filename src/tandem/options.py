@@ -7,7 +7,7 @@ passed on: `explain_unknown` says so.
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
