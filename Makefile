@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train lint format bench clean
+.PHONY: help setup demo test train lint format bench build run clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,19 @@ format: setup ## format the code
 
 bench: setup ## Tandem beside stock TRL, about 30 minutes
 	$(BIN)/python bench/run.py
+
+IMAGE ?= tandem
+# Passed by name, so that a value is on no command line
+RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG JUDGE_MODEL JUDGE_BASE_URL
+export $(RUN_VARIABLES)
+
+build: ## the container image
+	docker build -t $(IMAGE) .
+
+run: ## the sanity pipeline in the container: make run MODEL_NAME=… [HF_TOKEN=… DATASET=… GPUS=all]
+	@mkdir -p runs
+	docker run --rm $(if $(GPUS),--gpus $(GPUS)) $(foreach name,$(RUN_VARIABLES),$(if $($(name)),-e $(name))) \
+		-v tandem-cache:/home/tandem/.cache -v $(CURDIR)/runs:/opt/tandem/runs $(IMAGE)
 
 clean: ## remove the virtual environment, run folders and caches
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -23,6 +24,7 @@ class Colours:
     limit: int | None = opt(None, "at most")
     kinds: list[str] = opt(["red"], "which", choices=("red", "blue", "none"))
     weights: list[float] | None = opt(None, "one for each")
+    finish: Literal["matt", "gloss"] = opt("matt", "surface", choices=("matt", "gloss"))
 
 
 def read(*argv: str) -> Colours:
@@ -93,6 +95,7 @@ def test_default_lists_are_not_shared():
         (["--name", "a", "--limit", "x"], "command line: limit must be a whole number, not 'x'"),
         (["--name", "a", "--kinds", "green"], "command line: kinds must be one of red, blue, none, not green"),
         (["--name", "a", "--weights", "x"], "command line: weights must be a list (a number each), not ['x']"),
+        (["--name", "a", "--finish", "wet"], "command line: finish must be one of matt, gloss, not 'wet'"),
         (["--name"], "argument --name: expected one argument (see --help)"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml: cannot be read: No such file or directory"),
     ],
@@ -177,6 +180,7 @@ texts = st.text(st.characters(codec="utf-8"))
         limit=st.none() | st.integers(-5, 5),
         kinds=st.lists(st.sampled_from(["red", "blue", "none"]), min_size=1),
         weights=st.none() | st.lists(floats, min_size=1),
+        finish=st.sampled_from(["matt", "gloss"]),
     )
 )
 def test_a_saved_config_is_read_back(tmp_path_factory: pytest.TempPathFactory, colours: Colours):

@@ -82,7 +82,11 @@ TRAIN = {"output_dir": "out"}
         (LoraOptions, {"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
         (LoraOptions, {"load_in_4bit": True}, "--load_in_4bit needs --use_peft true: weights in 4 bits cannot be "),
         (TextOptions, {"max_length": 1}, "--max_length must be at least 2, not 1"),
-        (TextOptions, {"max_prompt_length": 1024}, "--max_prompt_length must be at least 1 and below --max_length 1024"),
+        (
+            TextOptions,
+            {"max_prompt_length": 1024},
+            "--max_prompt_length must be at least 1 and below --max_length 1024",
+        ),
         (TrainOptions, TRAIN | {"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
         (TrainOptions, TRAIN | {"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
         (TrainOptions, TRAIN | {"max_train_samples": -1}, "--max_train_samples must be at least 1, not -1"),
@@ -107,8 +111,16 @@ TRAIN = {"output_dir": "out"}
         (DPOOptions, {"loss_type": ["exo_pair"]}, "--loss_type exo_pair needs --label_smoothing above 0"),
         (DPOOptions, {"ld_alpha": 1.5}, "--ld_alpha must be between 0 and 1, not 1.5"),
         (DPOOptions, {"discopop_tau": 0.1}, "--discopop_tau has no effect without --loss_type discopop"),
-        (DPOOptions, {"f_alpha_divergence_coef": 0.3}, "--f_alpha_divergence_coef has no effect without --f_divergence"),
-        (DPOOptions, {"f_divergence_type": "js_divergence", "loss_type": ["aot"]}, "--f_divergence_type js_divergence g"),
+        (
+            DPOOptions,
+            {"f_alpha_divergence_coef": 0.3},
+            "--f_alpha_divergence_coef has no effect without --f_divergence",
+        ),
+        (
+            DPOOptions,
+            {"f_divergence_type": "js_divergence", "loss_type": ["aot"]},
+            "--f_divergence_type js_divergence g",
+        ),
         (DPOOptions, {"use_weighting": True, "loss_type": ["aot"]}, "--use_weighting cannot weight the losses aot and"),
         (SamplingOptions, {"temperature": 0.0}, "--temperature must be above 0, not 0.0; use --greedy for none"),
         (SamplingOptions, {"top_p": 1.5}, "--top_p must be above 0 and at most 1, not 1.5"),
@@ -126,7 +138,11 @@ def test_f_divergence_losses_are_those_trl_accepts():
     start = source.index("f_divergence_loss_types = {") + len("f_divergence_loss_types = ")
     accepted = ast.literal_eval(source[start : source.index("}", start) + 1])
     for name in LOSS_TYPES:
-        given = {"loss_type": [name], "f_divergence_type": "js_divergence", "label_smoothing": 0.1 * (name == "exo_pair")}
+        given: dict[str, object] = {
+            "loss_type": [name],
+            "f_divergence_type": "js_divergence",
+            "label_smoothing": 0.1 * (name == "exo_pair"),
+        }
         if name in accepted:
             DPOOptions(**given)
         else:
@@ -152,7 +168,7 @@ def test_options_across_classes(tmp_path: Path):
         check_training(model, LoraOptions(lora_r=8), train)
     with pytest.raises(UserError, match="would add an adapter to the adapter"):
         check_training(ModelOptions(str(adapter)), LoraOptions(use_peft=True), train)
-    with pytest.raises(UserError, match="--lora_alpha has no effect .*; --debug sets --max_steps itself"):
+    with pytest.raises(UserError, match=r"--lora_alpha has no effect .*; --debug sets --max_steps itself"):
         check_training(model, LoraOptions(lora_alpha=8), TrainOptions("out", debug=True, max_steps=5))
 
 

@@ -117,6 +117,8 @@ def _kind_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if typing.get_origin(kind) is list:
         return f"a list ({_kind_name(typing.get_args(kind)[0])} each)"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
     return names.get(kind, str(kind))
 
 

@@ -1,0 +1,347 @@
+import contextlib
+import copy
+import logging
+from dataclasses import make_dataclass
+
+import pytest
+import torch
+import transformers
+import trl
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tandem.engine import forward, probe
+from tandem.engine.forward import SUPPORTED_TRL, add_pair_forward, check_trl_contract, pair_engine
+from tandem.errors import UserError
+from torch.testing import assert_close
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from tests.engine.tiny_models import collate, perturbed, random_pairs, tiny_model
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No memory of other tests: neither lines already said nor differences already measured."""
+    forward._log_once.cache_clear()
+    monkeypatch.setattr(forward, "_measured", {})
+    monkeypatch.setattr(forward.add_pair_forward, "__kwdefaults__", forward.add_pair_forward.__kwdefaults__.copy())
+    forward.add_pair_forward.__kwdefaults__["cache_dir"] = tmp_path
+
+
+@pytest.fixture
+def batch():
+    return collate(random_pairs(3, seed=5))
+
+
+@contextlib.contextmanager
+def backbone_calls(model):
+    """The number of tokens of every call of the backbone's first layer."""
+    calls = []
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    with layer.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[:2].numel())):
+        yield calls
+
+
+def both(name, temperature=1.0, cast_lm_head_to_fp32=False, **changes):
+    """The same model with the pair forward and with TRL's, all fields asked for."""
+    ours, theirs = tiny_model(name, **changes), tiny_model(name, **changes)
+    arguments = (temperature, cast_lm_head_to_fp32, FIELDS)
+    add_pair_forward(ours, *arguments)
+    add_fused_lm_head(theirs, *arguments)
+    return ours, theirs
+
+
+def assert_same_output(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        assert_close(ours[name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Llama", {}),
+        ("Llama", {"tie_word_embeddings": False}),
+        ("GPT2", {}),
+        ("Phi", {}),  # its head has a bias
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+        ("Granite", {}),
+        ("Mixtral", {"output_router_logits": True}),
+    ],
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_every_field_is_trls(name, changes, side):
+    batch = collate(random_pairs(3, seed=5), side)
+    outputs = [model(**batch, fused_lm_head=True) for model in both(name, temperature=0.8, **changes)]
+    assert_same_output(*outputs)
+    assert (outputs[0].aux_loss is not None) == (name == "Mixtral")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_float32(batch, dtype):
+    ours, theirs = both("Llama", cast_lm_head_to_fp32=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        outputs = [model(**batch, fused_lm_head=True) for model in (ours, theirs)]
+    assert_close(outputs[0].log_probs, outputs[1].log_probs, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_the_loss_is_averaged_as_trl_does(batch):
+    for items in (None, 7):
+        ours, theirs = (m(**batch, num_items_in_batch=items, fused_lm_head=True).loss for m in both("Llama"))
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_one_backbone_call_over_each_distinct_token(batch, layout):
+    model = tiny_model("Llama")
+    add_pair_forward(model, layout=layout)
+    model(**batch, fused_lm_head=True)  # the first call probes
+    pairs = random_pairs(3, seed=5)
+    p, c, r = (sum(len(pair[part]) for pair in pairs) for part in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    with backbone_calls(model) as calls:
+        model(**batch, fused_lm_head=True)
+    assert calls == [p + c + r if layout == "shared" else 2 * p + c + r]
+
+
+def test_lengths_do_not_change_the_number_of_calls():
+    model = tiny_model("Llama")
+    add_pair_forward(model)
+    model(**collate(random_pairs(1)), fused_lm_head=True)
+    empty = [{"prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}]
+    cut = [{"prompt_ids": [5, 6], "chosen_ids": [], "rejected_ids": []}]
+    equal = [{"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [6, 7]}]
+    for pairs in (empty, cut, equal, empty + cut + equal, random_pairs(5)):
+        with backbone_calls(model) as calls:
+            output = model(**collate(pairs), fused_lm_head=True)
+        assert len(calls) == 1
+        output.log_probs.sum().backward()
+
+
+def test_other_calls_and_generation_are_the_models_own(batch):
+    ours, plain = tiny_model("Mistral"), tiny_model("Mistral")
+    add_pair_forward(ours)
+    ours(**batch, fused_lm_head=True)
+    ids = batch["input_ids"][:1, :5]
+    assert torch.equal(ours(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(ours.generate(ids, **options), plain.generate(ids, **options))
+
+
+def test_a_forward_between_forward_and_backward_does_not_disturb_checkpointing(batch):
+    gradients = []
+    for disturb in (False, True):
+        model = tiny_model("Llama").train()
+        add_pair_forward(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(**batch, fused_lm_head=True).log_probs.sum()
+        if disturb:
+            with torch.no_grad():
+                model.generate(batch["input_ids"][:1, :4], max_new_tokens=3, do_sample=False)
+                model(**collate(random_pairs(2, seed=9)), fused_lm_head=True)
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+def test_a_disabled_adapter_gives_the_reference(batch):
+    model = tiny_model("Llama")
+    reference = tiny_model("Llama")
+    add_fused_lm_head(reference)
+    add_pair_forward(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    adapted = model(**batch, fused_lm_head=True).log_probs
+    with torch.no_grad(), model.disable_adapter():
+        disabled = model(**batch, fused_lm_head=True).log_probs
+    expected = reference(**batch, fused_lm_head=True).log_probs
+    assert_close(disabled, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+
+
+def test_prompt_learning_takes_the_padded_forward(batch, caplog):
+    models = []
+    for install in (add_pair_forward, add_fused_lm_head):
+        model = tiny_model("Llama")
+        install(model)
+        torch.manual_seed(0)
+        models.append(get_peft_model(model, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")))
+    ours, theirs = (model(**batch, fused_lm_head=True).log_probs for model in models)
+    assert torch.equal(ours, theirs)
+    assert "padded forward, because" in caplog.text
+
+
+def unserved_batches(batch):
+    odd = {name: tensor[:3] for name, tensor in batch.items()}
+    hole = batch | {"attention_mask": batch["attention_mask"].clone()}
+    hole["attention_mask"][0, 1] = 0
+    positions = torch.arange(batch["input_ids"].shape[1])[None].expand_as(batch["input_ids"])
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    return {
+        "even number of rows": odd,
+        "hole": hole,
+        "position_ids": batch | {"position_ids": positions},
+        "shift_labels": batch | {"shift_labels": shifted},
+    }
+
+
+@pytest.mark.parametrize("reason", ["even number of rows", "hole", "position_ids", "shift_labels"])
+def test_a_batch_that_cannot_be_served_is_padded_and_says_so_once(batch, caplog, reason):
+    special = unserved_batches(batch)[reason]
+    ours, theirs = both("Llama")
+    for _ in range(2):
+        output = ours(**special, fused_lm_head=True)
+    assert torch.equal(output.log_probs, theirs(**special, fused_lm_head=True).log_probs)
+    lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 1 and reason in lines[0]
+
+
+def test_text_on_a_model_that_sees_gets_the_engine(batch):
+    text = tiny_model("Gemma3").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_id=120,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    models = [transformers.Gemma3ForConditionalGeneration(config).eval()]
+    models.append(copy.deepcopy(models[0]))
+    reports = []
+    add_pair_forward(models[0], outputs=FIELDS, on_report=reports.append)
+    add_fused_lm_head(models[1], outputs=FIELDS)
+    batch["input_ids"].clamp_(max=119)
+    batch["labels"].clamp_(max=119)
+    assert_same_output(*(model(**batch, fused_lm_head=True) for model in models))
+    assert reports[0].layout == "shared"
+    assert models[0].config.vision_config._attn_implementation == "sdpa"
+    pixels = torch.zeros(1, 3, 28, 28)
+    with pytest.raises(ValueError, match="mage"):  # the model's own complaint: no image tokens in the text
+        models[0](**batch, pixel_values=pixels, fused_lm_head=True)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "FalconH1"])
+def test_an_architecture_without_attention_backends_is_padded(batch, caplog, name):
+    ours, theirs = both(name)
+    assert "attention cannot be replaced" in caplog.text
+    assert_same_output(*(model(**batch, fused_lm_head=True) for model in (ours, theirs)))
+
+
+def test_layers_with_another_memory_than_attention_are_padded(caplog):
+    model = tiny_model("Llama")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    add_pair_forward(model)
+    assert "linear_attention" in caplog.text
+
+
+def test_padded_is_trls_forward(batch):
+    ours, theirs = tiny_model("Llama"), tiny_model("Llama")
+    reports = []
+    add_pair_forward(ours, layout="padded", on_report=reports.append)
+    add_fused_lm_head(theirs)
+    outputs = [model(**batch, fused_lm_head=True).log_probs for model in (ours, theirs)]
+    assert torch.equal(*outputs) and ours.config._attn_implementation == "sdpa"
+    assert [str(report) for report in reports] == ["LlamaForCausalLM: layout padded, because it was asked for"]
+
+
+def lie(model):
+    """Let an architecture claim what it does not do."""
+    type(model).__mro__[1]._supports_attention_backend = True
+
+
+@pytest.mark.parametrize("fault", ["falcon", "positions", "prefix", "window", "crash"])
+def test_the_probe_catches(batch, caplog, monkeypatch, fault):
+    name = {"falcon": "FalconH1", "window": "Mistral"}.get(fault, "Llama")
+    ours = tiny_model(name)
+    real_plan, real_call = forward.plan_pairs, forward.PairAttention.__call__
+
+    def call(self, query, key, value, **options):
+        if fault == "crash":
+            raise RuntimeError("no such kernel")
+        return real_call(self, query, key, value, **(options | {"window": None}))
+
+    def plan(*args, **kwargs):
+        made = real_plan(*args, **kwargs)
+        if fault == "positions":
+            made.position_ids.copy_(torch.arange(made.n_tokens))
+        else:
+            made.segments  # noqa: B018
+            segments = tuple(segment._replace(prefix_end=segment.prefix_start) for segment in made.segments)
+            object.__setattr__(made, "segments", segments)
+        return made
+
+    if fault == "falcon":
+        monkeypatch.setattr(transformers.FalconH1PreTrainedModel, "_supports_attention_backend", True, raising=False)
+    elif fault in ("window", "crash"):
+        monkeypatch.setattr(forward.PairAttention, "__call__", call)
+    else:
+        monkeypatch.setattr(forward, "plan_pairs", plan)
+    theirs = tiny_model(name)
+    reports = []
+    add_pair_forward(ours, outputs=FIELDS, on_report=reports.append)
+    add_fused_lm_head(theirs, outputs=FIELDS)
+    assert_same_output(*(model(**batch, fused_lm_head=True) for model in (ours, theirs)))
+    assert reports[0].layout == "padded" and reports[0].reason in caplog.text
+    assert ours.config._attn_implementation == "sdpa"
+
+
+def test_the_verdict_is_remembered(batch, tmp_path, monkeypatch):
+    first = tiny_model("Llama")
+    add_pair_forward(first, cache_dir=tmp_path / "memory")
+    with backbone_calls(first) as calls:
+        first(**batch, fused_lm_head=True)
+    assert len(calls) == 3  # the probe in both layouts, then the batch
+
+    # the same process, as a reference would; then another process
+    for measured in (forward._measured, {}):
+        monkeypatch.setattr(forward, "_measured", measured)
+        again, reports = tiny_model("Llama", seed=1), []
+        add_pair_forward(again, cache_dir=tmp_path / "memory", on_report=reports.append)
+        with backbone_calls(again) as calls:
+            again(**batch, fused_lm_head=True)
+        assert len(calls) == 1 and reports[0].layout == "shared" and reports[0].difference < 1e-5
+
+    other = tiny_model("Llama", hidden_act="gelu")
+    add_pair_forward(other, cache_dir=tmp_path / "memory")
+    with backbone_calls(other) as calls:
+        other(**batch, fused_lm_head=True)
+    assert len(calls) == 3
+
+
+def test_a_remembered_fault_is_still_a_fault(batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe.ProbeCache, "read", lambda self, key: 0.5)
+    model, reports = tiny_model("Llama"), []
+    add_pair_forward(model, on_report=reports.append)
+    model(**batch, fused_lm_head=True)
+    assert reports[0].layout == "padded" and "5.0e-01" in reports[0].reason
+
+
+def test_the_probe_leaves_the_model_as_it_was(batch):
+    model = perturbed(tiny_model("Llama")).train()
+    model.model.layers[0].eval()
+    add_pair_forward(model)
+    state = torch.get_rng_state()
+    model(**batch, fused_lm_head=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and model.model.layers[1].mlp.training
+    assert not model.model.layers[0].training and not model.model.layers[0].mlp.training
+
+
+def test_the_name_in_trl_is_put_back():
+    original = dpo_trainer.add_fused_lm_head
+    with pytest.raises(RuntimeError), pair_engine():
+        assert dpo_trainer.add_fused_lm_head is not original
+        raise RuntimeError
+    assert dpo_trainer.add_fused_lm_head is original
+
+
+def test_another_trl_is_refused():
+    changed = make_dataclass("Output", ["loss", "log_probs"])
+    for arguments in (
+        ("1.15.0", add_fused_lm_head, FusedCausalLMOutput),
+        ("2.0.0", add_fused_lm_head, FusedCausalLMOutput),
+        (trl.__version__, lambda model, heads: None, FusedCausalLMOutput),
+        (trl.__version__, add_fused_lm_head, changed),
+    ):
+        with pytest.raises(UserError, match=str(SUPPORTED_TRL)):
+            check_trl_contract(*arguments)
+    check_trl_contract(trl.__version__, add_fused_lm_head, FusedCausalLMOutput)

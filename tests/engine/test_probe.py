@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import torch
+from tandem.engine.layout import plan_pairs
+from tandem.engine.probe import ProbeCache, difference, probe_batch, tolerance
+
+from tests.engine.tiny_models import VOCABULARY, tiny_model
+
+
+def test_the_pairs_share_a_prompt_and_outgrow_a_small_window():
+    model = tiny_model("Mistral", sliding_window=40)
+    batch = probe_batch(model, torch.arange(3, VOCABULARY))
+    plan = plan_pairs(**batch)
+    assert batch["input_ids"].shape == (4, 80)
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    assert lengths == [80, 46, 56, 80]
+    prompts = [(row == -100).long().argmin().item() for row in batch["labels"]]
+    assert prompts == [40, 26, 40, 26]
+    assert plan.n_tokens < sum(lengths) and plan.max_k == 80
+    assert all(row[:length].min() >= 3 for row, length in zip(batch["input_ids"], lengths, strict=True))
+
+
+def test_the_pairs_fit_the_model():
+    model = tiny_model("GPT2", n_positions=32)
+    assert probe_batch(model, torch.arange(VOCABULARY))["input_ids"].shape[1] == 32
+    assert probe_batch(tiny_model("Mistral", sliding_window=4096), torch.arange(9))["input_ids"].shape[1] == 160
+
+
+def test_the_difference_by_hand():
+    labels = torch.tensor([[-100, 5, 5, -100]])
+    padded = torch.tensor([[-2.0, -4.0, -99.0]])
+    assert difference(padded, torch.tensor([[-2.3, -4.0, 0.0]]), labels) == pytest.approx(0.15 / 3)
+    assert difference(padded / 10, torch.tensor([[-0.2, -0.3, 0.0]]), labels) == pytest.approx(0.05)
+    assert difference(padded, padded * float("nan"), labels) != difference(padded, padded, labels) == 0
+
+
+def test_half_precision_is_allowed_more():
+    assert tolerance(torch.float32) < tolerance(torch.float16) < tolerance(torch.bfloat16) == tolerance(torch.float8_e4m3fn)
+
+
+def test_the_cache_knows_what_it_measured(tmp_path):
+    cache = ProbeCache(tmp_path / "new")
+    key = cache.key(tiny_model("Llama"), layout="shared")
+    assert cache.read(key) is None
+    cache.write(key, 1e-7)
+    assert cache.read(key) == 1e-7
+    assert cache.key(tiny_model("Llama", seed=1), layout="shared") == key  # weights do not matter
+    others = [
+        cache.key(tiny_model("Llama"), layout="packed"),
+        cache.key(tiny_model("Llama", rope_theta=5.0), layout="shared"),
+        cache.key(tiny_model("Qwen2"), layout="shared"),
+    ]
+    assert len({key, *others}) == 4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"difference": None})])
+def test_a_broken_file_is_no_answer(tmp_path, content):
+    cache = ProbeCache(tmp_path)
+    (tmp_path / "key.json").write_text(content)
+    assert cache.read("key") is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    ProbeCache(tmp_path / "file" / "below").write("key", 0.1)
