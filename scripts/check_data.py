@@ -1,6 +1,8 @@
 """Look at preference pairs before training on them."""
 
-from tandem.config import parse
+from pathlib import Path
+
+from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import script_main
@@ -15,6 +17,8 @@ def main(argv: list[str]) -> None:
     )
     train, held_out = load_splits(data)
     run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})})
+    if options.report:
+        save(Path(options.report).with_suffix(".yaml"), options, text, data)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Put the answers of the base, SFT and DPO models to held-out prompts side by side."""
 
+from pathlib import Path
+
 from tandem.compare import CompareOptions, compare, to_markdown
-from tandem.config import parse
+from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
@@ -12,6 +14,7 @@ def main(argv: list[str]) -> None:
     classes = (CompareOptions, SamplingOptions, DataOptions)
     options, sampling, data = parse(argv, classes, prog="compare.py", description=__doc__)
     print(to_markdown(compare(options, sampling, load_held_out(data))))
+    save(Path(options.output_dir) / "compare.yaml", options, sampling, data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Measure the SFT and DPO models on held-out pairs against a reference model."""
 
-from tandem.config import parse
+from pathlib import Path
+
+from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
@@ -12,6 +14,7 @@ def main(argv: list[str]) -> None:
     classes = (EvaluateOptions, TextOptions, DataOptions)
     options, text, data = parse(argv, classes, prog="evaluate.py", description=__doc__)
     print(to_markdown(evaluate(options, text, load_held_out(data))))
+    save(Path(options.output_file).with_suffix(".yaml"), options, text, data)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tandem.config import parse
+from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
@@ -14,7 +14,9 @@ def main(argv: list[str]) -> None:
     classes = (GenerateOptions, SamplingOptions, DataOptions)
     options, sampling, data = parse(argv, classes, prog="generate.py", description=__doc__)
     prompts = held_out_prompts(load_held_out(data), sampling.max_prompts)
-    print(generate(options.model_name_or_path, options.label, prompts, sampling, Path(options.output_dir)))
+    path = generate(options.model_name_or_path, options.label, prompts, sampling, Path(options.output_dir))
+    save(path.with_suffix(".yaml"), options, sampling, data)
+    print(path)
 
 
 if __name__ == "__main__":

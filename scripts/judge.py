@@ -1,6 +1,6 @@
 """Have a judge compare the answers of two models, after trying the judge itself on labelled pairs."""
 
-from tandem.config import parse
+from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
@@ -15,6 +15,8 @@ def main(argv: list[str]) -> None:
     comparisons = load_comparisons(options)
     labelled = labelled_comparisons(load_held_out(data), options.calibration_pairs, options.seed)
     summary = judge(options, comparisons, labelled)
+    if not options.dry_run:
+        save(options.folder / "judge.yaml", options, data)
     print(summary.get("conclusion") or summary)
 
 

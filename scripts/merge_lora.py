@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base model."""
 
-from tandem.config import parse
+from tandem.config import parse, save
 from tandem.errors import script_main
 from tandem.merge import MergeOptions, merge
 
@@ -8,6 +8,7 @@ from tandem.merge import MergeOptions, merge
 def main(argv: list[str]) -> None:
     (options,) = parse(argv, (MergeOptions,), prog="merge_lora.py", description=__doc__)
     merge(options)
+    save(f"{options.output_dir.rstrip('/')}.yaml", options)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from tandem.errors import UserError
+from tandem.runs import write_atomic
 
 REQUIRED: Any = "<required>"  # default of an option that has none; `parse` refuses to go on without a value
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -258,6 +259,11 @@ def resolved(*instances: Any) -> dict[str, Any]:
     return {
         option.name: getattr(instance, option.name) for instance in instances for option in options_of(type(instance))
     }
+
+
+def save(path: str | Path, *instances: Any) -> None:
+    """Write the options of `instances` to a YAML file that replays the run as `--config`."""
+    write_atomic(path, to_yaml(resolved(*instances)))
 
 
 def to_yaml(values: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head
 
+from tandem.engine.forward import add_pair_forward
 from tandem.models import fast_bf16, has_accelerator
 from tandem.sampling import Sampling
 
@@ -29,7 +29,7 @@ class Scorer:
         self.batch_size = batch_size
         self.bf16 = fast_bf16() if bf16 is None else bf16
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        add_fused_lm_head(base)
+        add_pair_forward(base)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 where the device multiplies it fast; sums of log-probs stay in float32."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
-from tandem.config import resolved, to_yaml
+from tandem.config import resolved, save
 from tandem.data.formats import Row
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_splits, load_training
@@ -42,7 +42,7 @@ from tandem.options import (
     TrainOptions,
     check_training,
 )
-from tandem.runs import MANIFEST, is_complete, sha256_json, write_atomic, write_json
+from tandem.runs import MANIFEST, is_complete, sha256_json, write_json
 from tandem.trainers.callbacks import Mirror, RateProgress
 from tandem.trainers.trl import PairCollator, TandemDPOTrainer, TandemSFTTrainer
 
@@ -272,7 +272,7 @@ def _session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> Iterat
     (folder / MANIFEST).unlink(missing_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         log_to(folder)
-        write_atomic(folder / "config.yaml", to_yaml(config))
+        save(folder / "config.yaml", *options)
         write_json(folder / "run.json", {"config": config, "config_sha256": sha256_json(config), **_environment()})
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.WARNING)

@@ -25,8 +25,7 @@ def fresh(tmp_path, monkeypatch):
     """No memory of other tests: neither lines already said nor differences already measured."""
     forward._log_once.cache_clear()
     monkeypatch.setattr(forward, "_measured", {})
-    monkeypatch.setattr(forward.add_pair_forward, "__kwdefaults__", forward.add_pair_forward.__kwdefaults__.copy())
-    forward.add_pair_forward.__kwdefaults__["cache_dir"] = tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the probe's memory is by default
 
 
 @pytest.fixture
@@ -243,11 +242,6 @@ def test_padded_is_trls_forward(batch):
     assert [str(report) for report in reports] == ["LlamaForCausalLM: layout padded, because it was asked for"]
 
 
-def lie(model):
-    """Let an architecture claim what it does not do."""
-    type(model).__mro__[1]._supports_attention_backend = True
-
-
 @pytest.mark.parametrize("fault", ["falcon", "positions", "prefix", "window", "crash"])
 def test_the_probe_catches(batch, caplog, monkeypatch, fault):
     name = {"falcon": "FalconH1", "window": "Mistral"}.get(fault, "Llama")
@@ -264,7 +258,6 @@ def test_the_probe_catches(batch, caplog, monkeypatch, fault):
         if fault == "positions":
             made.position_ids.copy_(torch.arange(made.n_tokens))
         else:
-            made.segments  # noqa: B018
             segments = tuple(segment._replace(prefix_end=segment.prefix_start) for segment in made.segments)
             object.__setattr__(made, "segments", segments)
         return made

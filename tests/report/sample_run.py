@@ -7,12 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tandem.config import resolved, to_yaml
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.run import VerdictLog, summarise
+from tandem.monitor.margins import MarginsLog
+from tandem.monitor.tail import TailConfig, TailState, update
 from tandem.options import DPOOptions, LoraOptions, ModelOptions, SFTOptions, TextOptions, TrainOptions
 from tandem.runs import write_json
 
@@ -89,6 +92,19 @@ def write_stages(folder: Path) -> None:
         }
         write_json(folder / name / "run.json", {"config": config, **environment})
         write_json(folder / name / "training_metrics.json", {"train": {"train_loss": 0.4}, "log_history": log_history})
+
+
+def write_margins(folder: Path, steps: int = 16) -> None:
+    log = MarginsLog(folder / "dpo" / "logs" / "margins")
+    noise = np.random.default_rng(4)
+    state = TailState(beta=0.1)
+    config = TailConfig(delta=0.1, warmup_steps=4, ema=0.1)
+    for step in range(1, steps + 1):
+        margins = noise.normal(40 * (step / steps) ** 1.5, 2 + step, 8)
+        state, tail = update(state, margins, config)
+        log.write_step(1, step, [f"p{step}_{i}" for i in range(8)], margins, tail)
+        if tail.warmup_ended:
+            log.write_warmup_end(1, step, tail.tau, config.delta)
 
 
 def write_data(folder: Path) -> None:
@@ -211,6 +227,7 @@ def write_whole_run(folder: Path, prompts: int, words: int = 55) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder)
     write_stages(folder)
+    write_margins(folder)
     write_data(folder)
     write_log(folder)
     write_judgement(folder, write_comparison(folder, prompts, words), mixed_verdicts)

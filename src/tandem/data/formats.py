@@ -15,6 +15,7 @@ Message = dict[str, str]
 Row = dict[str, Any]
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one, tokenizers and files cannot
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -30,8 +31,10 @@ def to_canonical(row: Row, data_format: str) -> Row:
         RowError: a missing column, a value of the wrong type, an empty completion, roles out of order.
     """
     prompt, chosen, rejected = _CONVERTERS[data_format](row)
-    for field, completion in (("chosen", chosen), ("rejected", rejected)):
-        if not _text_of(completion).strip():
+    for field, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if _SURROGATE.search(_text_of(value)):
+            raise RowError(f"field {field!r}: has half of a surrogate pair, which is no character")
+        if field != "prompt" and not _text_of(value).strip():
             raise RowError(f"field {field!r}: the completion is empty")
     if isinstance(prompt, list):
         _check_roles(prompt)
@@ -41,9 +44,9 @@ def to_canonical(row: Row, data_format: str) -> Row:
 
 def detect_format(row: Row) -> str | None:
     """The format whose columns `row` has, or None; the caller asks every row, not just the first."""
-    chosen = row.get("chosen")
-    if "rejected" not in row or chosen is None:
+    if not _has_answers(row):
         return None
+    chosen = row["chosen"]
     if "conversations" in row:
         return "sharegpt"
     if "question" in row:
@@ -52,11 +55,15 @@ def detect_format(row: Row) -> str | None:
         return "alpaca"
     if isinstance(chosen, list):
         return "messages"
-    if "prompt" in row:
+    if isinstance(chosen, str) and "prompt" in row:
         return "prompt_pair"
     if isinstance(chosen, str) and _TURN.search(chosen):
         return "hh"
     return None
+
+
+def _has_answers(row: Row) -> bool:
+    return "chosen" in row and "rejected" in row
 
 
 def prompt_id(prompt: str | list[Message]) -> str:
@@ -226,14 +233,22 @@ def choose_format(rows: list[tuple[str, Row]]) -> str:
     found: dict[str, str] = {}
     for place, row in rows:
         name = detect_format(row)
-        if name is None:
-            columns = ", ".join(map(str, row)) or "none"
-            raise UserError(
-                f"{place}: no known preference format has the columns {columns}; name it with --data_format "
-                f"({', '.join(FORMATS)}) and its columns with --prompt_key, --chosen_key, --rejected_key"
-            )
-        found.setdefault(name, place)
+        if name is not None:
+            found.setdefault(name, place)
+        elif not _has_answers(row):
+            raise _no_format(place, row)
+        # else its values tell no format: converting it will say what is wrong with them
+    if not found:
+        raise _no_format(*rows[0])
     if len(found) > 1:
         (first, here), (second, there) = list(found.items())[:2]
         raise UserError(f"{there}: looks like {second}, but {here} looks like {first}; force one with --data_format")
     return next(iter(found))
+
+
+def _no_format(place: str, row: Row) -> UserError:
+    columns = ", ".join(map(str, row)) or "none"
+    return UserError(
+        f"{place}: no known preference format has the columns {columns}; name it with --data_format "
+        f"({', '.join(FORMATS)}) and its columns with --prompt_key, --chosen_key, --rejected_key"
+    )

@@ -2,9 +2,11 @@
 
 import csv
 import gzip
+import io
 import json
 import random
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ def load_pairs(options: DataOptions, split: str) -> list[Row]:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows")
     located = [(place, _rename(place, row, options.keys)) for place, row in located]
     data_format = options.data_format or choose_format(located)
+    _refuse_unused_keys(options, data_format)
     pairs: list[Row] = []
     bad: list[str] = []
     for place, row in located:
@@ -98,6 +101,15 @@ def _rename(place: str, row: Row, keys: dict[str, str]) -> Row:
         if key not in row:
             raise UserError(f"{place}: no column {key!r}, named by a --…_key option (has {', '.join(map(str, row))})")
     return {**row, **{name: row[key] for name, key in keys.items()}}
+
+
+def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:
+    for name, formats in {"input_key": ("alpaca",), "system_key": ("alpaca", "orca", "sharegpt")}.items():
+        if getattr(options, name) and data_format not in formats:
+            raise UserError(
+                f"--{name} has no effect with the format {data_format}; "
+                f"force one that has this column with --data_format ({', '.join(formats)})"
+            )
 
 
 def _base(split: str) -> str:
@@ -181,7 +193,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield from _read_parquet(path)
             return
         text = _read_text(path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
@@ -241,8 +253,13 @@ def _mapping(row: Any, place: str) -> Row:
 
 def _read_csv(path: Path, text: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    # Not splitlines(): a field may hold U+2028, which that method takes for the end of a line
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = list(reader.fieldnames or [])
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{path}: column {twice!r} appears twice")
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 raise UserError(f"{path} row {number}: has another number of fields than the header")

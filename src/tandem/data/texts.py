@@ -1,9 +1,11 @@
 """Canonical rows → what a tokenizer reads: templates, transcripts, and prompts cut to length."""
 
+import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tandem.data.formats import Message, Row, to_transcript
+from tandem.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,24 +43,45 @@ def trim_prompt(
 ) -> str | list[Message]:
     """The prompt's end, in at most `max_tokens` tokens as rendered for an answer.
 
-    A conversation loses its oldest turns, its system message last of all; a single turn or a text loses its
-    beginning.
+    A conversation, or a transcript of one, loses its oldest turns, its system message last of all; a single turn or
+    another text loses its beginning.
+
+    Raises:
+        UserError: the template alone takes more than `max_tokens`.
     """
     if isinstance(prompt, str):
-        return _last_tokens(prompt, tokenizer, max_tokens)
+        return _trim_text(prompt, tokenizer, max_tokens)
     system = [message for message in prompt[:1] if message["role"] == "system"]
     turns = prompt[len(system) :]
     while _length(system + turns, tokenizer) > max_tokens and len(turns) > 1:
         # A prompt begins with a user's turn, so an answer goes with the question it answers
         turns = turns[2:] if len(turns) > 2 and turns[1]["role"] == "assistant" else turns[1:]
-    excess = _length(system + turns, tokenizer) - max_tokens
-    if excess > 0 and system:
+    if _length(system + turns, tokenizer) <= max_tokens:
+        return system + turns
+    if system:
         return trim_prompt(turns, tokenizer, max_tokens)
-    if excess > 0:
-        text = turns[0]["content"]
-        keep = max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]) - excess)
-        turns = [{**turns[0], "content": _last_tokens(text, tokenizer, keep)}]
-    return system + turns
+    return [_trim_turn(turns[0], tokenizer, max_tokens)]
+
+
+def _trim_turn(turn: Message, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Message:
+    whole = turn["content"]
+    keep = len(_plain_ids(whole, tokenizer))
+    while (excess := _length([turn], tokenizer) - max_tokens) > 0:
+        keep -= excess
+        if keep < 1:
+            template = _length([{**turn, "content": ""}], tokenizer)
+            raise UserError(f"--max_prompt_length {max_tokens}: the chat template alone takes {template} tokens")
+        turn = {**turn, "content": _last_tokens(whole, tokenizer, keep)}
+    return turn
+
+
+def _trim_text(text: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
+    starts = [0, *(turn.start() for turn in re.finditer("\n\nHuman:", text))]
+    for start in starts:
+        if len(prompt_ids(text[start:], tokenizer)) <= max_tokens:
+            return text[start:]
+    special = len(prompt_ids("", tokenizer))
+    return _last_tokens(text[starts[-1] :], tokenizer, max_tokens - special)
 
 
 def _length(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -74,8 +97,19 @@ def prompt_ids(prompt: str | list[Message], tokenizer: "PreTrainedTokenizerBase"
 
 
 def _last_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> str:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return text if len(ids) <= count else str(tokenizer.decode(ids[-count:]))
+    """The end of `text` that takes at most `count` tokens when it is tokenized anew."""
+    ids = _plain_ids(text, tokenizer)
+    if len(ids) <= count:
+        return text
+    for keep in range(count, 0, -1):
+        end = str(tokenizer.decode(ids[-keep:])).lstrip("\ufffd")  # what is left of a character cut in two
+        if len(_plain_ids(end, tokenizer)) <= count:
+            return end
+    return ""
+
+
+def _plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:

@@ -54,7 +54,7 @@ DRAWINGS = (
         (Line("rewards/accuracies", "training", DPO),),
         0.5,
     ),
-    Curves("dpo", "Margin", "β times the mean margin", (Line("rewards/margins", "training", DPO),), 0.0),
+    Curves("dpo", "Reward margin", "β times the mean margin", (Line("rewards/margins", "training", DPO),), 0.0),
     Curves(
         "dpo",
         "Implicit rewards",
@@ -155,7 +155,8 @@ def to_svg(figure: "Figure", description: str) -> str:
     assert view_box is not None
     body = svg[svg.index(">", view_box.end()) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="(?!p[0-9a-f]{10})[^"]*"', "", body)  # figure_1, axes_1, …: the same in every drawing
+    used = set(re.findall(r'#([^")]+)[")]', body))  # the other ids, figure_1 and so on, are the same in every drawing
+    body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     for drawn, variable in COLOURS.items():
         body = body.replace(drawn, variable)

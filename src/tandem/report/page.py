@@ -40,6 +40,7 @@ SHOWN_OPTIONS = (
     "layout",
     "seed",
 )
+CALLS = {"labelled": "Labelled pairs", "self": "Answers against themselves", "main": "Models compared"}
 
 
 @dataclasses.dataclass
@@ -96,17 +97,18 @@ def write_report(options: ReportOptions) -> Path:
 
 def render(run: Run, written: datetime | None = None) -> str:
     """The page as HTML; `written` is the date it shows, now if unset."""
-    from tandem.report.curves import training_curves
-
     environment = _environment()
     script = _source(environment, "report.js")
     return environment.get_template("report.html.jinja").render(
         run=run,
         title=run.folder.resolve().name,
         headline=headline(run),
+        judgement=judgement(run),
+        spent=spent(run),
+        data=data_table(run),
         metrics=metrics_table(run),
         statistics=statistics_table(run),
-        plots=[(title, note, Markup(svg)) for title, note, svg in training_curves(run)],
+        plots=training_plots(run),
         options=options_table(run),
         commands=commands(run),
         browser=browser_data(run),
@@ -271,6 +273,81 @@ def metrics_table(run: Run) -> Json | None:
         return {"labels": list(models), "rows": rows, "accuracies": accuracies}
 
 
+def judgement(run: Run) -> Json | None:
+    """What the judge said, how far it can be trusted, and how its calls ended: rows of title, meaning, estimate."""
+    if run.judge is None:
+        return None
+    with as_written(run.folder / "judge_summary.json"):
+        result, calibration = run.judge["result"], run.judge["calibration"]
+        agreed, mean = result["orders_agree"], result["mean_of_orders"]
+        labelled, by_length = calibration["labelled"], calibration["labelled"]["accuracy_by_length"]
+        counts = f"of {agreed['wins']} wins and {agreed['losses']} losses; sign test p = {number(agreed['sign_test_p'])}"
+        said = [
+            ("Win rate, both orders agreeing", counts, agreed["win_rate"]),
+            (
+                "Win rate, mean of the orders",
+                f"{mean['wins']} wins, {mean['ties']} ties, {mean['losses']} losses",
+                mean["win_rate"],
+            ),
+            ("Mean score", "win 1, tie ½, loss 0", result["mean_score"]),
+            ("Win rate, length controlled", "were both answers equally long", result["length_controlled"]),
+            (
+                "If every missing prompt were lost",
+                f"{result['n_missing']} without a verdict in both orders",
+                result["bounds"]["missing_as_losses"]["win_rate"],
+            ),
+            ("Names the answer shown first", "50% is no preference", result["first_position_rate"]),
+            ("Changes sides with the order", "of prompts with a winner in both orders", result["order_flip_rate"]),
+        ]
+        trust = [
+            ("Agrees with people", "on held-out pairs they labelled; chance is 50%", labelled["accuracy"]),
+            ("… where rejected is longer", "", by_length["rejected_longer"]),
+            ("… where both are alike in length", "", by_length["similar"]),
+            ("… where chosen is longer", "", by_length["chosen_longer"]),
+            ("Changes sides with the order", "on the same pairs", labelled["order_flip_rate"]),
+            ("Calls an answer equal to itself", "should be 100%", calibration["self_vs_self"]["tie_rate"]),
+        ]
+        return {
+            "model": run.judge["judge"]["model"],
+            "schema_enforced": run.judge["judge"]["schema_enforced"],
+            "policy": model_name(run.judge["labels"]["side_2"]),
+            "other": model_name(run.judge["labels"]["side_1"]),
+            "n_prompts": result["n_prompts"],
+            "said": said,
+            "trust": trust,
+            "kappa": labelled["cohen_kappa"],
+            "endings": list(run.judge["accounting"]["main"]),
+            "accounting": [(CALLS[kind], list(ends.values())) for kind, ends in run.judge["accounting"].items()],
+        }
+
+
+def spent(run: Run) -> str | None:
+    """Replies, tokens and cost of the judge as a sentence."""
+    if run.usage is None:
+        return None
+    with as_written(run.folder / "judge" / "usage.json"):
+        cost = run.usage["cost"]
+        tokens = f"{number(run.usage['input_tokens'])} tokens in and {number(run.usage['output_tokens'])} out"
+        price = "No prices were given, so the cost is not known."
+        if cost is not None:
+            price = f"Cost: {number(float(cost))}, in the currency of the prices given."
+        return f"{number(run.usage['replies'])} replies, {tokens}. {price}"
+
+
+def data_table(run: Run) -> Json | None:
+    """`splits`, a list of texts for each, and `findings`."""
+    if run.data is None:
+        return None
+    with as_written(run.folder / "data_report.json"):
+        rows = []
+        for name, split in run.data["splits"].items():
+            medians = [number(tokens["median"]) for tokens in split.get("tokens", {}).values()]
+            longer = "–" if split["chosen_longer"] is None else percent(split["chosen_longer"])
+            counts = [number(split["pairs"]), number(split["prompts"]), longer]
+            rows.append((name, [*counts, ", ".join(medians) or "not counted"], split.get("fingerprint")))
+        return {"splits": rows, "findings": run.data["findings"]}
+
+
 def statistics_table(run: Run) -> Json | None:
     """`labels`, and `rows` of a `Metric` with a value for each label."""
     if run.comparison is None:
@@ -287,6 +364,19 @@ def statistics_table(run: Run) -> Json | None:
 
 def _metric(known: Mapping[str, Metric], name: str) -> Metric:
     return known.get(name) or Metric(name.replace("_", " ").capitalize(), "")
+
+
+def training_plots(run: Run) -> list[Json]:
+    """`title`, `note` and `svg` of every drawing that the logs of the stages have numbers for."""
+    from tandem.report.curves import training_curves  # matplotlib takes a second
+    from tandem.report.plots import monitor_plots
+
+    found = list(training_curves(run))
+    logs = run.folder / "dpo" / "logs"
+    with as_written(logs):
+        metrics = run.stages["dpo"].metrics if "dpo" in run.stages else None
+        found += monitor_plots(logs, metrics["log_history"] if metrics else [])
+    return [{"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in found]
 
 
 def options_table(run: Run) -> list[tuple[str, list[Any]]]:

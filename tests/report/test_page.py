@@ -1,0 +1,345 @@
+"""The report as a file: what it says, what it does without, and that no text of a model becomes markup."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem.errors import UserError
+from tandem.report import page
+from tandem.report.collect import OUTCOMES, outcome, read_run
+from tandem.report.page import ReportOptions, write_report
+from tandem.runs import append_jsonl
+
+from tests.report import sample_run
+
+ROOT = Path(__file__).parents[2]
+
+
+class Parsed(HTMLParser):
+    """Elements, attributes and text of a page, as a browser's parser would find them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
+        elif self.cdata_elem is None:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sample_run.write_whole_run(tmp_path_factory.mktemp("runs") / "whole", prompts=40)
+
+
+@pytest.fixture(scope="module")
+def whole_page(whole: Path) -> Parsed:
+    return Parsed(write_report(ReportOptions(str(whole))).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged, without the training logs, which take the longest to draw."""
+    ignored = shutil.ignore_patterns("training_metrics.json", "logs", "report.html")
+    return Path(shutil.copytree(whole, tmp_path / "copy", ignore=ignored))
+
+
+def report_of(folder: Path) -> Parsed:
+    return Parsed(write_report(ReportOptions(str(folder))).read_text(encoding="utf-8"))
+
+
+def edit(path: Path, change: Any) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_whole_run_is_told(whole_page: Parsed) -> None:
+    text = whole_page.text
+    assert "DPO wins" in text
+    # 20 wins of 28 decisive prompts: 0.714; Wilson's 95% interval by hand is 0.529 to 0.847
+    assert "DPO beats Base on 71.4% of the 28 decisive prompts (95% interval 52.9% to 84.7%)" in text
+    assert "On 60 pairs labelled by people the judge agrees with them in 90.0%" in text
+    assert "the DPO model prefers the chosen answer in 98.0% (93.0% to 99.5%)" in text
+    assert "train: 3 of 400 pairs are there more than once" in text
+    assert "learning_rate 2e-05 1e-06" in text
+    assert "trl 1.16.0" in text
+    assert "MODEL_NAME=/models/SmolLM2-135M-Instruct" in text
+    assert "scripts/dpo.py --config" in text
+    assert "the run folder has no" not in text
+    assert "only a demonstration" not in text
+    for title in ("SFT loss", "DPO loss", "Accuracy in training", "Reward margin", "Log-probabilities", "Margins", "Tail"):
+        assert title in text
+    assert whole_page.tags.count("svg") == whole_page.tags.count("figure") == 9
+
+
+def test_stage_metrics_are_combined(whole: Path, whole_page: Parsed) -> None:
+    combined = json.loads((whole / "training_metrics.json").read_text())
+    for stage in ("sft", "dpo"):
+        assert combined[stage] == json.loads((whole / stage / "training_metrics.json").read_text())
+
+
+def test_time_is_that_of_the_last_completed_run(whole: Path, whole_page: Parsed) -> None:
+    assert read_run(whole).seconds["check"] == 9  # the log has 4 s of an earlier run too
+    assert "dpo 2 min 51 s" in whole_page.text
+    assert "All of them 7 min 58 s" in whole_page.text  # 9 + 78 + 11 + 171 + 12 + 96 + 101 = 478
+
+
+def test_rows_agree_with_the_summary(whole: Path) -> None:
+    """The page counts prompt by prompt from the log, the summary in arrays: they must agree."""
+    run = read_run(whole)
+    assert run.judge is not None
+    result = run.judge["result"]
+    counts = page.browser_data(run)["counts"]
+    assert counts == {"won": 20, "lost": 8, "tie": 4, "disagree": 4, "unjudged": 4}
+    assert counts["won"] == result["orders_agree"]["wins"]
+    assert counts["lost"] == result["orders_agree"]["losses"]
+    assert counts["tie"] + counts["disagree"] == result["orders_agree"]["ties"]
+    assert counts["unjudged"] == result["n_missing"]
+
+
+def test_model_text_stays_text(whole: Path, whole_page: Parsed) -> None:
+    assert whole_page.tags.count("script") == 2
+    assert "img" not in whole_page.tags
+    assert "textarea" not in whole_page.tags
+    assert not [name for name, _ in whole_page.attributes if name.startswith("on")]
+    embedded = json.loads(whole_page.scripts[0])
+    assert embedded["rows"] == read_run(whole).answers
+    assert sample_run.HOSTILE in embedded["rows"][1]["answers"]["dpo"]
+    assert sample_run.HOSTILE in embedded["rows"][1]["verdicts"][0]["text"]
+    assert "<" not in whole_page.scripts[0]
+    assert f"train: {sample_run.HOSTILE.split()[0]}" in whole_page.text
+
+
+def test_hostile_names_stay_text(copy: Path) -> None:
+    hostile = '"><script>alert(1)</script>'
+    for stage in ("sft", "dpo"):
+        edit(copy / stage / "run.json", lambda run: run["config"].update(model_name_or_path=hostile, dataset_name=hostile))
+        (copy / stage / "config.yaml").write_text(f"model_name_or_path: {hostile}\n")
+    edit(copy / "results.json", lambda results: results.update(reference=hostile))
+    parsed = report_of(copy)
+    assert parsed.tags.count("script") == 2
+    assert f"model_name_or_path: {hostile}" in parsed.text
+
+
+def test_nothing_is_loaded_from_elsewhere(whole: Path, whole_page: Parsed) -> None:
+    assert not {"link", "iframe", "img", "object"} & set(whole_page.tags)
+    for name, value in whole_page.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value is not None and value.startswith("#")
+    policy = next(value for _, value in whole_page.attributes if value and value.startswith("default-src"))
+    digest = base64.b64encode(hashlib.sha256(whole_page.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+
+
+def test_ids_are_unique_and_references_hit(whole_page: Parsed) -> None:
+    ids = [value for name, value in whole_page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for name, value in whole_page.attributes if name.endswith("href") and value}
+    assert used <= set(ids)
+
+
+def test_results_alone_make_a_report(tmp_path: Path) -> None:
+    sample_run.write_results(tmp_path)
+    parsed = report_of(tmp_path)
+    assert "Not judged" in parsed.text
+    assert "No judgement: the run folder has no judge_summary.json" in parsed.text
+    assert "No answers: the run folder has no dpo_comparison_results.json" in parsed.text
+    assert "No training log of DPO: the run folder has no dpo/training_metrics.json" in parsed.text
+    assert "script" not in parsed.tags
+    assert not (tmp_path / "training_metrics.json").exists()
+
+
+PIECES = {
+    "results.json": "No held-out metrics",
+    "judge_summary.json": "Not judged",
+    "dpo_comparison_results.json": "No answers",
+    "data_report.json": "No data check",
+    "dpo_pipeline_sanity.log": "No times of the stages",
+    "judge/usage.json": "Every verdict accounted for",
+    "judge/verdicts.jsonl": "Not judged 40",
+    "sft": "Reproduce",
+    "dpo": "Reproduce",
+    "dpo/run.json": "Reproduce",
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_any_piece_may_be_missing(copy: Path, piece: str) -> None:
+    path = copy / piece
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    assert PIECES[piece] in report_of(copy).text
+
+
+def test_generations_stand_in_for_the_comparison(tmp_path: Path) -> None:
+    for label, text in (("dpo", "tuned"), ("base", "untuned")):
+        record = {"prompt_id": "p", "messages": [{"role": "user", "content": "hi"}], "text": text}
+        append_jsonl(tmp_path / f"generations_{label}.jsonl", record)
+    run = read_run(tmp_path)
+    assert run.labels == ["base", "dpo"]
+    assert run.answers[0]["answers"] == {"base": "untuned", "dpo": "tuned"}
+    assert run.answers[0]["outcome"] == "unjudged"
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "no such folder"), (True, "nothing of a run in it")])
+def test_no_run_is_one_line(tmp_path: Path, make: bool, message: str) -> None:
+    folder = tmp_path / "run"
+    if make:
+        folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/report.py", "--run_dir", folder], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", "{"),
+        ("results.json", '{"models": {"dpo": {"preference_accuracy": 0.9}}, "n_pairs": 3}'),
+        ("results.json", '{"models": 3}'),
+        ("dpo_comparison_results.json", '{"comparisons": [{"prompt_id": "x"}]}'),
+        ("judge_summary.json", "{}"),
+        ("judge/verdicts.jsonl", "no json\n"),
+        ("data_report.json", '{"splits": {"train": {}}}'),
+        ("dpo/training_metrics.json", '{"log_history": [{"loss": 1.0}]}'),
+    ],
+)
+def test_damaged_file_is_named(copy: Path, name: str, content: str) -> None:
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match=r"cannot be read|not as this version") as error:
+        write_report(ReportOptions(str(copy)))
+    assert name.split("/")[0].split(".")[0] in str(error.value) or str(copy) in str(error.value)
+    assert not (copy / "report.html").exists()
+
+
+def test_numbers_that_json_lacks_are_gaps(copy: Path) -> None:
+    metrics = '{"log_history": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": NaN}, {"step": 3, "loss": 0.5}]}'
+    (copy / "dpo" / "training_metrics.json").write_text(metrics)
+    parsed = report_of(copy)
+    labels = [value for name, value in parsed.attributes if name == "aria-label"]
+    assert "DPO loss: training from 1 at step 1 to 0.5 at step 3" in labels
+
+
+def test_lone_surrogate_is_written(copy: Path) -> None:
+    edit(copy / "dpo_comparison_results.json", lambda value: value["comparisons"][0]["answers"].update(sft="\ud800 end"))
+    row = json.loads(report_of(copy).scripts[0])["rows"][0]
+    assert row["answers"]["sft"] == "? end"
+
+
+def test_verdicts_on_other_answers_are_not_shown(copy: Path) -> None:
+    edit(copy / "dpo_comparison_results.json", lambda value: value["comparisons"][0]["answers"].update(dpo="made anew"))
+    run = read_run(copy)
+    assert run.answers[0]["outcome"] == "unjudged"
+    assert run.answers[0]["verdicts"] == []
+    assert run.unmatched_verdicts == 2
+    assert "2 verdicts on disk are on other answers or of another judge" in report_of(copy).text
+
+
+def test_a_verdict_once_given_counts(copy: Path) -> None:
+    log = copy / "judge" / "verdicts.jsonl"
+    records = [record for line in log.read_text().splitlines() if (record := json.loads(line))["kind"] == "main"]
+    failed = next(record for record in records if record["status"] == "malformed")
+    fine = records[0]
+    append_jsonl(log, failed | {"attempt": 2, "status": "ok", "verdict": "B", "rationale": "second try", "detail": ""})
+    append_jsonl(log, fine | {"attempt": 2, "status": "error", "verdict": None, "rationale": "", "detail": "cut off"})
+    rows = {row["prompt_id"]: row for row in read_run(copy).answers}
+    assert rows[failed["prompt_id"]]["outcome"] == "won"
+    assert rows[failed["prompt_id"]]["verdicts"][0]["text"] == "second try"
+    assert rows[fine["prompt_id"]]["outcome"] == "won"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ({"12": ["B"], "21": ["A"]}, "won"),
+        ({"12": ["A"], "21": ["B"]}, "lost"),
+        ({"12": ["tie"], "21": ["tie"]}, "tie"),
+        ({"12": ["A"], "21": ["A"]}, "disagree"),  # the judge likes the first position
+        ({"12": ["B"], "21": ["tie"]}, "disagree"),
+        ({"12": ["B"], "21": []}, "unjudged"),
+        ({"12": [], "21": []}, "unjudged"),
+        ({"12": ["B", "B", "A"], "21": ["A"]}, "won"),  # two of three samples
+        ({"12": ["B", "A"], "21": ["A", "B"]}, "tie"),
+    ],
+)
+def test_outcome(verdicts: dict[str, list[str]], expected: str) -> None:
+    records = [{"order": o, "verdict": v, "status": "ok"} for o, said in verdicts.items() for v in said]
+    failed = [{"order": order, "verdict": None, "status": "refusal"} for order in verdicts]
+    assert outcome(records + failed) == expected
+    assert expected in OUTCOMES
+
+
+def test_weak_judge_is_called_a_demonstration(tmp_path: Path) -> None:
+    rows = sample_run.write_comparison(tmp_path, 24)
+    sample_run.write_judgement(tmp_path, rows, lambda number, order: "B", labelled_right=0.5)
+    text = report_of(tmp_path).text
+    assert "No winner named" in text
+    assert "only a demonstration" in text
+    assert "it names the answer shown second in 100.0% of its decisions" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(40, "40"), (160800, "160,800"), (0.0130, "0.0130"), (-0.79, "−0.790"), (11.0, "11.0"), (123.4, "123"), (4321.5, "4,322"), (0, "0")],
+)  # fmt: skip
+def test_number(value: float, shown: str) -> None:
+    assert page.number(value) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(9, "9 s"), (75, "1 min 15 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")])
+def test_duration(seconds: int, shown: str) -> None:
+    assert page.duration(seconds) == shown
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.1 relative luminance of #rrggbb."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_has_contrast_in_light_and_dark() -> None:
+    css = (resources.files("tandem.report") / "templates" / "report.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    )
+    assert light.keys() == dark.keys()
+    for theme in (light, dark):
+        on_page = [(theme[name], theme["page"]) for name in ("ink", "muted", "accent", "base", "sft", "dpo", "chosen", "lost")]
+        others = [(theme["ink"], theme["panel"]), (theme["warn-ink"], theme["warn-page"])]
+        for ink, paper in on_page + others:
+            low, high = sorted((luminance(ink), luminance(paper)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
