@@ -168,7 +168,8 @@ def test_keys(tmp_path: Path):
         f"{file} row 1: no column 'god', named by a --…_key option (has q, ctx, sys, good, bad)"
     )
     assert refusal(file, **keys, input_key="ctx") == (
-        "--input_key has no effect with the format prompt_pair; force one that has this column with --data_format (alpaca)"
+        "--input_key has no effect with the format prompt_pair; "
+        "force one that has this column with --data_format (alpaca)"
     )
     assert refusal(file, **keys, system_key="sys").startswith("--system_key has no effect with the format prompt_pair;")
 

@@ -156,7 +156,7 @@ prompts = words.map("".join) | st.lists(words.map("".join), min_size=1, max_size
 
 
 @settings(deadline=None)
-@given(prompts, st.integers(4, 60), st.sampled_from([BYTES, MERGING]))
+@given(prompts, st.integers(20, 60), st.sampled_from([BYTES, MERGING]))
 def test_a_trimmed_prompt_fits_and_is_the_end_of_the_prompt(prompt: Any, limit: int, tokenizer: Any):
     trimmed = trim_prompt(prompt, tokenizer, limit)
     assert length(trimmed, tokenizer) <= limit

@@ -2,11 +2,11 @@ import itertools
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from tandem.engine import attention
 from tandem.engine.attention import PairAttention, UnsupportedAttention
 from tandem.engine.layout import plan_pairs
-from torch.testing import assert_close
-
 from tests.engine.tiny_models import collate, random_pairs, tiny_model
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

@@ -9,13 +9,42 @@ from peft import LoraConfig
 
 from tests.engine.tiny_models import perturbed, random_pairs, tiny_model
 
-SERVED = """
-    Llama Gemma2 Gemma3 Mistral Qwen2 Qwen3 SmolLM3 Olmo2 GPT2 GPTNeoX Phi Phi3 Granite Mixtral Qwen2Moe GptOss OPT
-""".split()
-LOSSES = """
-    sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft
-    sigmoid_norm
-""".split()
+SERVED = [
+    "Llama",
+    "Gemma2",
+    "Gemma3",
+    "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "SmolLM3",
+    "Olmo2",
+    "GPT2",
+    "GPTNeoX",
+    "Phi",
+    "Phi3",
+    "Granite",
+    "Mixtral",
+    "Qwen2Moe",
+    "GptOss",
+    "OPT",
+]
+LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]
 # What differs between two runs of the same trainer
 TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}

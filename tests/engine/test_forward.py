@@ -8,13 +8,13 @@ import torch
 import transformers
 import trl
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tandem.engine import forward, probe
-from tandem.engine.forward import SUPPORTED_TRL, add_pair_forward, check_trl_contract, pair_engine
-from tandem.errors import UserError
 from torch.testing import assert_close
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from tandem.engine import forward, probe
+from tandem.engine.forward import SUPPORTED_TRL, add_pair_forward, check_trl_contract, pair_engine
+from tandem.errors import UserError
 from tests.engine.tiny_models import collate, perturbed, random_pairs, tiny_model
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

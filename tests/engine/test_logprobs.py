@@ -1,10 +1,11 @@
 import pytest
 import torch
-from tandem.engine import logprobs
-from tandem.engine.logprobs import LogitTransform, score_tokens
 from torch.testing import assert_close
 from transformers import PreTrainedConfig
 from trl.kernels import ChunkedLogProbFunction
+
+from tandem.engine import logprobs
+from tandem.engine.logprobs import LogitTransform, score_tokens
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3, temperature=0.7), LogitTransform(2.0, 3.0, 1.3)]
@@ -17,6 +18,10 @@ def head():
     hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((11, 6), (40, 6), (40,)))
     targets = torch.randint(40, (11,), generator=generator)
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+
+def in_float32(head):
+    return [tensor.detach().float() if tensor.is_floating_point() else tensor for tensor in head]
 
 
 @pytest.fixture(params=[1, 4, 100], ids="{} tokens a chunk".format)
@@ -42,7 +47,7 @@ def from_the_definition(hidden, weight, bias, targets, transform):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_fields_and_gradients_are_the_definition(head, chunk, transform, with_bias):
-    hidden, weight, bias, targets = (tensor.detach().float() if tensor.is_floating_point() else tensor for tensor in head)
+    hidden, weight, bias, targets = in_float32(head)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()] + ([bias.requires_grad_()] if with_bias else [])
     bias = bias if with_bias else None
     targets[:4] = (hidden @ weight.t()).argmax(-1)[:4]  # some tokens that are the likeliest
@@ -72,7 +77,7 @@ def test_a_tie_with_an_earlier_word_is_not_top1():
 
 
 def test_a_frozen_head_gets_no_gradient(head):
-    hidden, weight, bias, targets = head
+    hidden, weight, _, targets = head
     score_tokens(hidden, weight.detach(), None, targets, LogitTransform()).log_probs.sum().backward()
     assert hidden.grad is not None
 
@@ -105,8 +110,7 @@ def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     assert max(sizes) == 40 * 6  # the weight's gradient; the logits would be 440
 
 
-def test_bf16_is_no_further_from_float32_than_trl(head):
-    hidden, weight, _, targets = (tensor.detach().float() if tensor.is_floating_point() else tensor for tensor in head)
+def test_bf16_is_no_further_from_float32_than_trl():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(200, 64, generator=generator), torch.randn(500, 64, generator=generator) / 4
     targets = torch.randint(500, (200,), generator=generator)

@@ -32,7 +32,9 @@ CONFIGS = {
     "Gemma2": (transformers.Gemma2Config, _GQA | _WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 12}),
     "Gemma3": (
         transformers.Gemma3TextConfig,
-        _GQA | _WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 12}
+        _GQA
+        | _WINDOW
+        | {"head_dim": 8, "query_pre_attn_scalar": 12}
         | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
     "Mistral": (transformers.MistralConfig, _GQA | _WINDOW),

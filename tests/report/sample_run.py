@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tandem.config import resolved, to_yaml
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
@@ -19,12 +20,15 @@ from tandem.monitor.tail import TailConfig, TailState, update
 from tandem.options import DPOOptions, LoraOptions, ModelOptions, SFTOptions, TextOptions, TrainOptions
 from tandem.runs import write_json
 
-HOSTILE = "</script><script>document.title = 'owned'</script></textarea><img src=x onerror=\"document.title='owned'\">\u2028"
-WORDS = (
+HOSTILE = (
+    "</script><script>document.title = 'owned'</script></textarea><img src=x onerror=\"document.title='owned'\">\u2028"
+)
+TEXT = (
     "You can leave the rice to rest for ten minutes with the lid on and it will finish in its own steam while the "
     "train to the coast runs every hour on weekdays except for the last one which only goes as far as the harbour "
     "so it is best to ask first whether a smaller pot would do since most of the heat is lost through the sides"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def estimate(value: float, low: float | None, high: float | None, n: int) -> dict[str, Any]:
@@ -78,7 +82,10 @@ def write_stages(folder: Path) -> None:
     model, lora, text = ModelOptions("/models/SmolLM2-135M-Instruct"), LoraOptions(use_peft=True), TextOptions()
     stages = {
         "sft": ((model, lora, text, data, SFTOptions(output_dir=str(folder / "sft"))), history(8, sft)),
-        "dpo": ((model, lora, text, data, TrainOptions(output_dir=str(folder / "dpo")), DPOOptions()), history(16, dpo)),
+        "dpo": (
+            (model, lora, text, data, TrainOptions(output_dir=str(folder / "dpo")), DPOOptions()),
+            history(16, dpo),
+        ),
     }
     for name, (options, log_history) in stages.items():
         config = resolved(*options)
@@ -109,7 +116,9 @@ def write_margins(folder: Path, steps: int = 16) -> None:
 
 def write_data(folder: Path) -> None:
     split = {"pairs": 400, "prompts": 372, "sources": {"sample": 400}, "chosen_longer": 0.495}
-    tokens = {name: {"median": size, "max": 80} for name, size in (("prompt", 41.0), ("chosen", 24.5), ("rejected", 24.0))}
+    tokens = {
+        name: {"median": size, "max": 80} for name, size in (("prompt", 41.0), ("chosen", 24.5), ("rejected", 24.0))
+    }
     write_json(
         folder / "data_report.json",
         {
@@ -158,7 +167,11 @@ def write_comparison(folder: Path, prompts: int, words: int = 55) -> list[dict[s
         )
     statistics = {
         label: {"n": prompts, "mean_tokens": tokens, "truncated": cut, "empty": 0.0, "repetition": repeats}
-        for label, tokens, cut, repeats in (("base", 61.2, 0.83, 0.12), ("sft", 44.0, 0.25, 0.05), ("dpo", 39.5, 0.17, 0.04))
+        for label, tokens, cut, repeats in (
+            ("base", 61.2, 0.83, 0.12),
+            ("sft", 44.0, 0.25, 0.05),
+            ("dpo", 39.5, 0.17, 0.04),
+        )
     }
     models = {"base": "/models/SmolLM2-135M-Instruct", "sft": "/runs/demo/sft_dpo_init_merged", "dpo": "/runs/demo/dpo"}
     results = {"models": models, "seed": 42, "statistics": statistics, "comparisons": rows}

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tandem.errors import UserError
 from tandem.report import page
 from tandem.report.collect import OUTCOMES, outcome, read_run
 from tandem.report.page import ReportOptions, write_report
 from tandem.runs import append_jsonl
-
 from tests.report import sample_run
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,15 @@ def test_whole_run_is_told(whole_page: Parsed) -> None:
     assert "scripts/dpo.py --config" in text
     assert "the run folder has no" not in text
     assert "only a demonstration" not in text
-    for title in ("SFT loss", "DPO loss", "Accuracy in training", "Reward margin", "Log-probabilities", "Margins", "Tail"):
+    for title in (
+        "SFT loss",
+        "DPO loss",
+        "Accuracy in training",
+        "Reward margin",
+        "Log-probabilities",
+        "Margins",
+        "Tail",
+    ):
         assert title in text
     assert whole_page.tags.count("svg") == whole_page.tags.count("figure") == 9
 
@@ -139,7 +147,10 @@ def test_model_text_stays_text(whole: Path, whole_page: Parsed) -> None:
 def test_hostile_names_stay_text(copy: Path) -> None:
     hostile = '"><script>alert(1)</script>'
     for stage in ("sft", "dpo"):
-        edit(copy / stage / "run.json", lambda run: run["config"].update(model_name_or_path=hostile, dataset_name=hostile))
+        edit(
+            copy / stage / "run.json",
+            lambda run: run["config"].update(model_name_or_path=hostile, dataset_name=hostile),
+        )
         (copy / stage / "config.yaml").write_text(f"model_name_or_path: {hostile}\n")
     edit(copy / "results.json", lambda results: results.update(reference=hostile))
     parsed = report_of(copy)
@@ -241,7 +252,7 @@ def test_damaged_file_is_named(copy: Path, name: str, content: str) -> None:
     (copy / name).write_text(content)
     with pytest.raises(UserError, match=r"cannot be read|not as this version") as error:
         write_report(ReportOptions(str(copy)))
-    assert name.split("/")[0].split(".")[0] in str(error.value) or str(copy) in str(error.value)
+    assert str(copy / name) in str(error.value)
     assert not (copy / "report.html").exists()
 
 
@@ -254,7 +265,9 @@ def test_numbers_that_json_lacks_are_gaps(copy: Path) -> None:
 
 
 def test_lone_surrogate_is_written(copy: Path) -> None:
-    edit(copy / "dpo_comparison_results.json", lambda value: value["comparisons"][0]["answers"].update(sft="\ud800 end"))
+    edit(
+        copy / "dpo_comparison_results.json", lambda value: value["comparisons"][0]["answers"].update(sft="\ud800 end")
+    )
     row = json.loads(report_of(copy).scripts[0])["rows"][0]
     assert row["answers"]["sft"] == "? end"
 
@@ -313,13 +326,24 @@ def test_weak_judge_is_called_a_demonstration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(40, "40"), (160800, "160,800"), (0.0130, "0.0130"), (-0.79, "−0.790"), (11.0, "11.0"), (123.4, "123"), (4321.5, "4,322"), (0, "0")],
-)  # fmt: skip
+    [
+        (40, "40"),
+        (160800, "160,800"),
+        (0.0130, "0.0130"),
+        (-0.79, "−0.790"),
+        (11.0, "11.0"),
+        (123.4, "123"),
+        (4321.5, "4,322"),
+        (0, "0"),
+    ],
+)
 def test_number(value: float, shown: str) -> None:
     assert page.number(value) == shown
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(9, "9 s"), (75, "1 min 15 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(9, "9 s"), (75, "1 min 15 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")]
+)
 def test_duration(seconds: int, shown: str) -> None:
     assert page.duration(seconds) == shown
 
@@ -334,11 +358,14 @@ def luminance(colour: str) -> float:
 def test_text_has_contrast_in_light_and_dark() -> None:
     css = (resources.files("tandem.report") / "templates" / "report.css").read_text()
     light, dark = (
-        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block))
+        for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     )
     assert light.keys() == dark.keys()
     for theme in (light, dark):
-        on_page = [(theme[name], theme["page"]) for name in ("ink", "muted", "accent", "base", "sft", "dpo", "chosen", "lost")]
+        on_page = [
+            (theme[name], theme["page"]) for name in ("ink", "muted", "accent", "base", "sft", "dpo", "chosen", "lost")
+        ]
         others = [(theme["ink"], theme["panel"]), (theme["warn-ink"], theme["warn-page"])]
         for ink, paper in on_page + others:
             low, high = sorted((luminance(ink), luminance(paper)))

@@ -16,7 +16,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,15 @@ class PairAttention:
     def _each_segment(
         self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None
     ) -> Tensor:
+        segments = self.plan.segments
         outputs = []
-        for segment in self.plan.segments:
-            keys, values = _with_prefix(key, segment), _with_prefix(value, segment)
+        for segment, own_query, keys, values in zip(
+            segments, _split(query, segments), _keys(key, segments), _keys(value, segments), strict=True
+        ):
             # Without prefix and window the mask is the plain triangle, for which sdpa needs no mask
             plain = segment.q_length == segment.k_length and (window is None or window >= segment.k_length)
             mask = None if plain else self._mask(segment, window, query.device)
-            outputs.append(attend(query[:, :, segment.start : segment.end], keys, values, mask=mask))
+            outputs.append(attend(own_query, keys, values, mask=mask))
         # One concatenation in the layout the projection reads, instead of one here and a transposed copy after it
         return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
@@ -153,18 +155,20 @@ class PairAttention:
         if _flash_attn_installed():
             from flash_attn import flash_attn_varlen_func
 
-            return flash_attn_varlen_func(
+            output = flash_attn_varlen_func(
                 *arguments,
                 dropout_p=dropout,
                 softmax_scale=scale,
                 causal=True,
                 window_size=window_size,
                 softcap=softcap or 0.0,
-            )[None]
+            )
+            return output[None]
         if softcap is not None or dropout:
             raise UnsupportedAttention("torch's varlen kernel has neither soft-capping nor dropout; install flash-attn")
         gqa = query.shape[1] != key.shape[1]
-        return varlen.varlen_attn(*arguments, scale=scale, window_size=window_size, enable_gqa=gqa)[None]
+        output = varlen.varlen_attn(*arguments, scale=scale, window_size=window_size, enable_gqa=gqa)
+        return cast(Tensor, output)[None]
 
 
 def _choose_backend(
@@ -181,11 +185,23 @@ def _flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _with_prefix(states: Tensor, segment: Segment) -> Tensor:
-    own = states[:, :, segment.start : segment.end]
-    if segment.prefix_start == segment.prefix_end:
-        return own
-    return torch.cat([states[:, :, segment.prefix_start : segment.prefix_end], own], dim=2)
+def _split(states: Tensor, segments: tuple[Segment, ...]) -> tuple[Tensor, ...]:
+    """The own tokens of every segment. One split, whose backward is one concatenation: the backward of a slice fills
+    and adds a tensor as long as the whole row."""
+    return states.split([segment.q_length for segment in segments], dim=2)
+
+
+def _keys(states: Tensor, segments: tuple[Segment, ...]) -> list[Tensor]:
+    """The keys or values of every segment: its prefix, which begins an earlier segment, and its own tokens."""
+    pieces = {segment.start: piece for segment, piece in zip(segments, _split(states, segments), strict=True)}
+    return [
+        pieces[segment.start]
+        if segment.q_length == segment.k_length
+        else torch.cat(
+            [pieces[segment.prefix_start][:, :, : segment.k_length - segment.q_length], pieces[segment.start]], dim=2
+        )
+        for segment in segments
+    ]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float) -> Tensor:

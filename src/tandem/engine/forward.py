@@ -41,7 +41,7 @@ except ImportError as error:
 logger = logging.getLogger("tandem.engine")
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
-_TEXT_INPUTS = {"input_ids", "attention_mask", "use_cache", "output_router_logits"}
+_TEXT_INPUTS = {"input_ids", "attention_mask", "use_cache", "output_router_logits", "num_items_in_batch"}
 # Layers whose memory along the row is attention, which the plan restricts; a recurrent state would leak across pairs
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -214,22 +214,20 @@ class _PairEngine:
             self.on_report(report)
 
     def __call__(self, model: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if self.report is not None and self.report.layout == "padded":
-            return self.padded_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
-        try:
-            plan = self.plan(args, labels, kwargs)
-            if self.report is None:
-                self.settle(self.probe(model, kwargs["input_ids"]))
-            if self.report.layout == "padded":
-                raise _Unserved(self.report.reason)
-        except _Unserved as reason:
-            _log_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
-            return self.padded_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
-        return self.forward(model, plan, labels, **kwargs)
+        if self.report is None or self.report.layout == self.layout != "padded":
+            try:
+                plan = self.plan(args, labels, kwargs)
+            except _Unserved as reason:
+                _log_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
+            else:
+                if self.report is None:
+                    self.settle(self.probe(model, kwargs["input_ids"]))
+                if self.report is not None and self.report.layout == self.layout:
+                    return self.forward(model, plan, labels=labels, **kwargs)
+        return self.padded_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
 
     def plan(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> PairPlan:
         extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _TEXT_INPUTS)
-        extra = [name for name in extra if name != "num_items_in_batch"]
         if args or labels is None or kwargs.get("input_ids") is None:
             raise _Unserved("it comes without input_ids and labels by keyword")
         if extra:
@@ -244,9 +242,9 @@ class _PairEngine:
         self,
         model: PreTrainedModel,
         plan: PairPlan,
-        labels: Tensor,
         *,
         input_ids: Tensor,
+        labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         output_router_logits: bool | None = None,
         **_: Any,
@@ -286,14 +284,12 @@ class _PairEngine:
         head = model.get_output_embeddings()  # looked up on each call: FSDP and PEFT replace it after installation
         device = head.weight.device
         hidden = states.index_select(0, plan.score_index.to(states.device)).to(device)
-        full_precision = contextlib.nullcontext()
+        precision: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.cast_lm_head_to_fp32:
             hidden = hidden.float()
-            full_precision = torch.autocast(device.type, enabled=False)
-        with full_precision:
-            scores = score_tokens(
-                hidden, head.weight, head.bias, plan.targets.to(device), self.transform, self.outputs
-            )
+            precision = torch.autocast(device.type, enabled=False)
+        with precision:
+            scores = score_tokens(hidden, head.weight, head.bias, plan.targets.to(device), self.transform, self.outputs)
         return {name: value for name, value in vars(scores).items() if value is not None}
 
     def probe_key(self, model: PreTrainedModel) -> str:
@@ -319,7 +315,7 @@ class _PairEngine:
                 padded = self.padded_forward(**batch, use_cache=False, fused_lm_head=True).log_probs
                 try:
                     plan = plan_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"], self.layout)
-                    ours = self.forward(model, plan, **batch).log_probs
+                    ours = self.forward(model, plan, input_ids=batch["input_ids"], labels=batch["labels"]).log_probs
                     gap = probe.difference(padded, ours, batch["labels"])
                 # Whatever an architecture does with a row it was not written for, TRL's forward still serves it
                 except Exception as error:

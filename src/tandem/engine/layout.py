@@ -26,7 +26,8 @@ IGNORED_LABEL = -100
 class Segment(NamedTuple):
     """One causal sequence of the packed row: its keys are `[prefix_start, prefix_end)` then `[start, end)`.
 
-    Its queries are `[start, end)` alone. The prefix is empty for chosen, and for a pair that shares nothing.
+    Its queries are `[start, end)` alone. The segments follow each other without a gap. A prefix begins where an earlier
+    segment does; it is empty for chosen, and for a pair that shares nothing.
     """
 
     start: int

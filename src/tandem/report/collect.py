@@ -40,16 +40,16 @@ class Run:
     """A run folder."""
 
     folder: Path
-    stages: dict[str, Stage]
-    results: Json | None
-    comparison: Json | None
-    judge: Json | None  # judge_summary.json
-    usage: Json | None  # judge/usage.json
-    data: Json | None  # data_report.json
-    answers: list[Json]
-    unmatched_verdicts: int  # verdicts on these prompts that another judge gave, or that are on other answers
-    seconds: dict[str, int]
-    alarms: list[Json]
+    stages: dict[str, Stage] = dataclasses.field(default_factory=dict)
+    results: Json | None = None
+    comparison: Json | None = None
+    judge: Json | None = None  # judge_summary.json
+    usage: Json | None = None  # judge/usage.json
+    data: Json | None = None  # data_report.json
+    answers: list[Json] = dataclasses.field(default_factory=list)
+    unmatched_verdicts: int = 0  # verdicts of another judge, or on answers that are not shown
+    seconds: dict[str, int] = dataclasses.field(default_factory=dict)
+    alarms: list[Json] = dataclasses.field(default_factory=list)
 
     @property
     def labels(self) -> list[str]:

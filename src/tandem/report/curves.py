@@ -93,10 +93,10 @@ def _points(history: Sequence[Json], key: str) -> list[tuple[int, float]]:
 
 
 def _describe(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]) -> str:
-    parts = [
-        f"{_label(line, curves)} from {points[0][1]:.3g} at step {points[0][0]} to {points[-1][1]:.3g} at step {points[-1][0]}"
-        for line, points in series
-    ]
+    parts = []
+    for line, points in series:
+        (first, start), (last, end) = points[0], points[-1]
+        parts.append(f"{_label(line, curves)} from {start:.3g} at step {first} to {end:.3g} at step {last}")
     return f"{curves.title}: {', '.join(parts)}"
 
 

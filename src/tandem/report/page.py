@@ -97,9 +97,9 @@ def write_report(options: ReportOptions) -> Path:
 
 def render(run: Run, written: datetime | None = None) -> str:
     """The page as HTML; `written` is the date it shows, now if unset."""
-    environment = _environment()
-    script = _source(environment, "report.js")
-    return environment.get_template("report.html.jinja").render(
+    templates = environment(autoescape=True)
+    script = _source(templates, "report.js")
+    return templates.get_template("report.html.jinja").render(
         run=run,
         title=run.folder.resolve().name,
         headline=headline(run),
@@ -113,22 +113,23 @@ def render(run: Run, written: datetime | None = None) -> str:
         commands=commands(run),
         browser=browser_data(run),
         written=(written or datetime.now(UTC)).strftime("%d %B %Y, %H:%M UTC"),
-        style=Markup(_source(environment, "report.css")),
+        style=Markup(_source(templates, "report.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment(*, autoescape: bool) -> jinja2.Environment:
+    """The templates of this package, with filters that write numbers for people."""
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("tandem.report"),
-        autoescape=True,
+        autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
-    environment.filters |= {
+    templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    templates.filters |= {
         "percent": percent,
         "number": number,
         "value": show_value,
@@ -136,12 +137,12 @@ def _environment() -> jinja2.Environment:
         "duration": duration,
         "model_name": model_name,
     }
-    return environment
+    return templates
 
 
-def _source(environment: jinja2.Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+def _source(templates: jinja2.Environment, name: str) -> str:
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
 
 
 def percent(share: float) -> str:
@@ -151,10 +152,8 @@ def percent(share: float) -> str:
 
 def number(value: float) -> str:
     """Counts as they are, measured numbers to three digits, with a true minus."""
-    if isinstance(value, int) or abs(value) >= 1000:
-        text = f"{round(value):,}"
-    else:
-        text = f"{value:#.3g}".rstrip(".")
+    is_whole = isinstance(value, int) or abs(value) >= 1000
+    text = f"{round(value):,}" if is_whole else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−")
 
 
@@ -281,7 +280,9 @@ def judgement(run: Run) -> Json | None:
         result, calibration = run.judge["result"], run.judge["calibration"]
         agreed, mean = result["orders_agree"], result["mean_of_orders"]
         labelled, by_length = calibration["labelled"], calibration["labelled"]["accuracy_by_length"]
-        counts = f"of {agreed['wins']} wins and {agreed['losses']} losses; sign test p = {number(agreed['sign_test_p'])}"
+        counts = (
+            f"of {agreed['wins']} wins and {agreed['losses']} losses; sign test p = {number(agreed['sign_test_p'])}"
+        )
         said = [
             ("Win rate, both orders agreeing", counts, agreed["win_rate"]),
             (
@@ -416,13 +417,15 @@ def commands(run: Run) -> dict[str, list[str]]:
     return {
         "pipeline": [*checkout, *settings, "./pipelines/dpo_pipeline_sanity.sh"],
         "stages": [
-            shlex.join(
-                ["python", f"scripts/{name}.py", "--config", str(folder / name / "config.yaml")]
-                + ["--output_dir", str(again / name)]
-            )
+            f"python scripts/{name}.py --config {_quoted(folder / name / 'config.yaml')} "
+            f"--output_dir {_quoted(again / name)}"
             for name in configured
         ],
     }
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _commit(run: Run) -> str | None:
