@@ -42,6 +42,7 @@ stage() {
   fi
   rm -f "$stamp"
   echo "== $name"
+  printf '%q ' "$@" >"$RUN/.stages/$name.command" # what the report tells a reader to repeat
   "$@" || status=$?
   ((status == 0)) || stop "$name" "$status"
   [[ -e $RUN/$output ]] || stop "$name" 1

@@ -38,7 +38,8 @@ def compare(options: CompareOptions, sampling: SamplingOptions, pairs: Sequence[
     answers = {}
     for label, model in options.models.items():
         records = read_jsonl(generate(model, label, prompts, sampling, folder))
-        answers[label] = {record["prompt_id"]: record for record in records}
+        by_id = {record["prompt_id"]: record for record in records}
+        answers[label] = {prompt_id(messages): by_id[prompt_id(messages)] for messages in prompts}
     chosen = {prompt_id(_messages(pair)): _text(pair["chosen"]) for pair in pairs}
     results: dict[str, Any] = {
         "models": options.models,

@@ -1,5 +1,6 @@
 """Held-out metrics of each model against one reference, with intervals."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,12 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if not self.models:
             raise UserError("nothing to evaluate: give --sft_model, --dpo_model or both")
-        if self.eval_batch_size < 1 or self.kl_prompts < 0 or self.kl_max_new_tokens < 1:
-            raise UserError("--eval_batch_size and --kl_max_new_tokens must be at least 1, --kl_prompts at least 0")
+        for name, low in {"eval_batch_size": 1, "max_eval_samples": 1, "kl_prompts": 0, "kl_max_new_tokens": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name} must be at least {low}, not {value}")
+        if Path(self.output_file).suffix != ".json":
+            raise UserError(f"--output_file {self.output_file}: must end in .json")
 
     @property
     def models(self) -> dict[str, str]:
@@ -77,9 +82,11 @@ def bootstrap(statistic: Callable[..., Any], samples: Sequence[np.ndarray], seed
         return _estimate(value, None, None, count)
     if all(np.ptp(sample) == 0 for sample in samples):
         return _estimate(value, value, value, count)
-    result = stats.bootstrap(
-        samples, statistic, paired=True, vectorized=True, n_resamples=2000, rng=np.random.default_rng(seed)
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of BCa on nearly constant data, for which see below
+        result = stats.bootstrap(
+            samples, statistic, paired=True, vectorized=True, n_resamples=2000, rng=np.random.default_rng(seed)
+        )
     low, high = result.confidence_interval
     if not np.isfinite([low, high]).all():  # BCa fails on some nearly constant data; the percentile interval does not
         low, high = np.quantile(result.bootstrap_distribution, [0.025, 0.975])

@@ -69,7 +69,7 @@ def generate(model: str, label: str, prompts: Sequence[list[Message]], options: 
             for index, answer in zip(batch, answers, strict=True):
                 if prompt_id(prompts[index]) in done:
                     continue
-                ended = len(answer) < options.max_new_tokens or answer[-1] == tokenizer.eos_token_id
+                ended = answer[-1] in scorer.ends
                 tokens += len(answer)
                 append_jsonl(
                     path,

@@ -25,6 +25,10 @@ class MergeOptions:
             raise UserError(f"--adapter {self.adapter}: neither an adapter's folder nor a model's")
         if (folder / "config.yaml").exists() and not is_complete(folder):
             raise UserError(f"--adapter {self.adapter}: its training has not finished; run it again to resume it")
+        target = Path(self.output_dir)
+        former = is_complete(target) and not (target / "config.yaml").exists()  # a merge, not a training run
+        if not former and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"--output_dir {self.output_dir}: holds other files, which a merge would remove")
         if self.base_model and not is_adapter(self.adapter):
             raise UserError(f"--base_model has no effect: {self.adapter} is a full model, not an adapter")
 
@@ -41,13 +45,16 @@ def merge(options: MergeOptions) -> None:
 def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     from peft import PeftModel
 
-    from tandem.models import base_of_adapter, load_model, load_tokenizer
+    from tandem.models import base_of_adapter, load_adapter, load_model, load_tokenizer
 
     base = options.base_model or base_of_adapter(options.adapter)
     model = load_model(ModelOptions(model_name_or_path=base, dtype=options.dtype))
     if isinstance(model, PeftModel):  # the adapter was trained on top of another one
         model = model.merge_and_unload()
-    merged = PeftModel.from_pretrained(model, options.adapter).merge_and_unload(safe_merge=True)
+    try:
+        merged = load_adapter(model, options.adapter).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"--adapter {options.adapter}: cannot be merged: {error}") from error
     merged.save_pretrained(staging)
     tokenizer_home = options.adapter if (Path(options.adapter) / "tokenizer_config.json").exists() else base
     load_tokenizer(ModelOptions(model_name_or_path=tokenizer_home)).save_pretrained(staging)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
@@ -14,7 +15,10 @@ from tandem.log import logger
 from tandem.options import LoraOptions, ModelOptions, is_adapter
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
+
+# Of transformers, PEFT and safetensors over files that are missing, torn or of another model
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 def fast_bf16() -> bool:
@@ -35,10 +39,12 @@ def base_of_adapter(folder: str) -> str:
     """The model that the adapter in `folder` was trained on.
 
     Raises:
-        UserError: the adapter's config does not say.
+        UserError: the adapter's config does not say, or cannot be read.
     """
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    base = config.get("base_model_name_or_path")
+    try:
+        base = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: adapter_config.json cannot be read: {_first_line(error)}") from error
     if not base:
         raise UserError(f"{folder}: adapter_config.json has no base_model_name_or_path")
     return str(base)
@@ -72,14 +78,13 @@ def load_model(options: ModelOptions, *, trainable_adapter: bool = False, quanti
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
     Raises:
-        UserError: a folder that is not a model, weights in another format, no quantization library.
+        UserError: a folder that is not a model, weights that are missing, of another shape or in another format, no
+            quantization library.
     """
     name = options.model_name_or_path
     if is_adapter(name):
-        from peft import PeftModel
-
         base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize)
-        return PeftModel.from_pretrained(base, name, is_trainable=trainable_adapter)
+        return load_adapter(base, name, trainable=trainable_adapter)
     _check_folder(name, "config.json")
     keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
     if options.attn_implementation:
@@ -87,15 +92,36 @@ def load_model(options: ModelOptions, *, trainable_adapter: bool = False, quanti
     if options.model_revision:
         keywords["revision"] = options.model_revision
     try:
-        return create_model_from_path(
+        model, loading = create_model_from_path(
             name,
             dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **keywords,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
+    return model
+
+
+def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False) -> "PeftModel":
+    """`base` with the adapter in `folder` on it.
+
+    Raises:
+        UserError: no adapter in safetensors there, or one of another model.
+    """
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
+    try:
+        return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    except _LOADING_ERRORS as error:
+        why = f"cannot be loaded as an adapter of {base.name_or_path}: {_first_line(error)}"
+        raise UserError(f"{folder}: {why}") from error
 
 
 def lora_config(options: LoraOptions) -> "LoraConfig | None":

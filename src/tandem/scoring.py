@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tandem.engine.forward import add_pair_forward
+from tandem.errors import UserError
 from tandem.models import fast_bf16, has_accelerator
 from tandem.sampling import Sampling
 
@@ -28,6 +29,9 @@ class Scorer:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.bf16 = fast_bf16() if bf16 is None else bf16
+        self.ends = _end_ids(model, tokenizer)
+        # A repetition penalty or other filter that the model ships would make its answers another distribution's
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends) or None)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         add_pair_forward(base)
 
@@ -39,7 +43,11 @@ class Scorer:
 
     @torch.no_grad()
     def pair_logps(self, pairs: Sequence[TokenizedPair], max_length: int | None, label: str = "") -> np.ndarray:
-        """(n, 2) float64: summed log-probs in nats of chosen and rejected, each given its prompt."""
+        """(n, 2) float64: summed log-probs in nats of chosen and rejected, each given its prompt.
+
+        Raises:
+            UserError: one that is not finite: accuracies and margins made of them would mean nothing.
+        """
         collate = DataCollatorForPreference(pad_token_id=self.tokenizer.pad_token_id, max_length=max_length)
         order = sorted(range(len(pairs)), key=lambda index: _tokens(pairs[index]))
         result = np.empty((len(pairs), 2))
@@ -50,6 +58,11 @@ class Scorer:
             with self.autocast():
                 output = self.model(**inputs, labels=labels, fused_lm_head=True, use_cache=False)
             result[batch] = output.log_probs.float().sum(1).view(2, -1).T.double().cpu().numpy()
+        if not np.isfinite(result).all():
+            raise UserError(
+                f"{self.model.name_or_path}: its log-probabilities are not finite: its training diverged, or "
+                "bfloat16 is too coarse for it"
+            )
         return result
 
     @torch.no_grad()
@@ -64,8 +77,7 @@ class Scorer:
             output = self.model.generate(
                 input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **sampling.keywords()
             )
-        ends = _end_ids(self.model, self.tokenizer)
-        return [_until_end(answer, ends) for answer in output[:, width:].tolist()]
+        return [_until_end(answer, self.ends) for answer in output[:, width:].tolist()]
 
 
 def _tokens(pair: TokenizedPair) -> int:

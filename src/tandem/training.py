@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -90,7 +91,9 @@ def run_dpo(
         loss_types, loss_weights = dpo.trl_losses
         reference = None
         if dpo.reference_model:
-            reference = load_model(dataclasses.replace(model, model_name_or_path=dpo.reference_model))
+            reference = load_model(
+                dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
+            )
         trainer = TandemDPOTrainer(
             model=_trainable(model, lora),
             ref_model=reference,
@@ -133,6 +136,8 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
         field.name: getattr(train, field.name) for field in dataclasses.fields(TrainOptions) if field.name not in own
     }
     on_cpu = train.use_cpu or not has_accelerator()
+    if on_cpu and train.fp16:
+        raise UserError("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
     arguments["use_cpu"] = on_cpu
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
     if train.debug:
@@ -269,9 +274,16 @@ def _session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> Iterat
             print(f"{folder}: already trained with these settings", file=sys.stderr)
             yield None
             return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}") from error
     (folder / MANIFEST).unlink(missing_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         log_to(folder)
+        if train.resume_from_checkpoint == "no":  # else a later run could take them for its own
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
         save(folder / "config.yaml", *options)
         write_json(folder / "run.json", {"config": config, "config_sha256": sha256_json(config), **_environment()})
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -287,7 +299,7 @@ def _check_same_run(folder: Path, config: dict[str, Any]) -> None:
     changed = [
         f"{name} was {before.get(name)}, is {value}"
         for name, value in config.items()
-        if name not in _FREE_ON_RESUME and before.get(name) != value
+        if name not in _FREE_ON_RESUME and not name.startswith("alarm_") and before.get(name) != value
     ]
     if changed:
         raise UserError(

@@ -180,11 +180,11 @@ def unserved_batches(batch):
         "even number of rows": odd,
         "hole": hole,
         "position_ids": batch | {"position_ids": positions},
-        "shift_labels": batch | {"shift_labels": shifted},
+        "context or sequence parallelism": batch | {"shift_labels": shifted},
     }
 
 
-@pytest.mark.parametrize("reason", ["even number of rows", "hole", "position_ids", "shift_labels"])
+@pytest.mark.parametrize("reason", ["even number of rows", "hole", "position_ids", "context or sequence parallelism"])
 def test_a_batch_that_cannot_be_served_is_padded_and_says_so_once(batch, caplog, reason):
     special = unserved_batches(batch)[reason]
     ours, theirs = both("Llama")

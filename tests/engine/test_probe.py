@@ -27,6 +27,12 @@ def test_the_pairs_fit_the_model():
     assert probe_batch(tiny_model("Mistral", sliding_window=4096), torch.arange(9))["input_ids"].shape[1] == 160
 
 
+def test_the_pairs_hold_ordinary_words_of_the_batch():
+    model = tiny_model("Llama")  # pads with 0, begins with 1, ends with 2
+    assert set(probe_batch(model, torch.tensor([[0, 0, 1], [7, 9, 2]]))["input_ids"].unique().tolist()) == {7, 9}
+    assert probe_batch(model, torch.tensor([[0, 0]]))["input_ids"].unique().tolist() == [0]
+
+
 def test_the_difference_by_hand():
     labels = torch.tensor([[-100, 5, 5, -100]])
     padded = torch.tensor([[-2.0, -4.0, -99.0]])

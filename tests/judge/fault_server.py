@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # a client that was killed
+        with contextlib.suppress(ConnectionError, ValueError):  # a client that was killed in the middle of its request
             super().handle()
 
     def _send(self, status: int, content: bytes | dict, headers: dict[str, str] | None = None) -> None:

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tiny": {"pairs": 3},  # padded with itself
     "repeated": {"pairs": 24, "ids": 20},  # four rows are copies of others
     "uneven": {"pairs": 21, "even": False},  # rank 0 gets a last micro-batch of one pair, rank 1 none
+    "resumed": {"pairs": 21, "resume_after": 5},  # a new monitor goes on in the second epoch, before its padding
 }
 
 
@@ -34,10 +35,21 @@ def margin(pair: str, step: int) -> float:
     return math.sin(1.7 * int(pair[1:]) + 0.3 * step) * (1 + 0.2 * step)
 
 
-def run(folder: Path, accelerator: Accelerator, pairs: int, ids: int | None = None, even: bool = True) -> None:
+def run(
+    folder: Path,
+    accelerator: Accelerator,
+    pairs: int,
+    ids: int | None = None,
+    even: bool = True,
+    resume_after: int | None = None,
+) -> None:
     """Two epochs; each rank writes its state after every step."""
     options = MonitorOptions(tail_warmup_steps=2, beta_control="risk", tail_delta=0.3)
-    monitor = Monitor(options, folder, accelerator, 0.1, save_checkpoint=lambda: None, epoch_pairs=pairs)
+
+    def new_monitor() -> Monitor:
+        return Monitor(options, folder, accelerator, 0.1, save_checkpoint=lambda: None, epoch_pairs=pairs)
+
+    monitor = new_monitor()
     monitor.begin(0)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = BatchSampler(range(pairs), GLOBAL_MICRO_BATCH // world, drop_last=False)
@@ -52,7 +64,14 @@ def run(folder: Path, accelerator: Accelerator, pairs: int, ids: int | None = No
             monitor.collect(epoch)
             monitor.end_step(epoch)
             states.append(monitor.state.to_dict())
+            if monitor.step == resume_after:
+                monitor.save(folder, torch.nn.Linear(1, 1))
+                accelerator.wait_for_everyone()
+                monitor = new_monitor()
+                monitor.load(folder)
+                monitor.begin(resume_after)
     logs = monitor.interval_logs()
+    monitor.stop()
     (folder / f"rank_{rank}.json").write_text(json.dumps({"states": states, "logs": logs}))
 
 

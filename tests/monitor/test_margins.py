@@ -17,6 +17,7 @@ def write(log: MarginsLog, steps: range) -> None:
         log.write_step(1 + step // 4, step, ["a", "b"], np.array([step, -step], np.float32), WARM)
         if step == 2:
             log.write_warmup_end(1, 2, 0.5, 0.1)
+    log.flush()
 
 
 def test_summary_by_hand() -> None:
@@ -39,6 +40,7 @@ def test_a_step_is_a_record_and_an_array(tmp_path: Path) -> None:
     log = MarginsLog(tmp_path)
     tail = TailRecord(beta=0.2, tau=0.75, p_hat=0.5, over=True)
     record = log.write_step(2, 12, ["x", "longer"], np.array([0.5, 1.5], np.float32), tail)
+    log.flush()
     assert json.loads((tmp_path / "margins_log.jsonl").read_text()) == record
     fields = "epoch step n mean std min p10 median p90 max positive tau p_hat over beta npy"
     assert " ".join(record) == fields
@@ -81,3 +83,12 @@ def test_a_resumed_log_has_no_gap_and_no_repeat(tmp_path: Path, cut: int) -> Non
 def test_truncating_nothing(tmp_path: Path) -> None:
     MarginsLog(tmp_path / "new").truncate_after(0)
     assert read_margins_log(tmp_path / "new") == ([], [])
+
+
+def test_a_full_disk_is_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "epoch_001").write_text("a file where the folder should be")
+    log = MarginsLog(tmp_path)
+    log.write_step(1, 1, ["a"], np.zeros(1, np.float32), WARM)
+    with pytest.raises(OSError, match="epoch_001"):
+        log.write_step(1, 2, ["a"], np.zeros(1, np.float32), WARM)
+    assert read_margins_log(tmp_path) == ([], [])

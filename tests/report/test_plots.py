@@ -28,6 +28,7 @@ def logs(tmp_path: Path) -> Path:
         log.write_step(1, step, [f"p{i}" for i in range(16)], margins, tail)
         if tail.warmup_ended and tail.tau is not None:
             log.write_warmup_end(1, step, tail.tau, config.delta)
+    log.flush()
     assert 0 < state.failures < state.tests
     return tmp_path / "logs"
 

@@ -13,7 +13,7 @@ from tandem.data.formats import Row, prompt_id
 from tandem.data.texts import render, tokenize_pair
 from tandem.errors import UserError
 from tandem.options import TextOptions
-from tandem.runs import write_json
+from tandem.runs import sha256_json, write_json
 
 
 @dataclass
@@ -43,6 +43,7 @@ def _describe(pairs: Sequence[Row]) -> dict[str, Any]:
         "pairs": len(pairs),
         "prompts": len({prompt_id(pair["prompt"]) for pair in pairs}),
         "sources": dict(Counter(pair["source"] for pair in pairs)),
+        "fingerprint": sha256_json(sorted(pair["pair_id"] for pair in pairs)),
         "duplicate_pairs": len(pairs) - len({pair["pair_id"] for pair in pairs}),
         "identical_answers": sum(pair["chosen"] == pair["rejected"] for pair in pairs),
         "several_turn_answers": sum(_turns(pair) > 1 for pair in pairs),
@@ -80,7 +81,8 @@ def findings(report: dict[str, Any]) -> list[str]:
     lines = []
     for name, split in report["splits"].items():
         for key, text in {
-            "duplicate_pairs": "pairs are there more than once",
+            "fingerprint": sha256_json(sorted(pair["pair_id"] for pair in pairs)),
+        "duplicate_pairs": "pairs are there more than once",
             "identical_answers": "pairs have chosen equal to rejected: they give no gradient",
             "several_turn_answers": "pairs have answers of several turns: a user's turn is trained on",
             "answers_cut": "pairs lose the end of an answer at --max_length",

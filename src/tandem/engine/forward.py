@@ -41,7 +41,7 @@ except ImportError as error:
 logger = logging.getLogger("tandem.engine")
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
-_TEXT_INPUTS = {"input_ids", "attention_mask", "use_cache", "output_router_logits", "num_items_in_batch"}
+_TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits", "num_items_in_batch"}
 # Layers whose memory along the row is attention, which the plan restricts; a recurrent state would leak across pairs
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -213,26 +213,28 @@ class _PairEngine:
         if self.on_report is not None:
             self.on_report(report)
 
-    def __call__(self, model: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if self.report is None or self.report.layout == self.layout != "padded":
+    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if self.report is None and kwargs.get("shift_labels") is not None:
+            self.settle(LayoutReport(type(model).__name__, "padded", "context or sequence parallelism cuts its rows"))
+        if self.report is None and kwargs.get("input_ids") is not None:
+            # Whether or not this batch can be served: the batches of other ranks may differ in that
+            self.settle(self.probe(model, kwargs["input_ids"]))
+        if self.report is None or self.report.layout != "padded":
             try:
-                plan = self.plan(args, labels, kwargs)
+                plan = self.plan(args, kwargs)
             except _Unserved as reason:
                 _log_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
             else:
-                if self.report is None:
-                    self.settle(self.probe(model, kwargs["input_ids"]))
-                if self.report is not None and self.report.layout == self.layout:
-                    return self.forward(model, plan, labels=labels, **kwargs)
-        return self.padded_forward(*args, labels=labels, fused_lm_head=True, **kwargs)
+                return self.forward(model, plan, **kwargs)
+        return self.padded_forward(*args, fused_lm_head=True, **kwargs)
 
-    def plan(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> PairPlan:
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairPlan:
         extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _TEXT_INPUTS)
-        if args or labels is None or kwargs.get("input_ids") is None:
-            raise _Unserved("it comes without input_ids and labels by keyword")
+        input_ids, labels, mask = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
         if extra:
             raise _Unserved(f"it carries {', '.join(extra)}")
-        input_ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if args or input_ids is None or labels is None:
+            raise _Unserved("it comes without input_ids and labels by keyword")
         try:
             return plan_pairs(input_ids, torch.ones_like(input_ids) if mask is None else mask, labels, self.layout)
         except ValueError as error:
@@ -310,7 +312,7 @@ class _PairEngine:
         gap = self.known if self.known is not None else _measured.get(key)
         failure = ""
         if gap is None:
-            batch = probe.probe_batch(model, input_ids.unique())
+            batch = probe.probe_batch(model, input_ids)
             with torch.no_grad(), _evaluating(model), torch.autocast(input_ids.device.type, enabled=False):
                 padded = self.padded_forward(**batch, use_cache=False, fused_lm_head=True).log_probs
                 try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import tandem
 from tandem.engine.layout import IGNORED_LABEL
@@ -33,13 +33,13 @@ def tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
 
 
-def probe_batch(model: PreTrainedModel, vocabulary: Tensor) -> dict[str, Tensor]:
+def probe_batch(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
     """Two pairs of different lengths as TRL would collate them: `input_ids`, `attention_mask` and `labels`, (4, S).
 
     Args:
         model: sets the length, past its sliding window where that is short.
-        vocabulary: 1-d int64, token ids to draw from, on the device to use. Ids the model reads as something other
-            than text, such as an image, must not be among them.
+        input_ids: a batch of any shape, int64. The pairs are drawn from its ids, less those the config names (padding,
+            images), and live on its device.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
@@ -52,6 +52,7 @@ def probe_batch(model: PreTrainedModel, vocabulary: Tensor) -> dict[str, Tensor]
     columns = torch.arange(length)
     prompt_length = torch.tensor(prompts * 2)[:, None]
     row_length = prompt_length + torch.tensor([pair[side] for side in (0, 1) for pair in completions])[:, None]
+    vocabulary = _ordinary_ids(model.config, input_ids)
     ids = torch.randint(len(vocabulary), (4, length), generator=generator)
     ids[2:] = torch.where(columns < prompt_length[2:], ids[:2], ids[2:])
     real = columns < row_length
@@ -62,6 +63,14 @@ def probe_batch(model: PreTrainedModel, vocabulary: Tensor) -> dict[str, Tensor]
         "attention_mask": real.long().to(vocabulary.device),
         "labels": input_ids.masked_fill(~completion, IGNORED_LABEL),
     }
+
+
+def _ordinary_ids(config: PreTrainedConfig, input_ids: Tensor) -> Tensor:
+    named = config.to_dict() | config.get_text_config().to_dict()
+    special = [value for name, value in named.items() if name.endswith("_token_id") and isinstance(value, int)]
+    ids = input_ids.unique()
+    ordinary = ids[~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))]
+    return ordinary if len(ordinary) else ids
 
 
 def difference(padded: Tensor, engine: Tensor, labels: Tensor) -> float:

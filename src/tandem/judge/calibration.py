@@ -189,7 +189,7 @@ def conclude(
         winner, loser, rate = label_1, label_2, _other_side(rate)
     conclusion = (
         f"{winner} beats {loser} on {_percent(rate['value'])} of the {rate['n']} decisive prompts ({_interval(rate)}), "
-        f"out of {result['n_prompts']} prompts judged in both orders."
+        f"out of {result['n_scored']} prompts judged in both orders."
     )
     return {"winner": winner, "conclusion": conclusion, "why": []}
 

@@ -22,6 +22,7 @@ from tandem.runs import append_jsonl, read_jsonl, write_json
 
 BYTES_PER_TOKEN = 3  # few texts have fewer: token counts guessed with it are rather too high
 SERVER_FILE = "server.json"
+REQUESTS_PER_CALL = 2  # that may fail for good, each after its own retries
 
 Plan = dict[Kind, list[Call]]
 
@@ -260,10 +261,10 @@ async def _probed(options: JudgeOptions, client: Client) -> Judge:
 async def _ask(options: JudgeOptions, judge: Judge, client: Client, calls: Mapping[str, Call], log: VerdictLog) -> None:
     """Rounds over all calls without a verdict, up to --max_attempts.
 
-    Refusals are asked again as well: a run that was interrupted asks them again anyway, and the summary must not depend
-    on that. Requests that failed for good are left to the next run: the openai package has already retried them.
+    Refusals are asked again as well, and requests that failed in spite of the openai package's own retries once more: a
+    run that was interrupted asks them again anyway, and the summary must not depend on that.
     """
-    failed: set[str] = set()
+    failures: collections.Counter[str] = collections.Counter()
     with tqdm(total=len(calls), initial=sum(map(log.is_ok, calls.values())), desc="judge", unit="verdict") as progress:
 
         def on_reply(call: Call, body: str) -> None:
@@ -275,8 +276,8 @@ async def _ask(options: JudgeOptions, judge: Judge, client: Client, calls: Mappi
 
         def on_error(call: Call, detail: str) -> None:
             log.add_error(call, detail)
-            if not options.batch:
-                failed.add(call.key)
+            if not options.batch:  # where nobody has retried it yet
+                failures[call.key] += 1
 
         def worst_cost(call: Call) -> float:
             return options.cost(_guess(call), options.max_output_tokens) or 0.0
@@ -284,7 +285,9 @@ async def _ask(options: JudgeOptions, judge: Judge, client: Client, calls: Mappi
         if options.batch:
             await client.collect_batches(dict(calls), options.folder, on_reply, on_error)
         for _ in range(options.max_attempts):
-            pending = [call for call in calls.values() if not log.is_ok(call) and call.key not in failed]
+            pending = [
+                call for call in calls.values() if not log.is_ok(call) and failures[call.key] < REQUESTS_PER_CALL
+            ]
             if not pending:
                 break
             try:

@@ -259,6 +259,7 @@ class Monitor:
         self._imbalance = imbalance
 
     def _sound(self, alarm: Alarm, step: int, batches: list[str] | None = None) -> None:
+        self._margins_log.flush()
         if alarm.action == "stop":
             self.stopped_by = self.stopped_by or alarm
         if self._accelerator.is_main_process:
@@ -294,11 +295,12 @@ class Monitor:
         raise AlarmStop(f"stopped in step {self.step + 1}: {alarm.message}; {kept}; see {self._logs_dir}/alarms.jsonl")
 
     def stop(self) -> None:
-        """End a training that an alarm has stopped after its step.
+        """Finish the logs, and end a training that an alarm has stopped after its step.
 
         Raises:
             AlarmStop: if one did.
         """
+        self._margins_log.flush()
         if self.stopped_by is not None:
             kept = f"saved a checkpoint of step {self.step}" if self._saved_step == self.step else "saved no checkpoint"
             raise AlarmStop(
@@ -318,6 +320,7 @@ class Monitor:
             if alarm.action == "stop":
                 raise AlarmStop(f"stopped after step {self.step}: {alarm.message}; no checkpoint was saved of them")
         if self._accelerator.is_main_process:
+            self._margins_log.flush()
             write_json(Path(folder) / STATE_NAME, self._state())
         self._saved_step = self.step
 

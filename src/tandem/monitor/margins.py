@@ -3,13 +3,15 @@
     <folder>/margins_log.jsonl            a record per step, and the event that ended the warm-up
     <folder>/epoch_001/step_00012.npy     structured array: pair_id (str), margin (float32, nats)
 
-The array is written first and its record after it, so a record's array is always there. A kill between the two loses
-that step, which a resumed run repeats anyway.
+The array is written first and its record after it, so a record's array is always there. Both are synced to disk, which
+takes longer than all else the monitor does in a step; so a thread writes them, and the next step's wait for it. A kill
+loses at most the step being written, which a resumed run repeats anyway.
 """
 
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +59,34 @@ class MarginsLog:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.path = self.folder / LOG_NAME
+        self._disk = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def flush(self) -> None:
+        """Wait until all that was logged is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def write_step(
         self, epoch: int, step: int, pair_ids: list[str], margins: NDArray[np.floating], tail: TailRecord
     ) -> dict[str, Any]:
-        """Log one optimizer step and return its record.
+        """Log one optimizer step and return its record; `flush` waits for the disk.
 
         Args:
             pair_ids: n pairs, each once.
             margins: (n,) their margins in nats.
+
+        Raises:
+            OSError: the step before could not be written.
         """
         pairs = np.empty(len(pair_ids), dtype=[("pair_id", np.array(pair_ids).dtype), ("margin", np.float32)])
         pairs["pair_id"], pairs["margin"] = pair_ids, margins
         npy = npy_path(epoch, step)
-        content = io.BytesIO()
-        np.save(content, pairs, allow_pickle=False)
-        write_atomic(self.folder / npy, content.getvalue())
         record = {
             "epoch": epoch,
             "step": step,
@@ -84,16 +98,25 @@ class MarginsLog:
             "beta": tail.beta,
             "npy": npy,
         }
-        append_jsonl(self.path, record)
+        self.flush()
+        self._writing = self._disk.submit(self._write, record, pairs)
         return record
+
+    def _write(self, record: dict[str, Any], pairs: NDArray[Any]) -> None:
+        content = io.BytesIO()
+        np.save(content, pairs, allow_pickle=False)
+        write_atomic(self.folder / record["npy"], content.getvalue())
+        append_jsonl(self.path, record)
 
     def write_warmup_end(self, epoch: int, step: int, tau0: float, delta: float) -> None:
         """Log the event that the warm-up ended at `step` with the threshold `tau0`, in nats."""
+        self.flush()
         event = {"event": "warmup_end", "epoch": epoch, "step": step, "tau0": tau0, "delta": delta}
         append_jsonl(self.path, event)
 
     def truncate_after(self, step: int) -> None:
         """Forget every step after `step`, so that a run resumed there goes on without a gap or a repeat."""
+        self.flush()
         keep_records(self.path, lambda record: record["step"] <= step)
         for array in self.folder.glob("epoch_*/step_*.npy"):
             if int(array.stem.removeprefix("step_")) > step:

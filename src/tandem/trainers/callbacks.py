@@ -52,6 +52,8 @@ class Mirror(TrainerCallback):
 
     def __init__(self, source: str, target: str) -> None:
         self.source, self.target = Path(source), Path(target) / Path(source).name
+        # Size and time of each original when it was copied: a mounted drive may not keep the times of its copies
+        self._copied: dict[Path, tuple[int, int]] = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -62,15 +64,14 @@ class Mirror(TrainerCallback):
         files = [file for file in self.source.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: (file.name == MANIFEST, file)):
             copy = self.target / file.relative_to(self.source)
-            if copy.exists() and (copy.stat().st_size, copy.stat().st_mtime) >= (
-                file.stat().st_size,
-                file.stat().st_mtime,
-            ):
+            version = (file.stat().st_size, file.stat().st_mtime_ns)
+            if self._copied.get(file) == version and copy.exists():
                 continue
             copy.parent.mkdir(parents=True, exist_ok=True)
             part = copy.with_name(f".{copy.name}.part")
             shutil.copy2(file, part)
             part.replace(copy)
+            self._copied[file] = version
         for folder in self.target.glob("checkpoint-*"):
             if not (self.source / folder.name).exists():
                 shutil.rmtree(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import DistributedType, broadcast_object_list, tqdm
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -187,6 +187,8 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
             kl=0.25 * (chosen_ratio**2 + rejected_ratio**2),
             batch=lambda: inputs,
         )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:
+            self.monitor.collect(int(self.state.epoch or 0))  # its backward steps the optimizer as well
 
     @contextlib.contextmanager
     def _metrics_deferred(self) -> Iterator[None]:

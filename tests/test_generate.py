@@ -1,0 +1,183 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tandem.scoring
+from tandem.data.formats import prompt_id
+from tandem.errors import UserError
+from tandem.generate import generate, held_out_prompts
+from tandem.runs import read_jsonl
+from tandem.sampling import Sampling, SamplingOptions
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def options(**changes: Any) -> SamplingOptions:
+    given: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 3, "bf16": False}
+    return SamplingOptions(**given | changes)
+
+
+PROMPTS = [[{"role": "user", "content": f"say {word} {index}"}] for index, word in enumerate(tiny.WORDS[:10])]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list[dict[str, Any]]:
+    return read_jsonl(generate(str(tiny_model), "dpo", PROMPTS, options(), tmp_path_factory.mktemp("answers")))
+
+
+def by_prompt(records: list[dict[str, Any]]) -> dict[str, str]:
+    return {record["prompt_id"]: record["text"] for record in records}
+
+
+def test_a_line_a_prompt(undisturbed: list[dict[str, Any]], tiny_model: Path):
+    assert by_prompt(undisturbed).keys() == {prompt_id(messages) for messages in PROMPTS}
+    assert len(undisturbed) == len(PROMPTS)
+    record = undisturbed[0]
+    assert record["messages"] in PROMPTS
+    assert (record["model"], record["adapter"], record["engine"]) == (str(tiny_model), None, "transformers")
+    assert record["sampling"] == {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.95}
+    assert record["seed"] == 42
+    assert all(record["finish_reason"] == ("stop" if record["n_tokens"] < 12 else "length") for record in undisturbed)
+
+
+@pytest.mark.parametrize("kept", [1, 4, 9])
+def test_a_stopped_run_goes_on_where_it_was(
+    tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]], kept: int, monkeypatch: pytest.MonkeyPatch
+):
+    """What is there stays byte for byte; only batches with something missing are drawn, and as they were drawn."""
+    path = tmp_path / "generations_dpo.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in undisturbed]
+    before = "".join(lines[:kept]) + lines[kept][:20]  # and a torn line
+    path.write_text(before)
+    sampled = []
+    sample = tandem.scoring.Scorer.sample
+
+    def counting(self: Any, prompts: Any, sampling: Any, seed: int) -> Any:
+        sampled.append(seed)
+        return sample(self, prompts, sampling, seed)
+
+    monkeypatch.setattr(tandem.scoring.Scorer, "sample", counting)
+    generate(str(tiny_model), "dpo", PROMPTS, options(), tmp_path)
+    assert path.read_text().startswith("".join(lines[:kept]))
+    assert read_jsonl(path) == undisturbed
+    assert sampled == [42 + start for start in range(0, 10, 3) if start + 3 > kept]
+
+
+def test_kill_and_go_on(tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]]):
+    """kill -9 in a real process after the first answers."""
+    path = tmp_path / "generations_dpo.jsonl"
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pathlib, time, tandem.generate as g\n"
+        "from tests.test_generate import PROMPTS, options\n"
+        "append = g.append_jsonl\n"
+        "def slow(*a):\n    append(*a)\n    time.sleep(0.3)\n"
+        "g.append_jsonl = slow\n"
+        "g.generate(sys.argv[1], 'dpo', PROMPTS, options(), pathlib.Path(sys.argv[2]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tiny_model), str(tmp_path)], env=os.environ)
+    while len(read_jsonl(path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = read_jsonl(path)
+    assert 2 <= len(written) < len(PROMPTS)
+    generate(str(tiny_model), "dpo", PROMPTS, options(), tmp_path)
+    assert read_jsonl(path)[: len(written)] == written
+    assert read_jsonl(path) == undisturbed
+
+
+def test_a_finished_run_loads_no_model(tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]]):
+    path = tmp_path / "generations_dpo.jsonl"
+    gone = "/no/such/model"
+    path.write_text("".join(json.dumps(record | {"model": gone}) + "\n" for record in undisturbed))
+    assert generate(gone, "dpo", PROMPTS, options(), tmp_path) == path
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"greedy": True}, {"max_new_tokens": 5}])
+def test_answers_of_other_settings_are_not_mixed(
+    tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]], change: dict[str, Any]
+):
+    path = tmp_path / "generations_dpo.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in undisturbed))
+    before = path.read_bytes()
+    with pytest.raises(UserError) as error:
+        generate(str(tiny_model), "dpo", PROMPTS, options(**change), tmp_path)
+    assert str(error.value) == f"{path}: holds answers of {tiny_model} or of other sampling; move the file away"
+    assert path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def talking_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model with a head of its own: with the tied one it repeats the last token for ever."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "talking")
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, config=config)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_greedy_does_not_depend_on_the_seed(tmp_path: Path, talking_model: Path):
+    first, second = (
+        read_jsonl(generate(str(talking_model), f"seed{seed}", PROMPTS[:3], options(greedy=True, seed=seed), tmp_path))
+        for seed in (1, 2)
+    )
+    assert by_prompt(first) == by_prompt(second)
+    assert len(set(by_prompt(first).values())) == 3
+
+
+def test_padding_does_not_change_a_greedy_answer(tmp_path: Path, talking_model: Path):
+    """The same prompt alone, and beside a longer one."""
+    long = [{"role": "user", "content": "say the red house " * 5}]
+    alone = generate(str(talking_model), "alone", PROMPTS[:1], options(greedy=True), tmp_path)
+    beside = generate(str(talking_model), "beside", [PROMPTS[0], long], options(greedy=True), tmp_path)
+    assert by_prompt(read_jsonl(beside)).items() >= by_prompt(read_jsonl(alone)).items()
+
+
+def test_long_prompts_are_cut(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    sample = tandem.scoring.Scorer.sample
+
+    def watching(self: Any, prompts: Any, sampling: Any, seed: int) -> Any:
+        seen.extend(map(len, prompts))
+        return sample(self, prompts, sampling, seed)
+
+    monkeypatch.setattr(tandem.scoring.Scorer, "sample", watching)
+    long = [{"role": "user", "content": "say the red house " * 50}]
+    path = generate(str(tiny_model), "dpo", [long], options(max_prompt_length=20), tmp_path)
+    assert seen == [20]
+    assert read_jsonl(path)[0]["messages"] == long
+
+
+def test_distinct_prompts_in_their_order():
+    pairs = [{"prompt": "b"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": [{"role": "user", "content": "a"}]}]
+    prompts = held_out_prompts(pairs, None)
+    assert [messages[0]["content"] for messages in prompts] == ["b", "a"]
+    assert held_out_prompts(pairs, 1) == prompts[:1]
+
+
+def test_sampling_keywords():
+    assert SamplingOptions(greedy=True).sampling.keywords() == {"max_new_tokens": 128, "do_sample": False}
+    assert Sampling(8, 0.5, 0.9).keywords() == {
+        "max_new_tokens": 8,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 0,
+    }

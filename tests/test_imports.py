@@ -1,0 +1,128 @@
+"""The direction of imports (docs/architecture.md), and that a wrong command line is answered before anything loads."""
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "tandem"
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+
+# A module may import from its own layer and from lower ones; unnamed modules at the top of tandem are stages
+LAYERS = {
+    **dict.fromkeys(("config", "errors", "runs", "log", "options", "sampling"), 0),
+    **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "models", "scoring"), 1),
+    "trainers": 2,
+}
+STAGE = 3
+ARITHMETIC = ("engine.layout", "monitor.tail", "judge.statistics", "judge.verdicts")
+FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
+HEAVY = {"torch", "trl", "transformers", "accelerate", "peft", "datasets"}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path != SOURCE / "__init__.py"
+    }
+
+
+MODULES = modules()
+
+
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Dotted names that the file imports anywhere in it, lazily too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of tandem that the file imports, without the `tandem.`"""
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "tandem":
+            continue
+        inner = ".".join(parts[1:])
+        while inner and inner not in MODULES:
+            inner = inner.rpartition(".")[0]
+        if inner:
+            found.add(inner)
+    return found
+
+
+def layer(module: str) -> int:
+    return LAYERS.get(module.split(".")[0], STAGE)
+
+
+def test_the_modules_were_found():
+    assert {"config", "training", "engine.layout", "data.sources", "judge.verdicts"} <= set(MODULES)
+    assert own_imports(MODULES["training"]) >= {"config", "trainers.trl", "data.sources"}
+    assert len(SCRIPTS) >= 9
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str):
+    wrong = [name for name in own_imports(MODULES[module]) if layer(name) > layer(module)]
+    assert not wrong, f"{module} imports {wrong} from above"
+    assert "scripts" not in {name.split(".")[0] for name in imported(MODULES[module])}
+
+
+def test_no_modules_import_each_other():
+    edges = {module: own_imports(path) - {module} for module, path in MODULES.items()}
+    while leaves := [module for module, targets in edges.items() if not targets & edges.keys()]:
+        for module in leaves:
+            del edges[module]
+    assert not edges, f"in a circle, or importing one: {sorted(edges)}"
+
+
+@pytest.mark.parametrize("module", ARITHMETIC)
+def test_arithmetic_stays_arithmetic(module: str):
+    pending, seen = [module], set()
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            pending += own_imports(MODULES[name])
+    outside = {name.split(".")[0] for each in seen for name in imported(MODULES[each])}
+    assert not outside & FORBIDDEN_IN_ARITHMETIC
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_thin(script: str):
+    lines = (ROOT / "scripts" / f"{script}.py").read_text().splitlines()
+    assert len(lines) < 60
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_option_is_answered_at_once(script: str):
+    """One line, exit code 2, under a second of processor time, and nothing heavy imported."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / f"{script}.py")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    errors, output = process.stderr.read(), process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    lines = errors.splitlines()
+    said = [line for line in lines if not line.startswith("import time:")]
+    assert process.returncode == 2
+    assert output == ""
+    assert len(said) == 1
+    assert said[0].startswith("UserError: --")
+    assert "is required" in said[0]
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    assert not loaded & HEAVY
+    assert usage.ru_utime + usage.ru_stime < 1

@@ -1,0 +1,86 @@
+"""Every shipped recipe and accelerate config, read by the parser that will read it in earnest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*/*.yaml"))
+ACCELERATE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+# Options that the pipelines, or the user, put on the command line
+GIVEN = {
+    "check": "--dataset_name d",
+    "sft": "--model_name_or_path m --dataset_name d --output_dir o",
+    "dpo": "--model_name_or_path m --dataset_name d --output_dir o",
+    "evaluate": "--reference_model m --dpo_model d --dataset_name d",
+    "compare": "--base_model m --finetuned_model d --dataset_name d",
+    "judge": "--judge_model j --run_dir r --dataset_name d --base_url http://127.0.0.1:1/v1",
+}
+NAMED = {"gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_27b", "llama2_7b", "llama2_13b", "llama3_8b", "llama3_70b"}
+
+
+def test_the_recipes_are_there():
+    stages = {recipe.parent.name: set() for recipe in RECIPES}
+    for recipe in RECIPES:
+        stages[recipe.parent.name].add(recipe.stem)
+    assert stages.keys() >= NAMED | {"smollm2_135m", "gpt2", "sanity", "default"}
+    for name, found in stages.items():
+        assert found >= {"sft", "dpo"} or name == "default"
+    # `config STAGE` of lib.sh takes from `default` what a recipe does not bring
+    assert stages["default"] >= set(GIVEN) - {"sft", "dpo"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe(recipe: Path, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]):
+    name = {"check": "check_data"}.get(recipe.stem, recipe.stem)
+    with pytest.raises(SystemExit) as stop:
+        script(name).main(["--config", str(recipe), *GIVEN[recipe.stem].split(), "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out.replace("\\", ""))
+    assert shown
+    for option in yaml.safe_load(recipe.read_text()) or {}:
+        assert option in shown
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem in ("sft", "dpo")], ids=str)
+def test_a_recipe_trains_alone(recipe: Path, script: Callable[[str], ModuleType]):
+    """`make train CONFIG=…` gives nothing else; those of the sanity pipeline get model and data from it."""
+    argv = ["--config", str(recipe), "--print_config"]
+    if recipe.parent.name == "sanity":
+        argv += GIVEN[recipe.stem].split()
+    with pytest.raises(SystemExit) as stop:
+        script(recipe.stem).main(argv)
+    assert stop.value.code == 0
+
+
+def test_the_accelerate_configs_are_there():
+    assert {path.stem for path in ACCELERATE} >= {"cpu", "single_gpu", "ddp", "fsdp"}
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_config(path: Path):
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    written = yaml.safe_load(path.read_text())
+    for name, value in written.items():
+        if name != "distributed_type":
+            assert getattr(config, name) == value
+    assert config.mixed_precision == "no"  # --bf16 is the scripts' own
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_config_launches(path: Path):
+    """As far as `accelerate launch` goes before it starts a process; a machine without GPUs gets as far."""
+    if path.stem.startswith("gaudi") or path.stem.startswith("deepspeed"):
+        pytest.skip("needs a package that is not installed here")
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    written = yaml.safe_load(path.read_text())
+    assert arguments.num_processes == written["num_processes"]
+    assert arguments.use_fsdp == (written["distributed_type"] == "FSDP")
+    assert arguments.multi_gpu == (written["distributed_type"] == "MULTI_GPU")
+    assert arguments.mixed_precision == "no"
