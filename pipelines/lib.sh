@@ -62,7 +62,7 @@ stop() {
   exit "$status"
 }
 
-# The command with the content of the config files and the size and time of the data it names.
+# The command with the content of the config files, and the size and time of the data and models, that it names.
 fingerprint() {
   local argument
   {
@@ -70,6 +70,8 @@ fingerprint() {
       printf '%s\n' "$argument"
       [[ $argument == *.yaml && -f $argument ]] && cat "$argument"
       [[ $argument != *.yaml && -f $argument && $argument != "$RUN"/* ]] && stat -c '%s %Y' "$argument"
+      [[ -d $argument && $argument/ != "$RUN"/* && $argument != "${MOUNT_DIR:-}" ]] &&
+        find "$argument" -maxdepth 1 -type f -printf "%f %s %T@\n" | sort
     done
     true
   } | sha256sum | cut -d' ' -f1

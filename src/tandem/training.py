@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import netrc
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
 
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
-from tandem.config import resolved, save
+from tandem.config import resolved, to_yaml
 from tandem.data.formats import Row
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_splits, load_training
@@ -43,7 +45,7 @@ from tandem.options import (
     TrainOptions,
     check_training,
 )
-from tandem.runs import MANIFEST, is_complete, sha256_json, write_json
+from tandem.runs import MANIFEST, is_complete, sha256_json, write_atomic, write_json
 from tandem.trainers.callbacks import Mirror, RateProgress
 from tandem.trainers.trl import PairCollator, TandemDPOTrainer, TandemSFTTrainer
 
@@ -60,9 +62,11 @@ def run_sft(model: ModelOptions, lora: LoraOptions, text: TextOptions, data: Dat
             return
         tokenizer = load_tokenizer(model)
         splits = _splits(data, text, train, tokenizer)
+        policy, arguments = _trainable(model, lora), _arguments(train, model)
+        session.start()
         trainer = TandemSFTTrainer(
-            model=_trainable(model, lora),
-            args=SFTConfig(**_arguments(train, model), max_length=text.max_length),
+            model=policy,
+            args=SFTConfig(**arguments, max_length=text.max_length),
             processing_class=tokenizer,
             peft_config=lora_config(lora),
             **{name: _examples(rows) for name, rows in splits.items()},
@@ -82,23 +86,29 @@ def run_dpo(
 ) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
     check_training(model, lora, train)
+    monitor.check_beta(dpo.beta)
     options = (model, lora, text, data, train, dpo, engine, monitor)
     with _session(train, options, "pairs") as session:
         if session is None:
             return
         tokenizer = load_tokenizer(model)
-        splits = _splits(data, text, train, tokenizer)
+        splits = {
+            name: _tokenized_pairs(rows, tokenizer, text.max_length)
+            for name, rows in _splits(data, text, train, tokenizer).items()
+        }
+        policy, arguments = _trainable(model, lora), _arguments(train, model)
         loss_types, loss_weights = dpo.trl_losses
         reference = None
         if dpo.reference_model:
             reference = load_model(
                 dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
             )
+        session.start()
         trainer = TandemDPOTrainer(
-            model=_trainable(model, lora),
+            model=policy,
             ref_model=reference,
             args=DPOConfig(
-                **_arguments(train, model),
+                **arguments,
                 max_length=text.max_length,
                 disable_dropout=dpo.disable_dropout,
                 beta=dpo.beta,
@@ -118,7 +128,7 @@ def run_dpo(
             monitor=monitor,
             logs_dir=session.folder / "logs",
             data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id, max_length=text.max_length),
-            **{name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in splits.items()},
+            **splits,
         )
         session.train(trainer)
 
@@ -199,6 +209,26 @@ class _Session:
     def __init__(self, train: TrainOptions, unit: str, config: dict[str, Any]) -> None:
         self.options, self.unit, self.config = train, unit, config
         self.folder = Path(train.output_dir)
+        self.resume_from: str | None = None
+
+    def start(self) -> None:
+        """Make `output_dir` this run's own. Called when the inputs are known to be good: bad ones change nothing.
+
+        Raises:
+            UserError: a checkpoint named by the user that is not complete.
+        """
+        self.resume_from = self.checkpoint()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        if self.options.resume_from_checkpoint == "no":  # else a later run could take them for its own
+            for checkpoint in self.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        write_atomic(self.folder / "config.yaml", to_yaml(self.config))
+        run = {"config": self.config, "config_sha256": sha256_json(self.config), **_environment()}
+        write_json(self.folder / "run.json", run)
+        if "wandb" in self.options.report_to:
+            _prepare_wandb(self.folder)
 
     def checkpoint(self) -> str | None:
         """The checkpoint to go on from.
@@ -228,12 +258,11 @@ class _Session:
         mirror = Mirror(self.options.output_dir, self.options.mount_dir) if self.options.mount_dir else None
         if mirror:
             trainer.add_callback(mirror)
-        checkpoint = self.checkpoint()
-        if checkpoint:
-            logger.info("resuming from %s", checkpoint)
+        if self.resume_from:
+            logger.info("resuming from %s", self.resume_from)
         anomalies = torch.autograd.set_detect_anomaly(True) if self.options.debug else contextlib.nullcontext()
         with anomalies:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            result = trainer.train(resume_from_checkpoint=self.resume_from)
         self._save(trainer, result.metrics)
         if mirror and trainer.is_world_process_zero():
             mirror.copy()
@@ -278,17 +307,33 @@ def _session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> Iterat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}") from error
-    (folder / MANIFEST).unlink(missing_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         log_to(folder)
-        if train.resume_from_checkpoint == "no":  # else a later run could take them for its own
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-        save(folder / "config.yaml", *options)
-        write_json(folder / "run.json", {"config": config, "config_sha256": sha256_json(config), **_environment()})
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.WARNING)
     yield _Session(train, unit, config)
+
+
+def _prepare_wandb(folder: Path) -> None:
+    """Have wandb write into `folder`, and without a key only there: it would refuse, after the model is loaded."""
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    if "WANDB_MODE" not in os.environ and not _has_wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
+        logger.info("no wandb key: the run is written to %s, for `wandb sync`", os.environ["WANDB_DIR"])
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key; its own ways to ask go to its server, or fix its settings before ours."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).netloc
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return bool({server, "api.wandb.ai"} & known.keys())
 
 
 def _check_same_run(folder: Path, config: dict[str, Any]) -> None:

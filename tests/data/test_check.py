@@ -34,6 +34,7 @@ def test_counts():
         "pairs": 4,
         "prompts": 3,
         "sources": {"a.jsonl": 3, "b.jsonl": 1},
+        "fingerprint": report["splits"]["train"]["fingerprint"],
         "duplicate_pairs": 1,
         "identical_answers": 1,
         "several_turn_answers": 0,
@@ -45,6 +46,14 @@ def test_counts():
         "train: 1 of 4 pairs have chosen equal to rejected: they give no gradient",
         "1 prompts are in training and held-out data",
     ]
+
+
+def test_the_fingerprint_is_of_the_pairs_in_any_order():
+    def fingerprint(pairs: list[dict[str, Any]]) -> str:
+        return check({"train": pairs}, None, TextOptions())["splits"]["train"]["fingerprint"]
+
+    assert fingerprint(TRAIN) == fingerprint(TRAIN[::-1])
+    assert fingerprint(TRAIN) != fingerprint(TRAIN[1:])
 
 
 def test_one_split_shares_nothing_with_itself():

@@ -117,10 +117,17 @@ def test_dropout_drops(plan, states, backend):
     assert not torch.allclose(kept, dropped)
 
 
-def test_autocast_attends_in_its_dtype(plan, states):
+@pytest.mark.parametrize("backend", ["sdpa", "dense", "varlen"])
+def test_autocast_attends_in_its_dtype(monkeypatch, plan, states, backend):
     query, key, value = (state.detach().float() for state in states)
+
+    def kernel(*arguments, **options):
+        assert {tensor.dtype for tensor in arguments[:3]} == {torch.bfloat16}, "which autocast does not know"
+        return emulated_varlen(*arguments, **options)
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", kernel)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = PairAttention(plan)(query, key, value.bfloat16())
+        output = PairAttention(plan, backend)(query, key, value.bfloat16())
     assert output.dtype == torch.bfloat16
     assert_close(output.float(), PairAttention(plan)(query, key, value), rtol=0.05, atol=0.05)
 

@@ -14,6 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tandem.engine import forward, probe
 from tandem.engine.forward import SUPPORTED_TRL, add_pair_forward, check_trl_contract, pair_engine
+from tandem.engine.logprobs import score_tokens
 from tandem.errors import UserError
 from tests.engine.tiny_models import collate, perturbed, random_pairs, tiny_model
 
@@ -78,12 +79,19 @@ def test_every_field_is_trls(name, changes, side):
     assert (outputs[0].aux_loss is not None) == (name == "Mixtral")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_in_float32(batch, dtype):
-    ours, theirs = both("Llama", cast_lm_head_to_fp32=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        outputs = [model(**batch, fused_lm_head=True) for model in (ours, theirs)]
-    assert_close(outputs[0].log_probs, outputs[1].log_probs, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+def test_a_head_in_float32_runs_outside_autocast(batch, monkeypatch):
+    seen = []
+
+    def score(hidden, *arguments):
+        seen.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
+        return score_tokens(hidden, *arguments)
+
+    monkeypatch.setattr(forward, "score_tokens", score)
+    ours, theirs = both("Qwen2", cast_lm_head_to_fp32=True)
+    assert_same_output(*(model(**batch, fused_lm_head=True) for model in (ours, theirs)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours.bfloat16()(**batch, fused_lm_head=True)
+    assert seen[-1] == (torch.float32, False)
 
 
 def test_the_loss_is_averaged_as_trl_does(batch):
@@ -284,20 +292,37 @@ def test_the_verdict_is_remembered(batch, tmp_path, monkeypatch):
         first(**batch, fused_lm_head=True)
     assert len(calls) == 3  # the probe in both layouts, then the batch
 
-    # the same process, as a reference would; then another process
-    for measured in (forward._measured, {}):
-        monkeypatch.setattr(forward, "_measured", measured)
-        again, reports = tiny_model("Llama", seed=1), []
-        add_pair_forward(again, cache_dir=tmp_path / "memory", on_report=reports.append)
-        with backbone_calls(again) as calls:
-            again(**batch, fused_lm_head=True)
-        assert len(calls) == 1 and reports[0].layout == "shared" and reports[0].difference < 1e-5
+    monkeypatch.setattr(forward, "_measured", {})  # another process
+    again, reports = tiny_model("Llama", seed=1), []
+    add_pair_forward(again, cache_dir=tmp_path / "memory", on_report=reports.append)
+    with backbone_calls(again) as calls:
+        again(**batch, fused_lm_head=True)
+    assert len(calls) == 1 and reports[0].layout == "shared" and reports[0].difference < 1e-5
 
     other = tiny_model("Llama", hidden_act="gelu")
     add_pair_forward(other, cache_dir=tmp_path / "memory")
     with backbone_calls(other) as calls:
         other(**batch, fused_lm_head=True)
     assert len(calls) == 3
+
+
+def test_the_reference_need_not_be_probed_after_the_policy(batch):
+    policy, reference = tiny_model("Llama"), tiny_model("Llama")
+    for model in (policy, reference):
+        add_pair_forward(model)
+    policy(**batch, fused_lm_head=True)
+    with backbone_calls(reference) as calls:
+        reference(**batch, fused_lm_head=True)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_the_probe_sees_neither_dropout_nor_autocast(batch, name):
+    model, reports = tiny_model(name).train(), []  # GPT-2 drops by default
+    add_pair_forward(model, on_report=reports.append)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch, fused_lm_head=True)
+    assert reports[0].layout == "shared" and reports[0].difference < 1e-6
 
 
 def test_a_remembered_fault_is_still_a_fault(batch, tmp_path, monkeypatch):

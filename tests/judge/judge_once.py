@@ -11,13 +11,18 @@ from tandem.judge.requests import Comparison
 from tandem.judge.run import judge
 from tests.judge.fault_server import draw
 
+FAULTY = {"max_concurrency": 16, "timeout": 1.0}  # options for a server that lets requests hang
+
 
 def comparisons(count: int, label_1: str = "base", label_2: str = "dpo", share: float = 0.7) -> list[Comparison]:
     """Side 2 is the better one in `share` of the pairs, as far as `fault_server.fair` goes; some are identical."""
     pairs = []
     for index in range(count):
         better = draw("better", label_1, index) < share
-        texts = [f"answer 1 {'x' * int(draw('one', index) * 40)}", f"answer {2 * better} {'y' * int(draw('two', index) * 40)}"]
+        texts = [
+            f"answer 1 {'x' * int(draw('one', index) * 40)}",
+            f"answer {2 * better} {'y' * int(draw('two', index) * 40)}",
+        ]
         if label_1 == "base" and index % 25 == 24:
             texts[1] = texts[0]
         messages = [{"role": "user", "content": f"Question {index} of {label_1}?"}]
@@ -31,8 +36,8 @@ def labelled(count: int) -> list[Comparison]:
 
 
 def options(url: str, folder: str, **more) -> JudgeOptions:
-    """Options that suit a test server: short waits."""
-    given = {"judge_model": "m", "base_url": url, "output_dir": folder, "timeout": 1.0, "self_pairs": 4}
+    """Options for a test server."""
+    given = {"judge_model": "m", "base_url": url, "output_dir": folder, "timeout": 10.0, "self_pairs": 4}
     return JudgeOptions(**given | {"generations_a": "a", "generations_b": "b"} | more)
 
 
@@ -41,4 +46,4 @@ if __name__ == "__main__":
     client.BATCH_POLL = 0.05
     _base_client.INITIAL_RETRY_DELAY, _base_client.MAX_RETRY_DELAY = 0.005, 0.05
     batch = os.environ.get("JUDGE_BATCH") == "1"
-    judge(options(url, folder, max_concurrency=16, batch=batch), comparisons(int(pairs)), labelled(int(pairs) // 8))
+    judge(options(url, folder, **FAULTY, batch=batch), comparisons(int(pairs)), labelled(int(pairs) // 8))

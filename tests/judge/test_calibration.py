@@ -198,6 +198,8 @@ def test_a_winner_would_still_lead_if_all_that_is_missing_were_lost(missing, win
     """52 won and 13 lost: with 39 more lost it is even."""
     got = conclude(result_of(votes_from([WIN, WIN, WIN, LOSS, WIN] * 13), missing=missing))
     assert got["winner"] == winner
+    mirrored = conclude(result_of(votes_from([LOSS, LOSS, LOSS, WIN, LOSS] * 13), missing=missing))
+    assert mirrored["winner"] == ("base" if winner else None)
 
 
 def test_where_all_is_won_by_the_longer_answer_length_may_be_the_reason():

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from tandem.judge.client import Admission, OverBudget, _batch_files, _raise_first
 from tandem.errors import UserError
+from tandem.judge.client import Admission, OverBudget, _batch_files, _raise_first
 
 
 def run(coroutine):

@@ -50,13 +50,19 @@ def test_the_judge_model_has_no_default():
 
 def test_files_of_a_run_folder_and_of_two_files():
     options = JudgeOptions(**GIVEN, against="sft")
-    assert [str(file) for file in options.generation_files] == ["run/generations_sft.jsonl", "run/generations_dpo.jsonl"]
+    assert [str(file) for file in options.generation_files] == [
+        "run/generations_sft.jsonl",
+        "run/generations_dpo.jsonl",
+    ]
     assert str(options.folder) == "run/judge"
     assert options.summary_file.parts[-2:] == ("run", "judge_summary.json")
     options = JudgeOptions(**GIVEN | {"run_dir": None, "generations_a": "x/a.jsonl", "generations_b": "y/b.jsonl"})
     assert str(options.folder) == "y/judge"
     options = JudgeOptions(**GIVEN, output_dir="z")  # a folder of this one's own: the summary stands beside it
-    assert options.summary_file.name == "judge_summary.json" and options.summary_file.parent == options.folder.absolute().parent
+    assert (
+        options.summary_file.name == "judge_summary.json"
+        and options.summary_file.parent == options.folder.absolute().parent
+    )
 
 
 def test_openai_itself_needs_a_key_and_a_local_server_none(monkeypatch):
@@ -73,7 +79,9 @@ def test_cost_by_hand():
 
 
 def test_options_import_nothing_heavy():
-    code = "import sys, tandem.judge.options; print(sorted({'openai', 'numpy', 'torch', 'pydantic'} & set(sys.modules)))"
+    code = (
+        "import sys, tandem.judge.options; print(sorted({'openai', 'numpy', 'torch', 'pydantic'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

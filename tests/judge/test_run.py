@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -16,11 +17,11 @@ import pytest
 from tandem.errors import UserError
 from tandem.judge import client
 from tandem.judge.options import JudgeOptions
-from tandem.judge.requests import Comparison
+from tandem.judge.requests import Comparison, Judge
 from tandem.judge.run import VerdictLog, judge, load_comparisons
 from tandem.runs import append_jsonl, read_jsonl
 from tests.judge.fault_server import FAULTS, RETRY_AFTER, FaultServer, fair
-from tests.judge.judge_once import comparisons, labelled, options
+from tests.judge.judge_once import FAULTY, comparisons, labelled, options
 
 ROOT = Path(__file__).parents[2]
 SECRET = "sk-test-0123456789"
@@ -69,7 +70,9 @@ def test_a_run_from_end_to_end(tmp_path):
     assert set(asked.values()) == {1, 2}
     assert all(body["store"] is False and body["stream"] is False for body in server.requests)
     # a line of verdicts.jsonl says who was shown where, and what was said
-    line = next(line for line in read_jsonl(tmp_path / "judge/verdicts.jsonl") if line["kind"] == "main" and line["rationale"])
+    line = next(
+        line for line in read_jsonl(tmp_path / "judge/verdicts.jsonl") if line["kind"] == "main" and line["rationale"]
+    )
     assert (line["a"], line["b"]) == (("base", "dpo") if line["order"] == "12" else ("dpo", "base"))
     assert line["rationale"] == f"I prefer {line['verdict']}."
 
@@ -155,7 +158,8 @@ def test_the_servers_kind_is_remembered_so_that_keys_do_not_change(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "named"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--judge_model"), (400, "400"), (500, "500")]
+    ("status", "named"),
+    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--judge_model"), (400, "400"), (500, "500")],
 )
 def test_a_server_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, status, named):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
@@ -231,6 +235,20 @@ def test_refusals_and_garbage_are_counted_and_never_scored(tmp_path):
         assert set(attempts.values()) == {2}  # the cap
 
 
+@pytest.mark.parametrize(("failing", "ok", "requests"), [(2, 8, 3), (99, 0, 4)])
+def test_a_request_that_failed_for_good_gets_one_more_chance(tmp_path, failing, ok, requests):
+    """With --max_attempts 2 the openai package sends two requests a chance; two chances make four, never more."""
+    with serving() as (server, url):
+        judged = "<answer_a>"
+        server.fault = lambda messages, attempt: (
+            "500" if judged in messages[-1]["content"] and attempt <= failing else None
+        )
+        summary = judge(options(url, str(tmp_path / "j"), self_pairs=0, max_attempts=2), comparisons(4), [])
+    assert summary["accounting"]["main"]["ok"] == ok
+    assert summary["accounting"]["main"]["error"] == 8 - ok
+    assert set(collections.Counter(questions(server.requests)).values()) == {requests}
+
+
 def test_a_prompt_with_one_order_judged_is_missing_not_half_scored(tmp_path):
     pair = Comparison("p", [{"role": "user", "content": "?"}], "answer 1", "answer 2", "base", "dpo")
     with serving() as (server, url):
@@ -261,42 +279,59 @@ def test_a_429_slows_down_and_its_retry_after_is_waited_for(tmp_path):
         server.fault = noting
         summary = judge(options(url, str(tmp_path / "j"), self_pairs=0), comparisons(10), [])
     assert summary["accounting"]["main"]["ok"] == 20
-    gaps = [later - earlier for moments in times.values() for earlier, later in zip(moments, moments[1:], strict=False)]
+    gaps = [later - earlier for moments in times.values() for earlier, later in itertools.pairwise(moments)]
     assert server.met["429_retry_after"] == len(gaps) > 3
     assert min(gaps) >= RETRY_AFTER
 
 
-def killed_and_resumed(server, url, folder, pairs, kills, rng, environment=None):
+def command_of(url, folder, pairs, batch=False):
+    """`judge_once` as keywords of `subprocess.Popen`."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "JUDGE_BATCH": str(int(batch))}
+    command = [sys.executable, "-m", "tests.judge.judge_once", url, str(folder), str(pairs)]
+    return {"args": command, "cwd": ROOT, "env": environment, "stderr": subprocess.DEVNULL}
+
+
+def judged_questions(folder, url, pairs):
+    """Messages of the calls that have their ok on disk, as the server would get them once more."""
+    calls = [
+        *Judge(url, "m", True, None, 2048).calls("main", comparisons(pairs), 1),
+        *Judge(url, "m", True, None, 2048).calls("labelled", labelled(pairs // 8), 1),
+    ]
+    done = ok_per_key(folder)
+    return {json.dumps(call.messages) for call in calls if call.key in done and not call.free}
+
+
+def killed_and_resumed(server, url, folder, pairs, kills, rng):
     """Run the judge in a process of its own, kill it `kills` times at random, let it end; the summary.
 
-    What had its ok on disk when the process was killed is not asked for again.
+    What had its ok on disk when the process was killed must not be asked for again.
     """
-    command = [sys.executable, "-m", "tests.judge.judge_once", url, str(folder), str(pairs)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", **(environment or {})}
-    environment.pop("OPENAI_API_KEY", None)
-    for _ in range(kills):
-        before = len(server.requests)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-        until = before + rng.randrange(3, 3 * pairs // kills)
-        while len(server.requests) < until and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
+    done: set[str] = set()
+    seen = 0
+    for kill in range(kills + 1):
+        process = subprocess.Popen(**command_of(url, folder, pairs))
+        if kill < kills:
+            until = len(server.requests) + rng.randrange(3, 3 * pairs // kills)
+            while len(server.requests) < until and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
         process.wait()
-        verdicts, raw = read_jsonl(folder / "verdicts.jsonl"), read_jsonl(folder / "raw.jsonl")
-        answered = {line["key"] for line in verdicts if line["status"] == "ok" and line["attempt"] > 0}
-        assert answered <= {line["key"] for line in raw}
-        if rng.random() < 0.5 and (folder / "verdicts.jsonl").exists():
+        assert not done & {json.dumps(body["input"]) for body in server.requests[seen:]}
+        seen = len(server.requests)
+        done = judged_questions(folder, url, pairs)
+        if kill < kills and rng.random() < 0.5 and (folder / "verdicts.jsonl").exists():
             with open(folder / "verdicts.jsonl", "a") as file:
                 file.write('{"key": "torn')  # as a kill in the middle of a line leaves it
-    subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, check=True)
+    assert process.returncode == 0
+    assert len(done) > pairs
     return json.loads((folder.parent / "judge_summary.json").read_text())
 
 
 def check_kills(tmp_path, pairs, kills, seed):
     rng = random.Random(seed)
     with serving(share=0.3) as (server, url):
-        calm_options = options(url, str(tmp_path / "calm/judge"), max_concurrency=16)
+        calm_options = options(url, str(tmp_path / "calm/judge"), **FAULTY)
         calm = judge(calm_options, comparisons(pairs), labelled(pairs // 8))
         met = set(server.met)
         server.reset()
@@ -416,9 +451,7 @@ def test_a_killed_run_goes_on_waiting_for_the_same_batch(tmp_path):
     folder = tmp_path / "b/judge"
     with serving() as (server, url):
         server.batch_polls_needed = 10**9
-        command = [sys.executable, "-m", "tests.judge.judge_once", url, str(folder), "16"]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "JUDGE_BATCH": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(**command_of(url, folder, 16, batch=True))
         deadline = time.monotonic() + 30
         while not any(batch["polls"] for batch in list(server.batches.values())) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -464,7 +497,9 @@ def test_max_cost_holds_for_a_whole_batch(tmp_path):
 def generations(folder, label, *texts):
     for index, text in enumerate(texts):
         message = {"role": "user", "content": str(index)}
-        append_jsonl(folder / f"generations_{label}.jsonl", {"prompt_id": f"p{index}", "messages": [message], "text": text})
+        append_jsonl(
+            folder / f"generations_{label}.jsonl", {"prompt_id": f"p{index}", "messages": [message], "text": text}
+        )
 
 
 def run_options(folder, **more):

@@ -250,7 +250,8 @@ def test_a_fair_judge_is_covered(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_fair_judge_is_covered_as_often_as_promised():
+def test_a_fair_judge_is_covered_as_often_as_promised(monkeypatch):
+    monkeypatch.setattr(st, "RESAMPLES", 1_999)
     for share in coverage(4000, 250, seed=1):
         assert 0.94 <= share <= 0.965
 

@@ -26,7 +26,13 @@ def test_a_verdict_is_read_with_its_rationale_and_tokens():
 
 @pytest.mark.parametrize(
     "text",
-    [f"```json\n{GOOD}\n```", f"My verdict: {GOOD}", f"{GOOD} I hope this helps.", f"{{not json}} {GOOD}", f"{GOOD}\n{GOOD}"],
+    [
+        f"```json\n{GOOD}\n```",
+        f"My verdict: {GOOD}",
+        f"{GOOD} I hope this helps.",
+        f"{{not json}} {GOOD}",
+        f"{GOOD}\n{GOOD}",
+    ],
 )
 def test_prose_and_fences_around_the_object_are_let_pass(text):
     assert find_verdict(text) == Verdict(rationale="because", verdict="B")
@@ -81,13 +87,20 @@ def test_every_other_reply_has_a_status_of_its_own(body, status):
 def test_reasoning_and_commentary_are_no_answer():
     output = [
         {"type": "reasoning", "content": [{"type": "reasoning_text", "text": GOOD.replace("B", "A")}]},
-        {"type": "message", "phase": "commentary", "content": [{"type": "output_text", "text": GOOD.replace("B", "A")}]},
+        {
+            "type": "message",
+            "phase": "commentary",
+            "content": [{"type": "output_text", "text": GOOD.replace("B", "A")}],
+        },
         {"type": "message", "phase": "final_answer", "content": [{"type": "output_text", "text": GOOD}]},
     ]
     assert read_reply(json.dumps({"output": output})).verdict == "B"
 
 
-@given(st.text() | st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+@given(
+    st.text()
+    | st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
+)
 def test_no_reply_raises(content):
     assert read_reply(content if isinstance(content, str) else json.dumps(content)).status == "malformed"
     assert read_reply(json.dumps({"output": content})).status == "malformed"

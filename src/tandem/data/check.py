@@ -81,8 +81,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     lines = []
     for name, split in report["splits"].items():
         for key, text in {
-            "fingerprint": sha256_json(sorted(pair["pair_id"] for pair in pairs)),
-        "duplicate_pairs": "pairs are there more than once",
+            "duplicate_pairs": "pairs are there more than once",
             "identical_answers": "pairs have chosen equal to rejected: they give no gradient",
             "several_turn_answers": "pairs have answers of several turns: a user's turn is trained on",
             "answers_cut": "pairs lose the end of an answer at --max_length",

@@ -265,7 +265,7 @@ def _read_csv(path: Path, text: str) -> Iterator[Row]:
                 raise UserError(f"{path} row {number}: has another number of fields than the header")
             yield row
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not CSV: {error}") from error
+        raise UserError(f"{path} line {reader.reader.line_num}: not CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

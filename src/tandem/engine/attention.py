@@ -255,14 +255,13 @@ def switch_implementation(config: PreTrainedConfig) -> None:
     masks = AttentionMaskInterface()
     if original in masks:
         AttentionMaskInterface.register(name, masks[original])
-    # The property's setter would switch the sub-configs of a multimodal model, vision tower included
-    config._attn_implementation_internal = name
+    config._attn_implementation = name
 
 
 def restore_implementation(config: PreTrainedConfig) -> None:
     """Undo `switch_implementation`."""
     if config._attn_implementation is not None:
-        config._attn_implementation_internal = config._attn_implementation.removeprefix(_PREFIX)
+        config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
 
 
 def _attention_forward(
@@ -305,11 +304,11 @@ def _original_forward(original: str, module: Any, *args: Any, **kwargs: Any) -> 
         raise UnsupportedAttention(f"no eager attention function beside {type(module).__name__}")
     # flash attention reads the name of its own kernel from the config
     switched = module.config._attn_implementation
-    module.config._attn_implementation_internal = original
+    module.config._attn_implementation = original
     try:
         return function(module, *args, **kwargs)
     finally:
-        module.config._attn_implementation_internal = switched
+        module.config._attn_implementation = switched
 
 
 def eager_function(module: nn.Module) -> Callable[..., Any] | None:
