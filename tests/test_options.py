@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from tandem.data.options import DataOptions
 from tandem.errors import UserError
+from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     LOSS_TYPES,
     SMOOTHED_LOSSES,
     DPOOptions,
+    EngineOptions,
     LoraOptions,
     ModelOptions,
     SFTOptions,
@@ -183,3 +186,19 @@ def test_sft_differs_from_training_in_its_learning_rate_only():
 def test_unknown_options_that_trl_has_are_named_as_such():
     assert "TRL has it" in str(explain_unknown("padding_free"))
     assert explain_unknown("no_such_option") is None
+
+
+def test_no_option_is_in_two_groups():
+    """A flat YAML could not tell them apart."""
+    groups = [
+        ModelOptions,
+        LoraOptions,
+        TextOptions,
+        DataOptions,
+        TrainOptions,
+        DPOOptions,
+        EngineOptions,
+        MonitorOptions,
+    ]
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))

@@ -39,14 +39,15 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path):
     assert os.listdir(file.parent) == ["file"]
 
 
-def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
     file = tmp_path / "file"
     write_atomic(file, "old")
 
-    def full_disk(descriptor: int) -> None:
+    def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, call, full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(file, "new")
     assert file.read_text() == "old"

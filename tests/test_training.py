@@ -27,7 +27,7 @@ from tandem.models import load_model, load_tokenizer
 from tandem.options import LOSS_TYPES, SMOOTHED_LOSSES, ModelOptions, TextOptions
 from tandem.runs import is_complete, sha256_file
 from tandem.scoring import Scorer
-from tandem.training import _render
+from tandem.training import _prepare_wandb, _render
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -391,9 +391,12 @@ def test_trackers_write_without_key_or_network(tmp_path: Path, train: Train, mon
     monkeypatch.setenv("WANDB_SILENT", "true")
     train("dpo", tmp_path / "out", report_to=["wandb", "tensorboard"], run_name="tiny")
     wandb.finish()  # as the end of a process does
-    wandb_files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(wandb_files) == 1
-    assert wandb_files[0].stat().st_size > 1000
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    waited = 0.0
+    while written.stat().st_size < 1000:  # its writer is a process of its own, and may be a moment behind
+        assert waited < 20
+        time.sleep(0.1)
+        waited += 0.1
     events = list((tmp_path / "out").rglob("events.out.tfevents.*"))
     assert len(events) == 1
     accumulator = EventAccumulator(str(events[0]))
@@ -408,3 +411,25 @@ def test_progress_shows_rates(tmp_path: Path, train: Train, capsys: pytest.Captu
     bar = capsys.readouterr().err
     assert "pairs/s=" in bar
     assert "tokens/s=" in bar
+
+
+@pytest.mark.parametrize(
+    ("netrc", "mode"),
+    [
+        ("", "offline"),
+        ("machine api.wandb.ai login user password secret", None),
+        ("machine x login y password z", "offline"),
+    ],
+)
+def test_wandb_without_a_key_goes_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, netrc: str, mode: str | None
+):
+    (tmp_path / "netrc").write_text(netrc)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is undone after the test
+        monkeypatch.delenv(name)
+    _prepare_wandb(tmp_path)
+    assert os.environ.get("WANDB_MODE") == mode
+    assert os.environ["WANDB_DIR"] == str(tmp_path)
+    assert "secret" not in caplog.text

@@ -8,7 +8,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WORDS = "the cat sat on a mat and the dog ran far away from red house why did you eat my green apple".split()
+WORDS = "the cat sat on a mat and the dog ran far away from red house why did you eat my green apple".split()  # noqa: SIM905
 
 
 def tokenizer(chat_template: str | None = TEMPLATE) -> Any:

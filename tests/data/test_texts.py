@@ -24,7 +24,7 @@ def merging() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
-    text = "\n\nHuman: say the cat\n\nAssistant: the cat sat on the mat, they said. naïve 日本 answer"
+    text = "\n\nHuman: say the cat\n\nAssistant: the cat sat on the mat, they said. naïve 日本 answer \ufffd"
     inner.train_from_iterator([text] * 4, trainer)
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -144,12 +144,21 @@ def test_a_character_is_not_cut_in_two():
     assert trim_prompt(conversation("日本"), BYTES, length(conversation("日本")) - 1) == conversation("本")
 
 
+def test_what_is_left_of_a_cut_character_goes():
+    """Like most real tokenizers this one has a token for U+FFFD, and no token for 語 as a whole."""
+    assert length("語語", MERGING) == 1 + 6
+    assert length("\ufffd", MERGING) == 1 + 1
+    assert trim_prompt("語語", MERGING, 1 + 5) == "語"
+
+
 def test_a_template_longer_than_the_limit_is_refused():
     with pytest.raises(UserError, match="--max_prompt_length 2: the chat template alone takes 3 tokens"):
         trim_prompt(conversation("abc"), BYTES, 2)
 
 
-words = st.lists(st.sampled_from(["the cat", " sat", "they", "naïve", "日本", "\n\nHuman:", "a", " "]), max_size=8)
+words = st.lists(
+    st.sampled_from(["the cat", " sat", "they", "naïve", "日本", "語", "\n\nHuman:", "a", " "]), max_size=8
+)
 prompts = words.map("".join) | st.lists(words.map("".join), min_size=1, max_size=5).map(
     lambda texts: conversation(*texts[: len(texts) - (len(texts) + 1) % 2])
 )
