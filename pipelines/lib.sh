@@ -89,15 +89,19 @@ launch() {
 
 # with_local_judge COMMAND…: run COMMAND while transformers serves $JUDGE_MODEL on loopback.
 with_local_judge() {
-  local server status=0
+  local server status=0 waited=0
+  # Else another server would be asked, while this one fails to start
+  if (exec 3<>"/dev/tcp/127.0.0.1/$JUDGE_PORT") 2>/dev/null; then
+    die "port $JUDGE_PORT of the local judge is taken: set another JUDGE_PORT"
+  fi
   transformers serve "$JUDGE_MODEL" --host 127.0.0.1 --port "$JUDGE_PORT" >"$RUN/judge_server.log" 2>&1 &
   server=$!
   # shellcheck disable=SC2064  # the server's number of now
   trap "kill $server 2>/dev/null || true" EXIT
-  for ((waited = 0; waited < 120; waited++)); do
+  until python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)" \
+    "http://127.0.0.1:$JUDGE_PORT/health" 2>/dev/null; do
     kill -0 "$server" 2>/dev/null || die "the local judge did not start: see $RUN/judge_server.log"
-    python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)" \
-      "http://127.0.0.1:$JUDGE_PORT/health" 2>/dev/null && break
+    ((++waited < 120)) || die "the local judge gave no sign in two minutes: see $RUN/judge_server.log"
     sleep 1
   done
   "$@" || status=$?

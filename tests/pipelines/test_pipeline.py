@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -310,7 +311,14 @@ def test_a_stage_that_runs_again_takes_the_later_ones_with_it(road, tmp_path: Pa
     assert [name for name in first if first[name] != second[name]] == ["two", "three"]
 
 
-def test_the_local_judge_is_stopped_at_the_end(road, tmp_path: Path):
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_the_local_judge_is_stopped_at_the_end(road, tmp_path: Path, free_port: int):
     """A stand-in for `transformers serve` that answers /health: it must be up for the command and gone after it."""
     fake = tmp_path / "bin" / "transformers"
     fake.parent.mkdir()
@@ -323,23 +331,31 @@ def test_the_local_judge_is_stopped_at_the_end(road, tmp_path: Path):
     )
     fake.chmod(0o755)
     for command, expected in (("true", 0), ("false", 1)):
-        status, _ = road(
-            f"PATH={tmp_path}/bin:$PATH JUDGE_MODEL=m JUDGE_PORT=18391",
+        status, screen = road(
+            f"PATH={tmp_path}/bin:$PATH JUDGE_MODEL=m JUDGE_PORT={free_port}",
             f"stage judge x with_local_judge bash -c 'touch \"{tmp_path}/run/x\"; {command}'",
         )
-        assert status == expected
+        assert status == expected, screen
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
         (tmp_path / "run" / "x").unlink()
 
 
-def test_a_local_judge_that_does_not_start(road, tmp_path: Path):
+def test_a_local_judge_does_not_share_its_port(road, tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        status, screen = road(f"JUDGE_MODEL=m JUDGE_PORT={port}", "stage judge x with_local_judge true")
+    assert status == 2
+    assert f"UserError: port {port} of the local judge is taken: set another JUDGE_PORT" in screen
+
+
+def test_a_local_judge_that_does_not_start(road, tmp_path: Path, free_port: int):
     fake = tmp_path / "bin" / "transformers"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\necho no such model\nexit 1\n")
     fake.chmod(0o755)
     status, screen = road(
-        f"PATH={tmp_path}/bin:$PATH JUDGE_MODEL=m JUDGE_PORT=18391", "stage judge x with_local_judge true"
+        f"PATH={tmp_path}/bin:$PATH JUDGE_MODEL=m JUDGE_PORT={free_port}", "stage judge x with_local_judge true"
     )
     assert status == 2
     assert f"UserError: the local judge did not start: see {tmp_path}/run/judge_server.log" in screen
