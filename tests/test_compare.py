@@ -41,7 +41,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampling(**changes: Any) -> SamplingOptions:
-    return SamplingOptions(**{"max_new_tokens": 6, "bf16": False, "seed": 123} | changes)
+    return SamplingOptions(**{"max_new_tokens": 6, "seed": 123} | changes)
 
 
 def test_side_by_side(tmp_path: Path, tiny_model: Path, other_model: Path, tiny_data: Path):

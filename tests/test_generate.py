@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def options(**changes: Any) -> SamplingOptions:
-    given: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 3, "bf16": False}
+    given: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 3}
     return SamplingOptions(**given | changes)
 
 

@@ -56,7 +56,7 @@ def generate(model: str, label: str, prompts: Sequence[list[Message]], options: 
 
     source = ModelOptions(model_name_or_path=model)
     tokenizer = load_tokenizer(source)
-    scorer = Scorer(load_model(source), tokenizer, batch_size=options.batch_size, bf16=options.bf16)
+    scorer = Scorer(load_model(source), tokenizer, batch_size=options.batch_size)
     ids = [prompt_ids(trim_prompt(list(m), tokenizer, options.max_prompt_length), tokenizer) for m in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
     with tqdm(total=len(prompts), initial=len(done), desc=f"answers of {label}", unit="prompt") as bar:

@@ -40,7 +40,6 @@ class SamplingOptions:
     batch_size: int = opt(8, "prompts per batch")
     max_prompts: int | None = opt(None, "answer the first N distinct held-out prompts")
     max_prompt_length: int = opt(512, "longest prompt in tokens; its oldest turns are dropped first")
-    bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

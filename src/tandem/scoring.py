@@ -73,10 +73,10 @@ class Scorer:
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        with self.autocast():
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **sampling.keywords()
-            )
+        # Without autocast: it would convert every weight again for every token, since it caches none without gradients
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **sampling.keywords()
+        )
         return [_until_end(answer, self.ends) for answer in output[:, width:].tolist()]
 
 

@@ -27,6 +27,7 @@ def in_float32(head):
 @pytest.fixture(params=[1, 4, 100], ids="{} tokens a chunk".format)
 def chunk(request, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 40 * request.param)
+    monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 1)
 
 
 def from_the_definition(hidden, weight, bias, targets, transform):
@@ -92,6 +93,8 @@ def test_no_tokens_still_connect_to_the_model(head):
 
 def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 80)
+    monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 2)
+    head = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in in_float32(head)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
         score_tokens(*head, LogitTransform(), FIELDS)
@@ -110,7 +113,8 @@ def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     assert max(sizes) == 40 * 6  # the weight's gradient; the logits would be 440
 
 
-def test_bf16_is_no_further_from_float32_than_trl():
+def test_bf16_is_no_further_from_float32_than_trl(monkeypatch):
+    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 1)  # 64 tokens a chunk
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(200, 64, generator=generator), torch.randn(500, 64, generator=generator) / 4
     targets = torch.randint(500, (200,), generator=generator)
