@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import wandb
@@ -271,6 +272,30 @@ def test_kill_9_and_the_same_command_again(
         metrics["log_history"][-2]["loss"]
         == json.loads((undisturbed / "training_metrics.json").read_text())["log_history"][-2]["loss"]
     )
+
+
+def test_sigterm_saves_and_says_that_it_can_be_resumed(
+    tmp_path: Path, train: Train, undisturbed: Path, tiny_model: Path, tiny_data: Path, ref_cache: Path
+):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tandem.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+    command += [str(ROOT / "scripts" / "dpo.py")]
+    command += arguments(tiny_model, tiny_data, out, ref_cache=ref_cache, **LONG | {"save_steps": 1000})
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (out / "logs" / "margins" / "margins_log.jsonl").exists():
+        assert launcher.poll() is None
+        time.sleep(0.002)
+    (trainer,) = psutil.Process(launcher.pid).children()
+    trainer.terminate()
+    _, screen = launcher.communicate()
+    assert launcher.returncode == 75, screen
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert is_complete(checkpoint) and not is_complete(out)
+    step = checkpoint.name.removeprefix("checkpoint-")
+    assert f"Preempted: stopped by SIGTERM after step {step}; the same command goes on there" in screen
+    train("dpo", out, **LONG | {"save_steps": 1000})
+    assert weights(out) == weights(undisturbed)
+    assert margins(out) == margins(undisturbed)
 
 
 @pytest.mark.parametrize("harm", ["no manifest", "file cut", "file gone"])

@@ -31,7 +31,7 @@ from tandem.data.formats import Row
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
-from tandem.errors import UserError
+from tandem.errors import Preempted, UserError
 from tandem.log import log_to, logger
 from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
@@ -46,7 +46,7 @@ from tandem.options import (
     check_training,
 )
 from tandem.runs import MANIFEST, is_complete, sha256_json, write_atomic, write_json
-from tandem.trainers.callbacks import Mirror, RateProgress
+from tandem.trainers.callbacks import Mirror, Preemption, RateProgress
 from tandem.trainers.trl import PairCollator, TandemDPOTrainer, TandemSFTTrainer
 
 # Options that change how a run is watched, not what it computes: they may differ when it is resumed
@@ -251,7 +251,11 @@ class _Session:
         return None
 
     def train(self, trainer: Any) -> None:
-        """Train, save the model and the metrics, and write the manifest last."""
+        """Train, save the model and the metrics, and write the manifest last.
+
+        Raises:
+            Preempted: SIGTERM came; a checkpoint of the step it came in is complete.
+        """
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RateProgress(self.unit))
@@ -261,8 +265,13 @@ class _Session:
         if self.resume_from:
             logger.info("resuming from %s", self.resume_from)
         anomalies = torch.autograd.set_detect_anomaly(True) if self.options.debug else contextlib.nullcontext()
-        with anomalies:
+        with anomalies, Preemption(trainer.accelerator) as preemption:
+            trainer.add_callback(preemption)
             result = trainer.train(resume_from_checkpoint=self.resume_from)
+        if preemption.came and trainer.state.global_step < trainer.state.max_steps:
+            raise Preempted(
+                f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on there"
+            )
         self._save(trainer, result.metrics)
         if mirror and trainer.is_world_process_zero():
             mirror.copy()

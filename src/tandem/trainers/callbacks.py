@@ -1,10 +1,14 @@
 """What a training run shows and leaves behind besides the model."""
 
 import shutil
+import signal
 import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
+import torch
+from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tandem.log import logger
@@ -75,3 +79,34 @@ class Mirror(TrainerCallback):
         for folder in self.target.glob("checkpoint-*"):
             if not (self.source / folder.name).exists():
                 shutil.rmtree(folder)
+
+
+class Preemption(TrainerCallback):
+    """Ends training with a checkpoint after the step in which SIGTERM came (a spot machine's notice, Slurm's).
+
+    Every rank learns of it at the same step, whichever of them the signal reached. Listens while it is entered.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.came = False
+
+    def __enter__(self) -> Self:
+        self._former = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._former)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([self.came], device=self.accelerator.device)
+            self.came = bool(self.accelerator.gather(mine).any())
+        if self.came:
+            control.should_save = control.should_training_stop = True
+        return control
