@@ -1,0 +1,133 @@
+"""The reference cache: keyed by all that changes a number and by nothing else, and whole after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tandem.engine.ref_cache import RefCache, fingerprint, pair_key
+from tandem.errors import UserError
+
+KEY: dict[str, Any] = {"model": "m", "ids": [[1, 2, 3], [1, 2, 4]], "scored": [1, 1], "dtype": "fp32", "ld_alpha": None}
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape | heads | changes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "n"},
+        {"ids": [[1, 2, 3], [1, 2, 5]]},
+        {"ids": [[1, 2], [1, 2, 4]]},
+        {"scored": [2, 1]},
+        {"dtype": "bf16"},
+        {"ld_alpha": 0.5},
+        {"ld_alpha": 0.0},
+    ],
+)
+def test_whatever_changes_the_number_changes_the_key(change: dict[str, Any]):
+    assert pair_key(**KEY) == pair_key(**KEY)
+    assert pair_key(**KEY | change) != pair_key(**KEY)
+
+
+def test_the_fingerprint_sees_one_weight_and_the_configuration():
+    model = llama()
+    before = fingerprint(model)
+    assert fingerprint(llama()) == before
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-6
+    assert fingerprint(model) != before
+    assert fingerprint(llama(rms_norm_eps=1e-4)) != before
+    assert fingerprint(llama().to(torch.bfloat16)) != before
+
+
+def test_an_adapter_that_is_off_does_not_count_and_trls_frozen_copy_does():
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    model = get_peft_model(llama(), config)
+    assert fingerprint(model) == fingerprint(llama())
+    model.add_adapter("ref", config)
+    with_copy = fingerprint(model)
+    assert with_copy != fingerprint(llama())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                parameter += 1
+    assert fingerprint(model) == with_copy
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter += 1
+    assert fingerprint(model) != with_copy
+
+
+@given(st.lists(st.tuples(st.floats(-1e4, 0, width=32), st.floats(-1e4, 0, width=32)), max_size=700))
+def test_values_come_back_bit_for_bit(values: list[tuple[float, float]]):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = RefCache(folder)
+        entries = {index.to_bytes(16, "big"): pair for index, pair in enumerate(values)}
+        cache.write(entries)
+        absent = b"x" * 16
+        assert RefCache(folder).read([*entries, absent]) == entries
+
+
+def test_what_is_there_stays_and_what_is_not_finite_is_not_kept(tmp_path: Path):
+    cache = RefCache(tmp_path)
+    cache.write({b"a": (-1.0, -2.0)})
+    cache.write({b"a": (-9.0, -9.0), b"b": (float("nan"), -1.0), b"c": (-3.0, float("-inf"))})
+    assert cache.read([b"a", b"b", b"c"]) == {b"a": (-1.0, -2.0)}
+
+
+def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path):
+    (tmp_path / "log_probs.sqlite").write_bytes(b"not a database, and long enough to be read as one" * 10)
+    with pytest.raises(UserError, match=r"--ref_cache: .*log_probs\.sqlite cannot be used"):
+        RefCache(tmp_path)
+
+
+WRITER = """
+import sys
+from tandem.engine.ref_cache import RefCache
+cache, who = RefCache(sys.argv[1]), int(sys.argv[2])
+for batch in range(10_000):
+    cache.write({f"{who}-{batch}-{i}".encode(): (-float(batch), -float(i)) for i in range(8)})
+    print(batch, flush=True)
+"""
+
+
+def test_two_writers_killed_in_the_middle_leave_whole_batches(tmp_path: Path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(who)], stdout=subprocess.PIPE, text=True)
+        for who in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+    time.sleep(0.3)
+    written = []
+    for writer in writers:
+        os.kill(writer.pid, signal.SIGKILL)
+        out, _ = writer.communicate()
+        written.append(int(out.split()[-1]) if out else 0)
+    cache = RefCache(tmp_path)
+    for who, last in enumerate(written):
+        for batch in range(last + 1):
+            keys = [f"{who}-{batch}-{i}".encode() for i in range(8)]
+            assert cache.read(keys) == {key: (-float(batch), -float(i)) for i, key in enumerate(keys)}
+        torn = cache.read([f"{who}-{last + 1}-{i}".encode() for i in range(8)])
+        assert len(torn) in (0, 8)  # the batch of the kill, and it is whole if it is there
