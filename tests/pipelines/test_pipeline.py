@@ -49,7 +49,7 @@ RECIPE = {
     "sft": TRAINING | {"max_steps": 2},
     "dpo": TRAINING | {"max_steps": 40, "save_steps": 4, "save_total_limit": 20},
     "evaluate": {"max_length": 256, "eval_bf16": False, "kl_prompts": 4, "kl_max_new_tokens": 8},
-    "compare": {"max_prompts": 6, "max_new_tokens": 8, "bf16": False},
+    "compare": {"max_prompts": 6, "max_new_tokens": 8},
     "judge": {"calibration_pairs": 2, "self_pairs": 1},
 }
 
