@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config import REQUIRED, opt
-from tandem.data.formats import Row, prompt_id
+from tandem.data.formats import Row, as_messages, prompt_id
 from tandem.generate import generate, held_out_prompts
 from tandem.runs import read_jsonl, write_json
 from tandem.sampling import SamplingOptions
@@ -40,7 +40,7 @@ def compare(options: CompareOptions, sampling: SamplingOptions, pairs: Sequence[
         records = read_jsonl(generate(model, label, prompts, sampling, folder))
         by_id = {record["prompt_id"]: record for record in records}
         answers[label] = {prompt_id(messages): by_id[prompt_id(messages)] for messages in prompts}
-    chosen = {prompt_id(_messages(pair)): _text(pair["chosen"]) for pair in pairs}
+    chosen = {prompt_id(as_messages(pair["prompt"])): _text(pair["chosen"]) for pair in pairs}
     results: dict[str, Any] = {
         "models": options.models,
         "seed": sampling.seed,
@@ -58,11 +58,6 @@ def compare(options: CompareOptions, sampling: SamplingOptions, pairs: Sequence[
     write_json(folder / "dpo_comparison_results.json", results)
     write_json(folder / "generation_samples.json", results["comparisons"][:10])
     return results
-
-
-def _messages(pair: Row) -> Any:
-    prompt = pair["prompt"]
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _text(completion: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config import REQUIRED, opt
-from tandem.data.formats import Message, Row, prompt_id
+from tandem.data.formats import Message, Row, as_messages, prompt_id
 from tandem.errors import UserError
 from tandem.runs import append_jsonl, read_jsonl
 from tandem.sampling import SamplingOptions
@@ -25,8 +25,7 @@ def held_out_prompts(pairs: Sequence[Row], limit: int | None) -> list[list[Messa
     """Distinct prompts of `pairs` as messages, in their order."""
     prompts: dict[str, list[Message]] = {}
     for pair in pairs:
-        prompt = pair["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = as_messages(pair["prompt"])
         prompts.setdefault(prompt_id(messages), messages)
     return list(prompts.values())[:limit]
 

@@ -66,6 +66,11 @@ def _has_answers(row: Row) -> bool:
     return "chosen" in row and "rejected" in row
 
 
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as a conversation; a text is one user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def prompt_id(prompt: str | list[Message]) -> str:
     """Stable id of a prompt: 16 hex digits of a content hash."""
     return sha256_json(prompt)[:16]
