@@ -28,7 +28,8 @@ from tandem.models import load_model, load_tokenizer
 from tandem.options import LOSS_TYPES, SMOOTHED_LOSSES, ModelOptions, TextOptions
 from tandem.runs import is_complete, sha256_file
 from tandem.scoring import Scorer
-from tandem.training import _prepare_wandb, _render
+from tandem.session import _prepare_wandb
+from tandem.training import _render
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
