@@ -22,10 +22,11 @@ from trl import DPOConfig, DPOTrainer
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
+from tandem.engine.pairs import PairCollator
 from tandem.models import load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, LoraOptions, ModelOptions
-from tandem.trainers.trl import PairCollator, TandemDPOTrainer
+from tandem.trainers.trl import TandemDPOTrainer
 
 
 class StockTrainer(DPOTrainer):

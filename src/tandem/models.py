@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
+def has_hpu() -> bool:
+    """Whether there is an Intel Gaudi."""
+    hpu = getattr(torch, "hpu", None)  # put there by Intel's plugin
+    return hpu is not None and bool(hpu.is_available())
+
+
 def fast_bf16() -> bool:
     """Whether this process's device multiplies bfloat16 in hardware, so that autocast to it pays."""
+    if has_hpu():
+        return True
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.mps.is_available():
@@ -32,7 +40,7 @@ def fast_bf16() -> bool:
 
 def has_accelerator() -> bool:
     """Whether torch sees a CUDA, MPS, XPU or HPU device."""
-    return torch.accelerator.is_available()
+    return torch.accelerator.is_available() or has_hpu()
 
 
 def base_of_adapter(folder: str) -> str:

@@ -8,7 +8,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a s
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, SFTConfig
 
 from tandem.data.formats import Row
 from tandem.data.options import DataOptions
@@ -16,7 +15,7 @@ from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.errors import UserError
 from tandem.log import logger
-from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer, lora_config
+from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     DPOOptions,
@@ -29,7 +28,7 @@ from tandem.options import (
     check_training,
 )
 from tandem.session import open_session
-from tandem.trainers.trl import PairCollator, TandemDPOTrainer, TandemSFTTrainer
+from tandem.trainers import select
 
 
 def run_sft(model: ModelOptions, lora: LoraOptions, text: TextOptions, data: DataOptions, train: SFTOptions) -> None:
@@ -39,17 +38,13 @@ def run_sft(model: ModelOptions, lora: LoraOptions, text: TextOptions, data: Dat
     with open_session(train, options, "examples") as session:
         if session is None:
             return
+        builders = select.builders()
         tokenizer = load_tokenizer(model)
         splits = _splits(data, text, train, tokenizer)
         policy, arguments = _trainable(model, lora), _arguments(train, model)
         session.start()
-        trainer = TandemSFTTrainer(
-            model=policy,
-            args=SFTConfig(**arguments, max_length=text.max_length),
-            processing_class=tokenizer,
-            peft_config=lora_config(lora),
-            **{name: _examples(rows) for name, rows in splits.items()},
-        )
+        examples = {name: _examples(rows) for name, rows in splits.items()}
+        trainer = builders.sft_trainer(policy, tokenizer, arguments, text, lora, examples)
         session.train(trainer)
 
 
@@ -70,44 +65,31 @@ def run_dpo(
     with open_session(train, options, "pairs") as session:
         if session is None:
             return
+        builders = select.builders()
         tokenizer = load_tokenizer(model)
         splits = {
             name: _tokenized_pairs(rows, tokenizer, text.max_length)
             for name, rows in _splits(data, text, train, tokenizer).items()
         }
         policy, arguments = _trainable(model, lora), _arguments(train, model)
-        loss_types, loss_weights = dpo.trl_losses
         reference = None
         if dpo.reference_model:
             reference = load_model(
                 dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
             )
         session.start()
-        trainer = TandemDPOTrainer(
-            model=policy,
-            ref_model=reference,
-            args=DPOConfig(
-                **arguments,
-                max_length=text.max_length,
-                disable_dropout=dpo.disable_dropout,
-                beta=dpo.beta,
-                loss_type=loss_types,
-                loss_weights=loss_weights,
-                label_smoothing=dpo.label_smoothing,
-                f_divergence_type=dpo.f_divergence_type,
-                f_alpha_divergence_coef=dpo.f_alpha_divergence_coef,
-                ld_alpha=dpo.ld_alpha,
-                discopop_tau=dpo.discopop_tau,
-                use_weighting=dpo.use_weighting,
-                precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
-            ),
-            processing_class=tokenizer,
-            peft_config=lora_config(lora),
-            engine=engine,
-            monitor=monitor,
+        trainer = builders.dpo_trainer(
+            policy,
+            reference,
+            tokenizer,
+            arguments,
+            text,
+            lora,
+            dpo,
+            engine,
+            monitor,
             logs_dir=session.folder / "logs",
-            data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id, max_length=text.max_length),
-            **splits,
+            splits=splits,
         )
         session.train(trainer)
 

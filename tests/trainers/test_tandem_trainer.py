@@ -13,10 +13,11 @@ from trl import DPOConfig, DPOTrainer
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
+from tandem.engine.pairs import PairCollator, sequence_logps
 from tandem.models import load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, ModelOptions
-from tandem.trainers.trl import PairCollator, TandemDPOTrainer, sequence_logps
+from tandem.trainers.trl import TandemDPOTrainer
 
 # Of the run's clock, or ours
 NOT_COMPARED = ("runtime", "per_second", "system/", "tail/")

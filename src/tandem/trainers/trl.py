@@ -1,6 +1,7 @@
 """TRL's trainers on CPU, CUDA and MPS, with Tandem's engine, reference cache and monitor in their places."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,17 +11,19 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list, tqdm
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import DPOTrainer, SFTTrainer
-from trl.trainer import dpo_trainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.engine.forward import pair_engine
+from tandem.engine.pairs import PairCollator, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint, pair_key
 from tandem.log import logger
+from tandem.models import has_hpu, lora_config
 from tandem.monitor.callback import Monitor, MonitorCallback
 from tandem.monitor.options import MonitorOptions
-from tandem.options import EngineOptions
+from tandem.options import DPOOptions, EngineOptions, LoraOptions, TextOptions
 from tandem.runs import write_json, write_manifest
 from tandem.trainers.deferred import DeferredGather, Promise
 
@@ -49,13 +52,6 @@ class _CompleteCheckpoints:
         if self.args.should_save:
             write_manifest(self.checkpoint_folder())
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
-
-
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator that also hands on each pair's id, as a list of text under `pair_id`."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return super().torch_call(examples) | {"pair_id": [example["pair_id"] for example in examples]}
 
 
 class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
@@ -247,32 +243,91 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
 def _weights_hashed_by(function: Any) -> Iterator[None]:
     """While TRL's constructor runs, its hash of the reference is ours: taken at the same moment, cheaper, and blind
     to adapters that are off."""
-    original = dpo_trainer.hash_module
-    dpo_trainer.hash_module = function
+    original = trl_dpo_trainer.hash_module
+    trl_dpo_trainer.hash_module = function
     try:
         yield
     finally:
-        dpo_trainer.hash_module = original
-
-
-def sequence_logps(per_token: torch.Tensor, completion_mask: torch.Tensor, ld_alpha: float | None) -> torch.Tensor:
-    """Log-prob of each answer, as TRL sums it.
-
-    Args:
-        per_token: (2B, S − 1) log-probs in nats, zero outside of completions; chosen rows, then rejected.
-        completion_mask: (2B, S − 1), 1 at completion tokens.
-        ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO, Liu et al. 2024, Eq. 8), or None.
-
-    Returns:
-        (2B,) nats.
-    """
-    if ld_alpha is None:
-        return per_token.sum(1)
-    lengths = completion_mask.sum(1)
-    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
-    beyond = completion_mask.cumsum(1) > shorter[:, None]
-    return (per_token * torch.where(beyond, ld_alpha, 1.0)).sum(1)
+        trl_dpo_trainer.hash_module = original
 
 
 class TandemSFTTrainer(_CompleteCheckpoints, SFTTrainer):
     """TRL's SFTTrainer."""
+
+
+def sft_trainer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    text: TextOptions,
+    lora: LoraOptions,
+    splits: dict[str, Dataset],
+) -> TandemSFTTrainer:
+    """The trainer of prompt + completion.
+
+    Args:
+        arguments: of TrainingArguments.
+        splits: rendered examples by the trainer's argument names.
+    """
+    return TandemSFTTrainer(
+        model=policy,
+        args=SFTConfig(
+            **arguments,
+            max_length=text.max_length,
+            pad_to_multiple_of=text.max_length if has_hpu() else None,  # an HPU compiles anew for every shape
+        ),
+        processing_class=tokenizer,
+        peft_config=lora_config(lora),
+        **splits,
+    )
+
+
+def dpo_trainer(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    text: TextOptions,
+    lora: LoraOptions,
+    dpo: DPOOptions,
+    engine: EngineOptions,
+    monitor: MonitorOptions,
+    logs_dir: Path,
+    splits: dict[str, Dataset],
+) -> TandemDPOTrainer:
+    """The trainer of pairs.
+
+    Args:
+        reference: None for the policy as it is now.
+        arguments: of TrainingArguments.
+        splits: tokenized pairs by the trainer's argument names.
+    """
+    loss_types, loss_weights = dpo.trl_losses
+    if has_hpu():  # which compiles anew for every shape
+        engine = dataclasses.replace(engine, layout="padded")
+    return TandemDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=DPOConfig(
+            **arguments,
+            max_length=text.max_length,
+            disable_dropout=dpo.disable_dropout,
+            beta=dpo.beta,
+            loss_type=loss_types,
+            loss_weights=loss_weights,
+            label_smoothing=dpo.label_smoothing,
+            f_divergence_type=dpo.f_divergence_type,
+            f_alpha_divergence_coef=dpo.f_alpha_divergence_coef,
+            ld_alpha=dpo.ld_alpha,
+            discopop_tau=dpo.discopop_tau,
+            use_weighting=dpo.use_weighting,
+            precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
+        ),
+        processing_class=tokenizer,
+        peft_config=lora_config(lora),
+        engine=engine,
+        monitor=monitor,
+        logs_dir=logs_dir,
+        data_collator=PairCollator(tokenizer.pad_token_id, text.max_length, static=has_hpu()),
+        **splits,
+    )

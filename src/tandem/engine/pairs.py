@@ -1,0 +1,92 @@
+"""A batch of pairs as tensors, and sums over it: pure torch, the same on every device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PairCollator:
+    """Tokenized pairs (`data.texts.tokenize_pair`, with `pair_id`) → the batch that TRL 1.16's DPOTrainer takes.
+
+    Rows are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`,
+    `attention_mask`, `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where
+    the pairs have them; `pair_id`, a list.
+
+    Attributes:
+        pad_token_id: what fills rows up on the right.
+        max_length: longest row.
+        static: make every row `max_length` long, whatever the pairs.
+        pairs: make every batch this many pairs, copies of its first one filling it up, and add `pair_weights`, (B,)
+            float32: 0 for a copy, else 1.
+    """
+
+    pad_token_id: int
+    max_length: int
+    static: bool = False
+    pairs: int | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        filled = [*examples, *[examples[0]] * ((self.pairs or 0) - len(examples))]
+        rows = [
+            ((pair["prompt_ids"] + pair[side])[: self.max_length], len(pair["prompt_ids"]))
+            for side in ("chosen_ids", "rejected_ids")
+            for pair in filled
+        ]
+        width = self.max_length if self.static else max(len(ids) for ids, _ in rows)
+        batch: dict[str, Any] = {
+            "input_ids": torch.full((len(rows), width), self.pad_token_id),
+            "attention_mask": torch.zeros(len(rows), width, dtype=torch.int64),
+            "completion_mask": torch.zeros(len(rows), width, dtype=torch.int64),
+        }
+        for row, (ids, prompt) in enumerate(rows):
+            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["completion_mask"][row, prompt : len(ids)] = 1
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in filled[0]:
+                batch[name] = torch.tensor([pair[name] for pair in filled])
+        if self.pairs is not None:
+            batch["pair_weights"] = (torch.arange(len(filled)) < len(examples)).float()
+        return batch | {"pair_id": [pair.get("pair_id") for pair in filled]}
+
+
+def completion_logps(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Log-prob of each completion token, from the logits of a padded forward, in float32.
+
+    One shape in, one shape out: nothing is selected, and what is no completion is multiplied by zero.
+
+    Args:
+        logits: (N, S, V).
+        input_ids: (N, S) int64.
+        completion_mask: (N, S), 1 at completion tokens.
+
+    Returns:
+        (N, S − 1) nats; zero outside of completions.
+    """
+    predicting = logits[:, :-1].float()
+    targets = input_ids[:, 1:, None]
+    logps = predicting.gather(-1, targets).squeeze(-1) - predicting.logsumexp(-1)
+    return logps * completion_mask[:, 1:]
+
+
+def sequence_logps(per_token: Tensor, completion_mask: Tensor, ld_alpha: float | None) -> Tensor:
+    """Log-prob of each answer, as TRL sums it.
+
+    Args:
+        per_token: (2B, S − 1) log-probs in nats, zero outside of completions; chosen rows, then rejected.
+        completion_mask: (2B, S − 1), 1 at completion tokens.
+        ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO, Liu et al. 2024, Eq. 8), or None.
+
+    Returns:
+        (2B,) nats.
+    """
+    if ld_alpha is None:
+        return per_token.sum(1)
+    lengths = completion_mask.sum(1)
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    beyond = completion_mask.cumsum(1) > shorter[:, None]
+    return (per_token * torch.where(beyond, ld_alpha, 1.0)).sum(1)
