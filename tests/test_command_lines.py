@@ -78,8 +78,8 @@ def test_evaluate(
         f"python scripts/evaluate.py --reference_model {tiny_model} --sft_model {tiny_model} --dpo_model {tiny_model} "
         f"--dataset_name {tiny_data} --output_file results.json"
     )
-    assert list(json.loads((tmp_path / "results.json").read_text())["models"]) == ["sft", "dpo"]
-    assert "| 8 held-out pairs | sft | dpo |" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "results.json").read_text())["models"]) == ["base", "sft", "dpo"]
+    assert "| 8 held-out pairs | base | sft | dpo |" in capsys.readouterr().out
 
 
 def test_each_script_replays_what_it_saved(

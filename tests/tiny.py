@@ -31,7 +31,7 @@ def tokenizer(chat_template: str | None = TEMPLATE) -> Any:
     )
 
 
-def save_model(folder: Path, seed: int = 0, chat_template: str | None = TEMPLATE) -> Path:
+def save_model(folder: Path, seed: int = 0, chat_template: str | None = TEMPLATE, dtype: str = "float32") -> Path:
     """A 2-layer Llama with its tokenizer, as a model folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,7 +51,7 @@ def save_model(folder: Path, seed: int = 0, chat_template: str | None = TEMPLATE
         pad_token_id=text.pad_token_id,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     text.save_pretrained(folder)
     return folder
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
@@ -56,6 +56,21 @@ def base_of_adapter(folder: str) -> str:
     if not base:
         raise UserError(f"{folder}: adapter_config.json has no base_model_name_or_path")
     return str(base)
+
+
+def stored_dtype(name: str) -> str:
+    """The type that the weights of a model are stored in, by its config; an adapter's is its base's.
+
+    Raises:
+        UserError: no config can be read.
+    """
+    if is_adapter(name):
+        return stored_dtype(base_of_adapter(name))
+    try:
+        dtype = AutoConfig.from_pretrained(name).dtype
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: its config cannot be read: {_first_line(error)}") from error
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:

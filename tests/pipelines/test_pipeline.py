@@ -143,7 +143,7 @@ def test_every_stage_leaves_its_output(killed_and_resumed: tuple[Pipeline, str])
         assert (pipeline.run / name / "training_metrics.json").exists()
         assert is_complete(pipeline.run.parent / "mount" / name)
     results = json.loads((pipeline.run / "results.json").read_text())
-    assert list(results["models"]) == ["sft", "dpo"]
+    assert list(results["models"]) == ["base", "sft", "dpo"]
     assert results["n_pairs"] == 10
     assert results["reference"] == pipeline.environment["MODEL_NAME"]
     comparison = json.loads((pipeline.run / "dpo_comparison_results.json").read_text())

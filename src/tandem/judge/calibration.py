@@ -4,15 +4,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from tandem.data.formats import as_messages
+from tandem.estimates import LEVEL, Array, Estimate, estimate, length_terciles, wilson
 from tandem.judge import statistics
 from tandem.judge.requests import Comparison
-from tandem.judge.statistics import Array, Estimate
 
 CHANCE = 0.5
-SIGNIFICANCE = 1 - statistics.LEVEL
-TERCILES = ("rejected_longer", "similar", "chosen_longer")
+SIGNIFICANCE = 1 - LEVEL
 
 
 def labelled_comparisons(rows: Sequence[Mapping[str, Any]], limit: int, seed: int) -> list[Comparison]:
@@ -22,11 +20,8 @@ def labelled_comparisons(rows: Sequence[Mapping[str, Any]], limit: int, seed: in
 
 
 def _labelled(row: Mapping[str, Any]) -> Comparison:
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return Comparison(
-        row["pair_id"], messages, answer_text(row["rejected"]), answer_text(row["chosen"]), "rejected", "chosen"
-    )
+    rejected, chosen = (answer_text(row[side]) for side in ("rejected", "chosen"))
+    return Comparison(row["pair_id"], as_messages(row["prompt"]), rejected, chosen, "rejected", "chosen")
 
 
 def answer_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
@@ -58,21 +53,18 @@ def agreement(votes: Array, length_difference: Array, identical: Array, missing:
     """
     votes, length_difference = votes[~identical], length_difference[~identical]
     right = (statistics.mean_outcomes(votes) + 1) / 2
-    order = np.argsort(length_difference, kind="stable")
     return {
         "n_missing": missing,
         "accuracy": _share(right),
         "cohen_kappa": _kappa(votes),
-        "accuracy_by_length": {
-            name: _share(right[part]) for name, part in zip(TERCILES, np.array_split(order, 3), strict=True)
-        },
+        "accuracy_by_length": {name: _share(right[part]) for name, part in length_terciles(length_difference).items()},
         "first_position_rate": statistics.first_position_rate(votes),
         "order_flip_rate": statistics.flip_rate(votes),
     }
 
 
 def _share(right: Array) -> Estimate:
-    return statistics.wilson(float(right.sum()), len(right), "no pair was judged in both orders")
+    return wilson(float(right.sum()), len(right), "no pair was judged in both orders")
 
 
 def _kappa(votes: Array) -> float | None:
@@ -98,7 +90,7 @@ def self_agreement(votes: Array, missing: int) -> dict[str, Any]:
     return {
         "n_prompts": len(votes),
         "n_missing": missing,
-        "tie_rate": statistics.estimate(
+        "tie_rate": estimate(
             ties / calls if calls else None, None, None, calls, None if calls else "no answer was judged against itself"
         ),
         "first_position_rate": statistics.first_position_rate(votes),
@@ -195,7 +187,7 @@ def conclude(
 
 
 def _other_side(share: Mapping[str, Any]) -> Estimate:
-    return statistics.estimate(1 - share["value"], 1 - share["high"], 1 - share["low"], share["n"])
+    return estimate(1 - share["value"], 1 - share["high"], 1 - share["low"], share["n"])
 
 
 def _percent(share: float) -> str:

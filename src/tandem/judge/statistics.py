@@ -3,32 +3,15 @@
 `votes`, the input of most functions, is an integer array (n prompts, 2 orders, 3): how many verdicts of that prompt in
 that order were a loss, a tie and a win of side 2, the side that is scored. The first order shows side 1 first, the
 second shows side 2 first. Both orders of every prompt hold the same number of verdicts or more than none.
-
-An estimate is a dict of `value`, `low`, `high` (95% interval) and `n`; what cannot be had is None, with `why`.
 """
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]  # typed loosely: counts, scores and flags are told apart by the docstrings
-Estimate = dict[str, Any]
+from tandem.estimates import LEVEL, Array, Estimate, bootstrap, estimate, mean, wilson
 
-LEVEL = 0.95
-RESAMPLES = 9_999
 MIN_PROMPTS = 20  # a cluster-robust interval from fewer clusters is too short
-
-
-def estimate(value: float | None, low: float | None, high: float | None, n: int, why: str | None = None) -> Estimate:
-    """An estimate as it stands in judge_summary.json."""
-    result: Estimate = {
-        "value": None if value is None else float(value),
-        "low": None if low is None else float(low),
-        "high": None if high is None else float(high),
-        "n": int(n),
-    }
-    return result if why is None else result | {"why": why}
 
 
 def order_scores(votes: Array) -> Array:
@@ -59,16 +42,6 @@ def mean_outcomes(votes: Array) -> Array:
     return np.sign(lead[:, 0] * calls[:, 1] + lead[:, 1] * calls[:, 0])
 
 
-def wilson(successes: float, n: int, why_none: str) -> Estimate:
-    """Share with its Wilson score interval; halves may be counted as half a success."""
-    if n == 0:
-        return estimate(None, None, None, 0, why_none)
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(successes, n, alpha=1 - LEVEL, method="wilson")
-    return estimate(successes / n, max(0.0, low), min(1.0, high), n)
-
-
 def count(outcomes: Array) -> dict[str, Any]:
     """Wins, ties and losses; the share won of the decisive prompts; the exact two-sided sign test of ½."""
     from scipy.stats import binomtest
@@ -85,27 +58,10 @@ def count(outcomes: Array) -> dict[str, Any]:
 
 
 def mean_score(scores: Array, seed: int) -> Estimate:
-    """Mean of the prompts' scores with its BCa bootstrap interval (Efron 1987)."""
-    n = len(scores)
-    if n == 0:
+    """Mean of the prompts' scores, (n,), with its bootstrap interval."""
+    if not len(scores):
         return estimate(None, None, None, 0, "no prompt was judged in both orders")
-    if np.ptp(scores) == 0:
-        return estimate(scores[0], None, None, n, "every prompt has the same score: nothing to resample")
-    from scipy.stats import bootstrap
-
-    result = bootstrap(
-        (scores,),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-        batch=max(1, 2_000_000 // n),  # resamples at a time: bounds the memory, not the result's quality
-    )
-    low, high = result.confidence_interval
-    if not (np.isfinite(low) and np.isfinite(high)):
-        return estimate(scores.mean(), None, None, n, "the bootstrap has no interval for these scores")
-    return estimate(scores.mean(), low, high, n)
+    return bootstrap(mean, [scores], seed)
 
 
 def length_controlled(votes: Array, length_difference: Array) -> Estimate:
