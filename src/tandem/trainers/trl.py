@@ -2,59 +2,27 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, tqdm
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.engine.forward import pair_engine
 from tandem.engine.pairs import PairCollator, sequence_logps
-from tandem.engine.ref_cache import RefCache, fingerprint, pair_key
-from tandem.log import logger
+from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models import has_hpu, lora_config
-from tandem.monitor.callback import Monitor, MonitorCallback
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, LoraOptions, TextOptions
-from tandem.runs import write_json, write_manifest
+from tandem.trainers.common import CompleteCheckpoints, PairTrainer
 from tandem.trainers.deferred import DeferredGather, Promise
 
-_COUNTERS = "tandem_counters.json"
 
-
-class _CompleteCheckpoints:
-    """Mixin over transformers' Trainer: a checkpoint counts once its manifest, written last, is there."""
-
-    args: Any
-    state: Any
-    accelerator: Any
-
-    def checkpoint_folder(self) -> Path:
-        """Where a checkpoint of the current step goes."""
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Older checkpoints may go only when this one is complete, so Trainer must not rotate by itself
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(self.checkpoint_folder())
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
-
-
-class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
+class TandemDPOTrainer(PairTrainer, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -74,16 +42,7 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
         self.ref_model = None
         self._deferred = DeferredGather(self.accelerator)
         self._token_counts: list[Promise] = []
-        self.monitor = Monitor(
-            monitor,
-            logs_dir,
-            self.accelerator,
-            self.beta,
-            save_checkpoint=lambda: self._save_checkpoint(self.model_wrapped, None),
-            epoch_pairs=len(self.train_dataset),
-            ranks_per_batch=self._tp_size,
-        )
-        self.add_callback(MonitorCallback(self))
+        self._add_monitor(monitor, logs_dir, ranks_per_batch=self._tp_size)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
@@ -91,52 +50,6 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "pair_id"]))
-
-    # Reference
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """`dataset` with the reference's log-probs: from the cache, or computed and added to it batch by batch."""
-        keys = self._pair_keys(dataset)
-        known = [self._ref_cache.read(keys) if self.accelerator.is_main_process else None]
-        # Another run may add entries between the reads of two ranks, which would then forward different batches
-        found: dict[bytes, tuple[float, float]] = broadcast_object_list(known)[0]
-        missing = [index for index, key in enumerate(keys) if key not in found]
-        hits = len(keys) - len(missing)
-        logger.info("reference of %s pairs: %d of %d in %s", name, hits, len(keys), self._ref_cache.path)
-        if missing:
-            found |= self._score_reference(dataset, keys, missing, name, batch_size)
-        chosen, rejected = zip(*(found[key] for key in keys), strict=True)
-        return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
-
-    def _pair_keys(self, dataset: Dataset) -> list[bytes]:
-        dtype = f"{self.model.dtype} under {self.accelerator.mixed_precision}"
-        longest = self.data_collator.max_length
-        keys = []
-        for pair in dataset:
-            prompt = pair["prompt_ids"]
-            rows = [(prompt + pair[side])[:longest] for side in ("chosen_ids", "rejected_ids")]
-            scored = [len(row) - len(prompt) for row in rows]
-            keys.append(pair_key(self._precompute_model_hash, rows, scored, dtype, self.ld_alpha))
-        return keys
-
-    def _score_reference(
-        self, dataset: Dataset, keys: list[bytes], missing: list[int], name: str, batch_size: int
-    ) -> dict[bytes, tuple[float, float]]:
-        # Pairs of like length together, so that batches are alike in memory and time
-        sides = ("prompt_ids", "chosen_ids", "rejected_ids")
-        order = sorted(missing, key=lambda index: sum(len(dataset[index][side]) for side in sides))
-        loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.data_collator)
-        model = self.ref_model or self.model
-        scores: dict[bytes, tuple[float, float]] = {}
-        for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference of {name} pairs"):
-            batch.pop("pair_id")
-            gathered = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
-            values = torch.stack(gathered, dim=1).tolist()
-            some = {keys[order[len(scores) + row]]: tuple(pair) for row, pair in enumerate(values)}
-            scores |= some
-            if self.accelerator.is_main_process:
-                self._ref_cache.write(some)
-        return scores
 
     # Loss and metrics
 
@@ -161,30 +74,9 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
 
         with self._metrics_deferred():
             loss = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
-        self._feed_monitor(pair_ids, inputs, per_token[0], loss)
+        logps = sequence_logps(per_token[0], inputs["completion_mask"][:, 1:], self.ld_alpha)
+        self._feed_monitor(pair_ids, inputs, *logps.chunk(2), loss)
         return loss
-
-    def _feed_monitor(
-        self, pair_ids: list[str], inputs: dict[str, Any], per_token: torch.Tensor, loss: torch.Tensor
-    ) -> None:
-        logps = sequence_logps(per_token, inputs["completion_mask"][:, 1:], self.ld_alpha)
-        chosen, rejected = logps.chunk(2)
-        chosen_ratio = chosen - inputs["ref_chosen_logps"]
-        rejected_ratio = rejected - inputs["ref_rejected_logps"]
-        self.monitor.add(
-            pair_ids,
-            chosen_ratio - rejected_ratio,
-            chosen,
-            rejected,
-            loss,
-            tokens=inputs["attention_mask"].sum(),
-            # Schulman's k2 estimator of KL, http://joschu.net/blog/kl-approx.html, on the pair's answers: they are
-            # not the policy's own, so it shows drift and does not measure KL
-            kl=0.25 * (chosen_ratio**2 + rejected_ratio**2),
-            batch=lambda: inputs,
-        )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:
-            self.monitor.collect(int(self.state.epoch or 0))  # its backward steps the optimizer as well
 
     @contextlib.contextmanager
     def _metrics_deferred(self) -> Iterator[None]:
@@ -221,22 +113,13 @@ class TandemDPOTrainer(_CompleteCheckpoints, DPOTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = self.checkpoint_folder()
-        self.monitor.save(folder, self.model)
+    def _counters(self) -> dict[str, Any]:
         self._resolve_metrics()
-        if self.args.should_save:
-            counters = {"num_tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
-            write_json(folder / _COUNTERS, counters)
-        super()._save_checkpoint(model, trial)
+        return {"num_tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
 
-    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
-        if resume_from_checkpoint:
-            self.monitor.load(resume_from_checkpoint)
-            counters = json.loads((Path(resume_from_checkpoint) / _COUNTERS).read_text())
-            self._total_train_tokens = counters["num_tokens"]
-            self._metrics["train"].update(counters["metrics"])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        self._total_train_tokens = counters["num_tokens"]
+        self._metrics["train"].update(counters["metrics"])
 
 
 @contextlib.contextmanager
@@ -251,7 +134,7 @@ def _weights_hashed_by(function: Any) -> Iterator[None]:
         trl_dpo_trainer.hash_module = original
 
 
-class TandemSFTTrainer(_CompleteCheckpoints, SFTTrainer):
+class TandemSFTTrainer(CompleteCheckpoints, SFTTrainer):
     """TRL's SFTTrainer."""
 
 
