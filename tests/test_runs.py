@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tandem.runs import (
     MANIFEST,
     append_jsonl,
+    checkpoints,
+    damage,
     is_complete,
     read_jsonl,
     sha256_file,
@@ -118,7 +120,8 @@ def test_staged_dir_appears_complete(tmp_path: Path):
         (folder / "sub" / "b").write_text("22")
         assert not target.exists()
     assert is_complete(target)
-    assert json.loads((target / MANIFEST).read_text()) == {"files": {"a": 1, "sub/b": 2}}
+    files = json.loads((target / MANIFEST).read_text())["files"]
+    assert {name: listed["bytes"] for name, listed in files.items()} == {"a": 1, "sub/b": 2}
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -144,12 +147,27 @@ def test_staged_dir_changes_nothing_on_an_error(tmp_path: Path):
         assert os.listdir(folder) == []
 
 
-@pytest.mark.parametrize("harm", ["missing", "shorter", "no manifest", "torn manifest"])
-def test_a_folder_with_harm_is_not_complete(tmp_path: Path, harm: str):
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("missing", "a is missing"),
+        ("shorter", "a has 2 bytes, not 3"),
+        ("a bit flipped", "the content of a has changed"),
+        ("no manifest", "it has no manifest: its writing was cut off"),
+        ("torn manifest", "its manifest cannot be read"),
+        ("another manifest", "its manifest cannot be read"),
+    ],
+)
+def test_a_folder_with_harm_is_not_complete(tmp_path: Path, harm: str, told: str):
     (tmp_path / "a").write_text("123")
     write_manifest(tmp_path)
     assert is_complete(tmp_path)
+    assert damage(tmp_path) is None
     match harm:
+        case "a bit flipped":
+            (tmp_path / "a").write_text("122")
+        case "another manifest":
+            (tmp_path / MANIFEST).write_text('{"files": {"a": 3}}')
         case "missing":
             (tmp_path / "a").unlink()
         case "shorter":
@@ -158,7 +176,14 @@ def test_a_folder_with_harm_is_not_complete(tmp_path: Path, harm: str):
             (tmp_path / MANIFEST).unlink()
         case "torn manifest":
             (tmp_path / MANIFEST).write_text('{"files": {"a"')
-    assert not is_complete(tmp_path)
+    assert damage(tmp_path) == told
+    assert is_complete(tmp_path) == (harm == "a bit flipped")  # which only reading every byte tells
+
+
+def test_checkpoints_by_step(tmp_path: Path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "skipped_checkpoint-3", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
 def test_hashes(tmp_path: Path):

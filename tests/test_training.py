@@ -18,6 +18,7 @@ import torch
 import wandb
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
 
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
@@ -26,9 +27,9 @@ from tandem.errors import UserError
 from tandem.merge import MergeOptions, merge
 from tandem.models import load_model, load_tokenizer
 from tandem.options import LOSS_TYPES, SMOOTHED_LOSSES, ModelOptions, TextOptions
-from tandem.runs import is_complete, sha256_file
+from tandem.runs import checkpoints, damage, is_complete, sha256_file, write_manifest
 from tandem.scoring import Scorer
-from tandem.session import _prepare_wandb
+from tandem.trackers import _prepare_wandb
 from tandem.training import _render
 from tests import tiny
 
@@ -222,8 +223,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
     with pytest.raises(UserError) as error:
         train("dpo", out, use_peft=True, beta=0.5)
     assert str(error.value) == (
-        f"--output_dir {out} holds a run with other settings (beta was 0.1, is 0.5): choose another folder, "
-        "or start over in this one with --resume_from_checkpoint no"
+        f"--output_dir {out} holds a run with other settings (beta was 0.1, is 0.5): choose another folder, start over "
+        "in this one with --resume_from_checkpoint no, or go on all the same with --allow_changed beta"
     )
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
 
@@ -299,32 +300,146 @@ def test_sigterm_saves_and_says_that_it_can_be_resumed(
     assert margins(out) == margins(undisturbed)
 
 
-@pytest.mark.parametrize("harm", ["no manifest", "file cut", "file gone"])
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, train: Train, undisturbed: Path, harm: str):
-    """As a kill while checkpoint-36 is written leaves it, after the end of the run was lost as well."""
-    out = shutil.copytree(undisturbed, tmp_path / "out")
-    run = json.loads((out / "run.json").read_text())
-    run["config"]["output_dir"] = str(out)
-    (out / "run.json").write_text(json.dumps(run))
+def cut_off(undisturbed: Path, out: Path) -> Path:
+    """The run as a kill after step 36 leaves it."""
+    shutil.copytree(undisturbed, out)
     (out / "manifest.json").unlink()
     (out / "model.safetensors").unlink()
     shutil.rmtree(out / "checkpoint-40")
-    torn = out / "checkpoint-36"
+    return out
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("no manifest", "it has no manifest: its writing was cut off"),
+        ("file cut", "optimizer.pt has 100 bytes, not "),
+        ("file gone", "model.safetensors is missing"),
+        ("a bit flipped", "the content of model.safetensors has changed"),
+        ("another run's", "another run made it (abc)"),
+    ],
+)
+def test_a_bad_checkpoint_is_passed_over(tmp_path: Path, train: Train, undisturbed: Path, harm: str, told: str):
+    out = cut_off(undisturbed, tmp_path / "out")
+    bad = out / "checkpoint-36"
     match harm:
         case "no manifest":
-            (torn / "manifest.json").unlink()
+            (bad / "manifest.json").unlink()
         case "file cut":
-            os.truncate(torn / "optimizer.pt", 100)
+            os.truncate(bad / "optimizer.pt", 100)
         case "file gone":
-            (torn / "model.safetensors").unlink()
+            (bad / "model.safetensors").unlink()
+        case "a bit flipped":
+            content = bytearray((bad / "model.safetensors").read_bytes())
+            content[-1] ^= 1
+            (bad / "model.safetensors").write_bytes(content)
+        case "another run's":
+            run = json.loads((bad / "run.json").read_text()) | {"id": "abc"}
+            (bad / "run.json").write_text(json.dumps(run))
+            write_manifest(bad)
     train("dpo", out, **LONG)
     assert weights(out) == weights(undisturbed)
+    assert margins(out) == margins(undisturbed)
     log = (out / "train.log").read_text()
-    assert f"{torn} is torn (no manifest, or a file is missing): using the one before it" in log
+    assert f"{bad} is skipped: {told}" in log
     assert f"resuming from {out / 'checkpoint-32'}" in log
+    # What was never finished is gone; what was once good, or is someone else's, is still there
+    assert (out / "skipped_checkpoint-36").exists() == (harm != "no manifest")
+    assert damage(bad) is None
+
+
+def test_the_last_good_checkpoint_is_kept_while_later_ones_are_bad(tmp_path: Path, train: Train, undisturbed: Path):
+    """Two bad ones and a limit of one: the good one goes only when there is another good one."""
+    out = cut_off(undisturbed, tmp_path / "out")
+    for step in (28, 36):
+        os.truncate(out / f"checkpoint-{step}" / "optimizer.pt", 100)
+    options = LONG | {"save_total_limit": 1}
+    kept: list[list[str]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            kept.append([path.name for path in checkpoints(out) if damage(path) is None])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tandem.session.RateProgress", lambda unit: Watch())
+        train("dpo", out, **options)
+    assert all(kept)
+    assert "checkpoint-32" in kept[3] and kept[4] == ["checkpoint-36"]
+    assert [path.name for path in checkpoints(out) if damage(path) is None] == ["checkpoint-40"]
+    assert weights(out) == weights(undisturbed)
+
+
+def test_changed_settings_are_named_and_may_be_allowed(tmp_path: Path, train: Train, undisturbed: Path):
+    out = cut_off(undisturbed, tmp_path / "out")
+    changed = LONG | {"max_grad_norm": 0.5, "per_device_train_batch_size": 2, "save_total_limit": 4}
+    before = tree(out)
+    for allowed, refused in (
+        ([], "per_device_train_batch_size max_grad_norm"),
+        (["max_grad_norm"], "per_device_train_batch_size"),
+    ):
+        flags = changed | ({"allow_changed": allowed} if allowed else {})
+        with pytest.raises(UserError, match=f"go on all the same with --allow_changed {refused}$") as error:
+            train("dpo", out, **flags)
+        assert ("max_grad_norm was 1.0, is 0.5" in str(error.value)) == (not allowed)
+    with pytest.raises(UserError, match="--allow_changed nonsense: there is no such setting"):
+        train("dpo", out, **LONG, allow_changed="nonsense")
+    with pytest.raises(UserError, match="--allow_changed learning_rate: the optimizer's state in a checkpoint brings"):
+        train("dpo", out, **LONG | {"learning_rate": 1e-3}, allow_changed="learning_rate")
+    data = tiny.save_pairs(tmp_path / "train.jsonl", tiny.hh_rows(31))
+    with pytest.raises(UserError, match=r"data was \w+, is \w+\): choose"):
+        train("dpo", out, data=data, **LONG, allow_changed="dataset_name")
+    assert {name: digest for name, digest in tree(out).items() if name != "train.log"} == {
+        name: digest for name, digest in before.items() if name != "train.log"
+    }
+    train("dpo", out, **changed, allow_changed=["max_grad_norm", "per_device_train_batch_size"])
+    log = (out / "train.log").read_text()
+    assert (
+        "resuming with changed settings: per_device_train_batch_size was 4, is 2; max_grad_norm was 1.0, is 0.5" in log
+    )
+    assert weights(out) != weights(undisturbed)
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_allowed(tmp_path: Path, train: Train):
+    out = tmp_path / "out"
+    train("dpo", out, max_steps=2)
+    metrics = train("dpo", out, max_steps=4, allow_changed="max_steps")
+    assert [entry["step"] for entry in metrics["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert is_complete(out)
+
+
+def test_logs_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path, train: Train):
+    """Checkpoints between two logs: averages over the interval, token counts and the mean of all losses."""
+
+    class Stop(Exception):
+        pass
+
+    class StopAt(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise Stop
+
+    def comparable(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        clocks = ("runtime", "per_second", "system/", "total_flos")
+        return [
+            {name: value for name, value in entry.items() if not any(clock in name for clock in clocks)}
+            for entry in metrics["log_history"]
+        ]
+
+    for name in ("sft", "dpo"):
+        options: dict[str, Any] = {"max_steps": 8, "logging_steps": 3, "save_steps": 4}
+        straight = train(name, tmp_path / f"{name}_straight", **options)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr("tandem.session.RateProgress", lambda unit: StopAt())
+            train(name, tmp_path / name, **options)
+        resumed = train(name, tmp_path / name, **options)
+        assert [entry["step"] for entry in resumed["log_history"]] == [3, 6, 8]
+        assert comparable(resumed) == [pytest.approx(entry, rel=1e-12) for entry in comparable(straight)]
 
 
 def test_a_named_checkpoint(tmp_path: Path, train: Train, undisturbed: Path):
+    with pytest.raises(UserError, match=r"max_grad_norm was 1\.0, is 0\.5"):
+        flags = LONG | {"max_grad_norm": 0.5}
+        train("dpo", tmp_path / "bad", resume_from_checkpoint=undisturbed / "checkpoint-36", **flags)
     with pytest.raises(UserError, match=f"--resume_from_checkpoint {tmp_path}: not a complete checkpoint"):
         train("dpo", tmp_path / "bad", resume_from_checkpoint=tmp_path, **LONG)
     train("dpo", tmp_path / "out", resume_from_checkpoint=undisturbed / "checkpoint-36", **LONG)

@@ -1,25 +1,47 @@
 """`accelerate launch` that keeps the script's exit code: `python -m tandem.launch --config_file FILE SCRIPT …`.
 
 accelerate turns every failure into exit code 1 and a traceback of its own, which would hide whether a run was wrong
-(2), stopped by an alarm (3) or preempted (75).
+(2), stopped by an alarm (3) or preempted (75). SIGTERM is passed on to the script's processes, which save a checkpoint.
 """
 
+import os
+import signal
 import subprocess
 import sys
+from types import FrameType
+
+import psutil
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from tandem.errors import Preempted
+from tandem.lifeline import be_launcher
+
+_SAVING_SECONDS = 3600  # for a checkpoint; who sent SIGTERM decides how long it really has
 
 
 def main(argv: list[str]) -> int:
     """Launch as the command line says; the exit code of the script, or of the first of its processes that failed."""
+    be_launcher()
+    # torchrun's agent has a handler of its own, which waits this long before it kills
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
+    signal.signal(signal.SIGTERM, _pass_on)
     try:
         launch_command(launch_command_parser().parse_args(argv))
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
+    except SignalException as stop:
+        return Preempted.exit_code if stop.sigval == signal.SIGTERM else 128 + stop.sigval
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    for process in psutil.Process().children():
+        process.send_signal(number)
 
 
 if __name__ == "__main__":

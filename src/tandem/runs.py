@@ -1,15 +1,23 @@
 """What a run leaves on disk: files that are whole or absent, and folders that say when they are complete."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from tandem.errors import UserError
+
 MANIFEST = "manifest.json"
+RUN = "run.json"
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_NOT_OF_THE_MODEL = (MANIFEST, RUN, "training_metrics.json", "trainer_state.json")
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -72,7 +80,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def staged_dir(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well.
 
-    The manifest (each file with its size) is written last and the rename is one step, so that a folder by this
+    The manifest (each file with its size and hash) is written last and the rename is one step, so that a folder by this
     name is complete or absent. An older `path` is replaced; on an error nothing of it changes.
     """
     path = Path(path)
@@ -91,25 +99,119 @@ def staged_dir(path: str | Path) -> Iterator[Path]:
         os.rename(staging, path)
 
 
-def write_manifest(folder: str | Path) -> None:
-    """List every file of `folder` with its size; written last, it is what makes a folder complete."""
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for this process, making it if need be; the kernel lets go of it however the process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: {_holder(handle)} is writing there; wait for it, or end it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """The process that holds the lock of an open folder, as far as the kernel tells: Linux does, macOS does not."""
+    status = os.fstat(handle)
+    inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():  # as: 1: FLOCK ADVISORY WRITE 4711 fe:00:99 0 EOF
+            fields = line.split()
+            if len(fields) == 8 and fields[5] == inode:
+                return f"process {fields[4]}"
+    return "another process"
+
+
+def write_manifest(folder: str | Path, files: Iterable[Path] | None = None) -> None:
+    """List `files` of `folder` (default: all) with size and hash; written last, it is what makes a folder complete.
+
+    Each is synced to the disk first, so that after a power cut no manifest speaks of bytes that were lost.
+    """
     folder = Path(folder)
-    files = {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
-    write_json(folder / MANIFEST, {"files": files})
+    listed = {}
+    for file in sorted(folder.rglob("*") if files is None else files):
+        if file.is_file() and file.name != MANIFEST:
+            listed[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": _hash(file, sync=True)}
+    write_json(folder / MANIFEST, {"files": listed})
+
+
+def _hash(file: Path, sync: bool = False) -> str:
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as content:
+        if sync:
+            os.fsync(content.fileno())
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether `folder` has a manifest and every file it lists has the size it lists."""
+    """Whether `folder` has a manifest and every file it lists has the size it lists. Reads no content."""
+    return _missing(Path(folder)) is None
+
+
+def damage(folder: str | Path) -> str | None:
+    """What keeps `folder` from being what its manifest says, in a few words; None if nothing. Reads every byte."""
     folder = Path(folder)
+    missing = _missing(folder)
+    if missing is not None:
+        return missing
+    for name, listed in json.loads((folder / MANIFEST).read_text())["files"].items():
+        if _hash(folder / name) != listed["xxh3_128"]:
+            return f"the content of {name} has changed"
+    return None
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The training checkpoints in `folder`, whole or not, by ascending step."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The optimizer step that a checkpoint was saved after."""
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
+
+
+def discard(folder: str | Path) -> None:
+    """Remove a folder, its manifest first: a kill half-way leaves nothing that looks complete."""
+    (Path(folder) / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _missing(folder: Path) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        sizes = {name: listed["bytes"] for name, listed in files.items()}
+    except FileNotFoundError:
+        return "it has no manifest: its writing was cut off"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest cannot be read"
+    for name, size in sizes.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, not {size}"
+    return None
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """The files of the model or adapter in `folder`; checkpoints, logs and pickled files are none of it."""
+    return sorted(
+        file
+        for file in Path(folder).iterdir()
+        if file.is_file() and file.suffix in _MODEL_FILES and file.name not in _NOT_OF_THE_MODEL
+    )
 
 
 def sha256_file(path: str | Path) -> str:

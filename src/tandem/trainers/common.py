@@ -1,6 +1,7 @@
 """What the trainers of TRL and of optimum-habana have in common: complete checkpoints, reference cache, monitor."""
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,48 +9,13 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list, tqdm
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tandem.engine.pairs import PairCollator
 from tandem.engine.ref_cache import RefCache, pair_key
 from tandem.log import logger
 from tandem.monitor.callback import Monitor, MonitorCallback
 from tandem.monitor.options import MonitorOptions
-from tandem.runs import write_json, write_manifest
-
-_COUNTERS = "tandem_counters.json"
-
-
-class CompleteCheckpoints:
-    """Mixin over transformers' Trainer: a checkpoint counts once its manifest, written last, is there."""
-
-    args: Any
-    state: Any
-    accelerator: Any
-
-    def checkpoint_folder(self) -> Path:
-        """Where a checkpoint of the current step goes."""
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Older checkpoints may go only when this one is complete, so Trainer must not rotate by itself
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(self.checkpoint_folder())
-            self._remove_old_checkpoints(limit)
-
-    def _remove_old_checkpoints(self, limit: int | None) -> None:
-        try:
-            from transformers.trainer_utils import rotate_checkpoints
-        except ImportError:  # transformers 4, which optimum-habana needs, has it as a method
-            self._rotate_checkpoints(output_dir=self.args.output_dir)  # type: ignore[attr-defined]
-        else:
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+from tandem.trainers.checkpoints import CompleteCheckpoints
 
 
 class PairTrainer(CompleteCheckpoints):
@@ -72,15 +38,18 @@ class PairTrainer(CompleteCheckpoints):
     compute_ref_log_probs: Any
     """(model, batch) → the reference's summed log-probs of chosen and of rejected answers, (B,) nats each."""
 
+    @contextlib.contextmanager
+    def _reference_ready(self) -> Iterator[Any]:
+        """The reference, ready to be forwarded on all ranks."""
+        yield self.ref_model or self.model
+
+    def _gather_scores(self, logps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probs of all ranks, each pair once. Collective."""
+        gathered: tuple[torch.Tensor, torch.Tensor] = self.accelerator.gather_for_metrics(logps)
+        return gathered
+
     def _reference_collator(self, batch_size: int) -> PairCollator:
         return self.data_collator
-
-    def _counters(self) -> dict[str, Any]:
-        """What a checkpoint keeps of counts and of metrics not yet logged. Collective."""
-        raise NotImplementedError
-
-    def _restore_counters(self, counters: dict[str, Any]) -> None:
-        raise NotImplementedError
 
     def _add_monitor(self, options: MonitorOptions, logs_dir: Path, ranks_per_batch: int = 1) -> None:
         self.monitor = Monitor(
@@ -129,16 +98,18 @@ class PairTrainer(CompleteCheckpoints):
         order = sorted(missing, key=lambda index: sum(len(dataset[index][side]) for side in sides))
         collate = self._reference_collator(batch_size)
         loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=collate)
-        model = self.ref_model or self.model
         scores: dict[bytes, tuple[float, float]] = {}
-        for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference of {name} pairs"):
-            batch.pop("pair_id")
-            gathered = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
-            values = torch.stack(gathered, dim=1)[: len(order) - len(scores)].tolist()
-            some = {keys[order[len(scores) + row]]: tuple(pair) for row, pair in enumerate(values)}
-            scores |= some
-            if self.accelerator.is_main_process:
-                self._ref_cache.write(some)
+        done = 0  # more than there are scores, where a pair is there twice
+        with self._reference_ready() as model:
+            for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference of {name} pairs"):
+                batch.pop("pair_id")
+                gathered = self._gather_scores(self.compute_ref_log_probs(model, batch))
+                values = torch.stack(gathered, dim=1)[: len(order) - done].tolist()
+                some = {keys[order[done + row]]: tuple(pair) for row, pair in enumerate(values)}
+                done += len(values)
+                scores |= some
+                if self.accelerator.is_main_process:
+                    self._ref_cache.write(some)
         return scores
 
     # Monitor and checkpoints
@@ -169,15 +140,10 @@ class PairTrainer(CompleteCheckpoints):
             self.monitor.collect(int(self.state.epoch or 0))  # its backward steps the optimizer as well
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = self.checkpoint_folder()
-        self.monitor.save(folder, self.model)
-        counters = self._counters()
-        if self.args.should_save:
-            write_json(folder / _COUNTERS, counters)
+        self.monitor.save(self.checkpoint_folder(), self.model)
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint:
             self.monitor.load(resume_from_checkpoint)
-            self._restore_counters(json.loads((Path(resume_from_checkpoint) / _COUNTERS).read_text()))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)

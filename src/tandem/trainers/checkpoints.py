@@ -1,0 +1,112 @@
+"""Checkpoints that are complete or absent, and that hold all that a resumed run goes on from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tandem.runs import RUN, checkpoints, discard, is_complete, write_atomic, write_manifest
+
+_COUNTERS = "tandem_counters.json"
+
+
+class CompleteCheckpoints:
+    """Mixin over transformers' Trainer: a checkpoint counts once its manifest, written last, is there.
+
+    Besides transformers' own state it holds the `run.json` of the run that made it, and its counters.
+    """
+
+    args: Any
+    state: Any
+    accelerator: Any
+
+    def checkpoint_folder(self) -> Path:
+        """Where a checkpoint of the current step goes."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _counters(self) -> dict[str, Any]:
+        """What a checkpoint keeps of counts and of metrics not yet logged. Collective."""
+        raise NotImplementedError
+
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = self.checkpoint_folder()
+        counters = self._counters()
+        if self.args.should_save:
+            # Not write_json: a metric may be NaN, where the alarm about it only warns
+            write_atomic(folder / _COUNTERS, json.dumps(counters))
+            run = Path(self.args.output_dir) / RUN
+            if run.exists():
+                shutil.copy(run, folder / RUN)
+        # Older checkpoints may go only when this one is complete, so Trainer must not rotate by itself
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+            if limit is not None:
+                for old in [path for path in checkpoints(self.args.output_dir) if is_complete(path)][:-limit]:
+                    discard(old)
+
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
+        if resume_from_checkpoint:
+            self._restore_counters(json.loads((Path(resume_from_checkpoint) / _COUNTERS).read_text()))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)  # type: ignore[misc]
+
+
+class ContinuedLogs:
+    """Mixin over a TRL trainer on transformers 5: a resumed run logs what one that was never stopped logs.
+
+    A checkpoint between two logs keeps the sums that the next log is an average of.
+    """
+
+    state: Any
+    accelerator: Any
+    _metrics: dict[str, Any]
+    _total_train_tokens: Any
+    _tr_loss: torch.Tensor
+    _total_loss_scalar: float
+    _globalstep_last_logged: int
+    _initial_global_step: int
+    _resumed_losses: dict[str, Any] | None = None
+
+    def _counters(self) -> dict[str, Any]:
+        losses = {
+            "of_rank": gather_object([self._tr_loss.item()]),
+            "total": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+        return {"num_tokens": self._total_train_tokens, "metrics": self._metrics["train"], "losses": losses}
+
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        self._total_train_tokens = counters["num_tokens"]
+        self._metrics["train"].update(counters["metrics"])
+        self._resumed_losses = counters["losses"]
+
+    def _run_epoch(self, *arguments: Any, **keywords: Any) -> Any:
+        # Not earlier: `train` sets them to zero
+        if self._resumed_losses is not None:
+            losses, self._resumed_losses = self._resumed_losses, None
+            of_rank = losses["of_rank"]
+            as_many = len(of_rank) == self.accelerator.num_processes
+            self._tr_loss += of_rank[self.accelerator.process_index] if as_many else sum(of_rank) / len(of_rank)
+            self._total_loss_scalar = losses["total"]
+            self._globalstep_last_logged = losses["last_logged"]
+        return super()._run_epoch(*arguments, **keywords)  # type: ignore[misc]
+
+    def _finalize_training(self, *arguments: Any, **keywords: Any) -> Any:
+        # The sum is over all steps, and transformers divides it by those since the resume
+        steps = self.state.global_step - self._initial_global_step
+        total = self._total_loss_scalar + self._tr_loss.item()
+        self._total_loss_scalar = total * steps / max(self.state.global_step, 1)
+        self._tr_loss.zero_()
+        return super()._finalize_training(*arguments, **keywords)  # type: ignore[misc]
