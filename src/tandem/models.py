@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import create_model_from_path
 
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.errors import UserError
@@ -95,8 +94,11 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(options: ModelOptions, *, trainable_adapter: bool = False, quantize: bool = False) -> PreTrainedModel:
-    """The model of `options` on the CPU or its device; an adapter's folder gives its base with the adapter on.
+def load_model(
+    options: ModelOptions, *, trainable_adapter: bool = False, quantize: bool = False, tp_size: int = 1
+) -> PreTrainedModel:
+    """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
+    adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism).
 
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
@@ -106,16 +108,22 @@ def load_model(options: ModelOptions, *, trainable_adapter: bool = False, quanti
     """
     name = options.model_name_or_path
     if is_adapter(name):
-        base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize)
+        base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize, tp_size=tp_size)
         return load_adapter(base, name, trainable=trainable_adapter)
     _check_folder(name, "config.json")
     keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
+    if tp_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        keywords["distributed_config"] = DistributedConfig(tp_size=tp_size)
+    else:
+        keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
     if options.attn_implementation:
         keywords["attn_implementation"] = options.attn_implementation
     if options.model_revision:
         keywords["revision"] = options.model_revision
     try:
-        model, loading = create_model_from_path(
+        model, loading = _create_model(
             name,
             dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
@@ -128,6 +136,16 @@ def load_model(options: ModelOptions, *, trainable_adapter: bool = False, quanti
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
     return model
+
+
+def _create_model(name: str, *, dtype: str, **keywords: Any) -> Any:
+    try:
+        from trl.trainer.utils import create_model_from_path
+    except ImportError:  # TRL 0.9.6, which optimum-habana needs; beside it is transformers 4
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype, **keywords)
+    return create_model_from_path(name, dtype=dtype, **keywords)
 
 
 def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False) -> "PeftModel":

@@ -79,7 +79,7 @@ class TextOptions:
 
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-    "eval_steps", "save_steps", "save_total_limit", "max_train_samples", "max_eval_samples",
+    "eval_steps", "save_steps", "save_total_limit", "max_train_samples", "max_eval_samples", "tp_size",
 )  # fmt: skip
 
 
@@ -102,8 +102,12 @@ class TrainOptions:
     seed: int = opt(42, "seed of adapters, data order and dropout")
     bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
     fp16: bool = opt(False, "float16 autocast")
-    gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass: slower, much less memory")
+    gradient_checkpointing: bool | None = opt(
+        None,
+        "recompute activations in the backward pass: slower, much less memory; unset: on, but in Gaudi's lazy mode",
+    )
     use_cpu: bool = opt(False, "train on the CPU though there is an accelerator")
+    tp_size: int = opt(1, "tensor parallelism: cut each matrix over this many processes, which is all of them")
     max_train_samples: int | None = opt(None, "use the first N training pairs")
     max_eval_samples: int | None = opt(None, "use the first N held-out pairs")
     logging_steps: int = opt(10, "optimizer steps between two logs")
@@ -113,6 +117,7 @@ class TrainOptions:
     save_steps: int = opt(500, "optimizer steps between checkpoints, with --save_strategy steps")
     save_total_limit: int | None = opt(3, "keep this many checkpoints; none: all")
     resume_from_checkpoint: str = opt("auto", "auto: the last complete checkpoint; no: start over; or its folder")
+    allow_changed: list[str] = opt([], "options that may differ from those of the run that is resumed")
     report_to: list[str] = opt(["none"], "trackers", choices=("none", "wandb", "tensorboard", "trackio"))
     run_name: str | None = opt(None, "name of the run in the trackers")
     mount_dir: str | None = opt(None, "mirror checkpoints, the final model and logs into this folder at every save")
@@ -231,11 +236,30 @@ class EngineOptions:
     ref_cache: str | None = opt(None, "folder of reference log-probs; unset: in the user's cache folder")
 
 
+@dataclasses.dataclass
+class GaudiOptions:
+    """Intel Gaudi."""
+
+    use_flash_attention: bool = opt(False, "Gaudi: Intel's fused attention, in models that have it")
+    flash_attention_recompute: bool = opt(False, "Gaudi: recompute it in the backward pass: slower, less memory")
+    flash_attention_causal_mask: bool = opt(False, "Gaudi: give it no mask but its own causal one: faster")
+
+    def __post_init__(self) -> None:
+        if not self.use_flash_attention and (asked := self.asked()):
+            raise UserError(f"--{asked[0]} has no effect without --use_flash_attention")
+
+    def asked(self) -> list[str]:
+        """Names of the options that are on."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name)]
+
+
 def explain_unknown(name: str) -> str | None:
     """Why an option is unknown, if TRL or transformers has it. Imports TRL: only a wrong command line pays."""
-    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+    import trl
 
-    if any(name in cls.__dataclass_fields__ for cls in (DPOConfig, SFTConfig, ModelConfig, ScriptArguments)):
+    names = ("DPOConfig", "SFTConfig", "ModelConfig", "ScriptArguments")
+    configs = [getattr(trl, cls) for cls in names if hasattr(trl, cls)]  # Gaudi's TRL 0.9.6 lacks the last
+    if any(name in cls.__dataclass_fields__ for cls in configs):
         return "TRL has it, but Tandem has not reviewed it and does not pass it on"
     return None
 

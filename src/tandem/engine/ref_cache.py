@@ -6,6 +6,7 @@ rate, loss, epochs, order or subset scores each pair once ever, and a change of 
 one weight finds nothing.
 """
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tandem.errors import UserError
@@ -29,7 +31,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Hex digest of the weights and configuration that the reference's log-probs come from.
 
     For a PEFT model the reference is the copy of its adapter that TRL names `ref` or, without one, the base model; a
-    model has the same fingerprint with adapters around it as without.
+    model has the same fingerprint with adapters around it as without, and in one piece as sharded. Collective where it
+    is sharded.
     """
     digest = xxhash.xxh3_128()
     config = model.config.to_dict()
@@ -37,22 +40,34 @@ def fingerprint(model: PreTrainedModel) -> str:
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(_reference_tensors(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        whole = _whole(tensor)
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        digest.update(whole.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _reference_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     adapters = set(getattr(model, "peft_config", ()))
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         parts = name.split(".")
         if adapters & set(parts) and "ref" not in parts:
             continue
-        if tensor.dim() == 0:
-            tensor = tensor[None]
         tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
     return tensors
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU with at least one dimension, gathered where this rank holds a part."""
+    gathered: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if hasattr(tensor, "ds_id"):  # ZeRO-3 leaves the parameter itself empty
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters([tensor])
+    with gathered:
+        whole = tensor.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        return torch.atleast_1d(whole).cpu().clone() if hasattr(tensor, "ds_id") else torch.atleast_1d(whole).cpu()
 
 
 def pair_key(

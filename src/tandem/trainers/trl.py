@@ -18,11 +18,13 @@ from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models import has_hpu, lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, LoraOptions, TextOptions
-from tandem.trainers.common import CompleteCheckpoints, PairTrainer
+from tandem.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
+from tandem.trainers.common import PairTrainer
 from tandem.trainers.deferred import DeferredGather, Promise
+from tandem.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
 
 
-class TandemDPOTrainer(PairTrainer, DPOTrainer):
+class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -30,19 +32,45 @@ class TandemDPOTrainer(PairTrainer, DPOTrainer):
     Losses, and the values of all metrics, are TRL's.
     """
 
+    unit = "pairs"
     _signature_columns: list[str]
     _total_train_tokens: Any  # a promise of TRL's count while its metrics are deferred
 
     def __init__(
-        self, *arguments: Any, engine: EngineOptions, monitor: MonitorOptions, logs_dir: Path, **keywords: Any
+        self,
+        *arguments: Any,
+        ref_model: PreTrainedModel | None = None,
+        engine: EngineOptions,
+        monitor: MonitorOptions,
+        logs_dir: Path,
+        **keywords: Any,
     ) -> None:
         self._ref_cache = RefCache(engine.ref_cache)
-        with pair_engine(engine.layout), _weights_hashed_by(fingerprint):
-            super().__init__(*arguments, **keywords)
+        self._layout = engine.layout
+        self._reference_name = ref_model.name_or_path if ref_model is not None else None
+        with pair_engine(engine.layout), _weights_hashed_by(fingerprint), policy_is_reference(ref_model):
+            super().__init__(*arguments, ref_model=ref_model, **keywords)
         self.ref_model = None
         self._deferred = DeferredGather(self.accelerator)
         self._token_counts: list[Promise] = []
         self._add_monitor(monitor, logs_dir, ranks_per_batch=self._tp_size)
+
+    def table_rows(self) -> dict[str, str]:
+        whose = self._reference_name or "the policy before training"
+        reference = f"{whose}, sharded like the policy; its log-probs come from {self._ref_cache.path}"
+        return {"reference": reference, "layout": self._layout}
+
+    @contextlib.contextmanager
+    def _reference_ready(self) -> Iterator[Any]:
+        model = self.ref_model or self._precompute_engine or self.model
+        with scoring(model, self.accelerator) as ready:
+            if self.is_deepspeed_enabled and self.ref_model is None:
+                self._precompute_engine = ready  # of the training pairs, and again of the held-out ones
+            yield ready
+
+    def _gather_scores(self, logps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        # The ranks of a tensor-parallel group have the same pairs
+        return logps if self._tp_size > 1 else super()._gather_scores(logps)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
@@ -115,11 +143,7 @@ class TandemDPOTrainer(PairTrainer, DPOTrainer):
 
     def _counters(self) -> dict[str, Any]:
         self._resolve_metrics()
-        return {"num_tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
-
-    def _restore_counters(self, counters: dict[str, Any]) -> None:
-        self._total_train_tokens = counters["num_tokens"]
-        self._metrics["train"].update(counters["metrics"])
+        return super()._counters()
 
 
 @contextlib.contextmanager
@@ -127,15 +151,17 @@ def _weights_hashed_by(function: Any) -> Iterator[None]:
     """While TRL's constructor runs, its hash of the reference is ours: taken at the same moment, cheaper, and blind
     to adapters that are off."""
     original = trl_dpo_trainer.hash_module
-    trl_dpo_trainer.hash_module = function
+    trl_dpo_trainer.hash_module = lambda model: of_rank_0(function(model))
     try:
         yield
     finally:
         trl_dpo_trainer.hash_module = original
 
 
-class TandemSFTTrainer(CompleteCheckpoints, SFTTrainer):
+class TandemSFTTrainer(ContinuedLogs, CompleteCheckpoints, Sharded, SFTTrainer):
     """TRL's SFTTrainer."""
+
+    unit = "examples"
 
 
 def sft_trainer(

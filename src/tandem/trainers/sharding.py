@@ -1,0 +1,153 @@
+"""Policy and reference over several processes: FSDP version 2, DeepSpeed and tensor parallelism, done right for DPO."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import PreTrainedModel
+from trl.models import prepare_deepspeed
+from trl.trainer import dpo_trainer as trl_dpo_trainer
+
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.trainers.topology import Topology
+
+
+class Sharded:
+    """Mixin over transformers' Trainer: states what the run is, shards by layer, saves whole models."""
+
+    accelerator: Accelerator
+    args: Any
+    model: Any
+    model_wrapped: Any
+    is_fsdp_enabled: bool
+    topology: Topology
+    unit: str
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = fp32_outputs(plugin.mixed_precision_policy)
+            if plugin.transformer_cls_names_to_wrap is None:
+                plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
+        check_saves_whole(self.accelerator)
+        self.topology = Topology.of(self.accelerator, self.args, self.model)
+        if self.accelerator.is_main_process:
+            logger.info("%s", self.topology.table(self.unit, **self.table_rows()))
+
+    def table_rows(self) -> dict[str, str]:
+        """Rows of the start table that only this trainer has."""
+        return {}
+
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **keywords)  # type: ignore[misc]
+        self.topology.verify(self.model_wrapped)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a folder that anything loads; of sharded weights, too, of which transformers writes nothing.
+
+        A checkpoint (`_internal_call`) keeps its shards beside it and needs no second copy.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type) or _internal_call:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        else:
+            weights = self.accelerator.get_state_dict(self.model)  # whole, on rank 0, whatever the plugin's type
+            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+
+
+def fp32_outputs(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | None:
+    """`policy` with outputs and gradient sums in float32: accelerate would round DPO's log-probs to its bfloat16, and
+    −72.16 nats to −72.0."""
+    if policy is None or policy.param_dtype in (None, torch.float32):
+        return policy
+    return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Class names of the repeated layers, which become one unit of sharding each.
+
+    Transformers' own list, less what this model has not; without one, the longest list of modules.
+
+    Raises:
+        UserError: there is neither: sharding would gather the whole model at once.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    named = [name for name in getattr(model, "_no_split_modules", None) or () if name in present]
+    if named:
+        return named
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no repeated layers that FSDP could shard one by one")
+    return sorted({type(layer).__name__ for layer in max(lists, key=len)})
+
+
+def check_saves_whole(accelerator: Accelerator) -> None:
+    """Refuse ZeRO-3 that would leave shards instead of a model.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    if not plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError("ZeRO-3 without zero3_save_16bit_model: true in the accelerate config would save no model")
+
+
+def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """TRL's `prepare_fsdp` with a reference sharded like the policy, a layer a unit: as one unit, each of its forwards
+    would gather the whole model."""
+    plugin = accelerator.state.fsdp_plugin
+    policy_layers = plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = layer_classes(model)
+    try:
+        return fsdp2_prepare_model(accelerator, model.requires_grad_(False)).eval()
+    finally:
+        plugin.transformer_cls_names_to_wrap = policy_layers
+
+
+@contextlib.contextmanager
+def policy_is_reference(given: PreTrainedModel | None) -> Iterator[None]:
+    """While TRL's constructor runs: it shards a reference by layer, and loads none where the policy's first weights are
+    the reference. Under FSDP it would load the model a second time, since the policy is sharded only in `train`."""
+    load, shard = trl_dpo_trainer.create_model_from_path, trl_dpo_trainer.prepare_fsdp
+    if given is None:
+        trl_dpo_trainer.create_model_from_path = lambda *_, **__: None
+    trl_dpo_trainer.prepare_fsdp = shard_frozen
+    try:
+        yield
+    finally:
+        trl_dpo_trainer.create_model_from_path, trl_dpo_trainer.prepare_fsdp = load, shard
+
+
+@contextlib.contextmanager
+def scoring(model: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """A model not trained yet, or a reference, ready to be forwarded without gradients on all processes.
+
+    Under FSDP the policy is sharded here, before its optimizer is there, and stays so for training. Afterwards nothing
+    that was gathered is kept: weights that a checkpoint brings must not meet a gathered copy of older ones.
+    """
+    state = accelerator.state
+    if getattr(state, "deepspeed_plugin", None) is not None and not hasattr(model, "zero_optimization_stage"):
+        yield prepare_deepspeed(model, accelerator)
+        return
+    if getattr(state, "fsdp_plugin", None) is not None:
+        model = fsdp2_prepare_model(accelerator, model)
+    yield model
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def of_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank: with FSDP's economical loading only it has the weights. Collective."""
+    return broadcast_object_list([value])[0]

@@ -1,0 +1,38 @@
+"""Starts a script of scripts/ as each of a launcher's processes: `torchrun run_script.py fsdp dpo.py …`.
+
+`fsdp` makes accelerate take gloo processes on the CPU for GPU processes, since it shards over nothing else.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def take_cpu_for_gpu() -> None:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import training_args
+
+    import tandem.training
+
+    def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = backend
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    tandem.training.has_accelerator = lambda: True
+    torch.accelerator.device_count = lambda: 64
+
+
+if __name__ == "__main__":
+    kind, script, *argv = sys.argv[1:]
+    if kind == "fsdp":
+        take_cpu_for_gpu()
+    sys.argv = [script, *argv]
+    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
