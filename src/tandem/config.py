@@ -165,7 +165,7 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML without objects, and without YAML's silence about a key that is there twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -178,7 +178,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=StrictLoader)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:

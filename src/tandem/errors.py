@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+_LONGEST_LINE = 1000
+
 
 class TandemExit(Exception):
     """A run that ends on purpose. Its message is one line, and says what to do."""
@@ -29,13 +31,22 @@ class Preempted(TandemExit):
     exit_code = 75
 
 
+def one_line(text: str) -> str:
+    """`text` as one line of at most 1,000 characters.
+
+    What a file or a library put into it is shown, and cannot act on a terminal or imitate further lines.
+    """
+    line = " ".join(text.split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…"
+
+
 def script_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` and turn a `TandemExit` into one line on stderr and its exit code."""
     try:
         main(sys.argv[1:])
     except TandemExit as stop:
-        # One line, whatever a library put into the message
-        print(f"{type(stop).__name__}: {' '.join(str(stop).split())}", file=sys.stderr)
+        print(f"{type(stop).__name__}: {one_line(str(stop))}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

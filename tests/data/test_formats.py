@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from tandem.data.formats import (
     FORMATS,
     RowError,
+    check_format,
     choose_format,
+    columns_of,
     detect_format,
     parse_transcript,
     prompt_id,
@@ -149,26 +151,67 @@ def test_sharegpt_system_column():
         ("hh", {"chosen": "no markers"}, "field 'chosen': not a transcript: must begin with 'Human:'"),
         ("hh", {"chosen": "Hi\n\nHuman: a\n\nAssistant: b"}, "field 'chosen': not a transcript: must begin with"),
         ("hh", {"rejected": "\n\nHuman: x\n\nAssistant: 5"}, "fields 'chosen' and 'rejected': share no prompt that"),
-        ("hh", {"chosen": None}, "field 'chosen': must be text, not NoneType"),
+        ("hh", {"chosen": None}, "field 'chosen': must be text, not null"),
         (
             "hh",
             {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant: "},
             "field 'chosen': the completion is empty",
         ),
         ("prompt_pair", {"rejected": " \n"}, "field 'rejected': the completion is empty"),
-        ("prompt_pair", {"chosen": 4}, "field 'chosen': must be text, not int"),
+        ("prompt_pair", {"chosen": 4}, "field 'chosen': must be text, not a number"),
         ("prompt_pair", {"chosen": "\ud83d"}, "field 'chosen': has half of a surrogate pair, which is no character"),
         ("prompt_pair", {"prompt": "a\udfff"}, "field 'prompt': has half of a surrogate pair, which is no character"),
         ("prompt_pair", {"prompt": "Human: a\n\nAssistant: b"}, "field 'prompt': must end with a user's turn"),
-        ("orca", {"question": float("nan")}, "field 'question': must be text, not float"),
-        ("messages", {"chosen": "4"}, "field 'chosen': must be a list of messages, not str"),
-        ("messages", {"chosen": []}, "field 'chosen': must be a list of messages, not list"),
-        ("messages", {"chosen": [{"role": "user"}]}, "field 'chosen': each message needs 'role' and 'content' as text"),
-        ("messages", {"chosen": [{"role": "tool", "content": "x"}]}, "field 'chosen': unknown role 'tool'"),
+        ("orca", {"question": float("nan")}, "field 'question': must be text, not a number"),
+        ("messages", {"chosen": "4"}, "field 'chosen': must be a list of messages, not text"),
+        ("messages", {"chosen": []}, "field 'chosen': must be a list of messages, not an empty one"),
+        ("messages", {"chosen": [{"role": "user"}]}, "field 'chosen', message 1: 'content' is missing"),
+        (
+            "messages",
+            {"chosen": [assistant("a"), None]},
+            "field 'chosen', message 2: must be an object with 'role' and",
+        ),
+        (
+            "messages",
+            {"chosen": [{"role": "user", "content": None}]},
+            "field 'chosen', message 1: 'content' must be te",
+        ),
+        (
+            "messages",
+            {"chosen": [{"role": ["user"], "content": ""}]},
+            "field 'chosen', message 1: 'role' must be text,",
+        ),
+        (
+            "messages",
+            {"chosen": [assistant("a")], "rejected": [user("b")], "prompt": [user("q")]},
+            "field 'rejected': the completion must begin with an assistant's turn, not user's",
+        ),
+        (
+            "messages",
+            {"chosen": [user("2+2?"), assistant("4"), user("?")]},
+            "field 'chosen': the completion must end with an assistant's turn, not user's",
+        ),
+        ("prompt_pair", {"chosen": "a\0b"}, "field 'chosen': has a NUL character, which no text has"),
+        ("prompt_pair", {"prompt": ""}, "field 'prompt': the prompt is empty"),
+        (
+            "prompt_pair",
+            {"rejected": "ab" * 5_000_001},
+            "field 'rejected': has 10,000,002 characters; more than 10,000,000",
+        ),
+        ("prompt_pair", {"images": [b"png"]}, "field 'images': is not empty, and Tandem trains on text only"),
+        (
+            "messages",
+            {"chosen": [{"role": "tool", "content": "x"}]},
+            "field 'chosen', message 1: 'role' must be one of system, user",
+        ),
         ("messages", {"prompt": [user("a"), system("b"), user("c")]}, "field 'prompt': a system turn may only come fi"),
-        ("sharegpt", {"conversations": []}, "field 'conversations': must be a list of turns"),
-        ("sharegpt", {"chosen": {"from": "bot", "value": "x"}}, "field 'chosen': unknown from 'bot'"),
-        ("sharegpt", {"chosen": {"value": "x"}}, "field 'chosen': unknown from None"),
+        ("sharegpt", {"conversations": []}, "field 'conversations': must be a list of messages, not an"),
+        (
+            "sharegpt",
+            {"chosen": {"from": "bot", "value": "x"}},
+            "field 'chosen', message 1: 'from' must be one of human, us",
+        ),
+        ("sharegpt", {"chosen": {"value": "x"}}, "field 'chosen', message 1: 'from' is missing"),
     ],
 )
 def test_bad_rows(data_format: str, change: dict[str, Any], message: str):
@@ -190,34 +233,119 @@ def places(*names: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_the_format_is_chosen_from_all_rows():
-    assert choose_format(places("orca", "orca")) == "orca"
-    with pytest.raises(UserError) as error:
-        choose_format(places("orca", "orca", "hh"))
-    assert str(error.value) == (
-        "f.jsonl row 3: looks like hh, but f.jsonl row 1 looks like orca; force one with --data_format"
-    )
+    assert choose_format(places("orca", "orca")) == ("orca", "f.jsonl row 1")
+    assert choose_format(places("hh", "orca", "orca")) == ("orca", "f.jsonl row 2")
+    with pytest.raises(RowError) as error:
+        check_format(EXAMPLES["hh"][0], "orca", "f.jsonl row 2")
+    assert str(error.value).startswith("looks like hh, but f.jsonl row 2 looks like orca: a source has one format;")
 
 
 @pytest.mark.parametrize("bad", [None, "", 5])
 def test_a_row_whose_values_tell_no_format_is_left_to_the_converter(bad: object):
-    rows = [*places("hh"), ("f.jsonl row 2", {"chosen": bad, "rejected": bad}), *places("hh")]
-    assert choose_format(rows) == "hh"
+    row = {"chosen": bad, "rejected": bad}
+    assert choose_format([("f.jsonl row 1", row), *places("hh")]) == ("hh", "f.jsonl row 1")
+    check_format(row, "hh", "f.jsonl row 1")
+
+
+@pytest.mark.parametrize("column", ["prompt", "question", "instruction"])
+def test_columns_tell_the_format_where_no_value_does(column: str):
+    name = {"prompt": "prompt_pair", "question": "orca", "instruction": "alpaca"}[column]
+    assert choose_format([("f row 1", {column: "q", "chosen": 1, "rejected": 2})]) == (name, "f row 1")
 
 
 def test_no_format_names_the_row_and_its_columns():
-    rows = [*places("hh"), ("f.jsonl row 2", {"text": "a", "label": 1})]
     with pytest.raises(UserError) as error:
-        choose_format(rows)
+        choose_format([("f.jsonl row 2", {"text": "a", "label": 1})])
     assert str(error.value).startswith("f.jsonl row 2: no known preference format has the columns text, label; name it")
-    with pytest.raises(UserError, match="f row 1: no known preference format has the columns chosen, rejected"):
+    with pytest.raises(UserError, match="f row 1: has no prompt: 'chosen' and 'rejected' are no transcripts"):
         choose_format([("f row 1", {"chosen": "a", "rejected": "b"})])
+
+
+def test_a_message_names_some_columns_of_many():
+    assert columns_of({f"{index:02}" + "x" * 50: 1 for index in range(14)}).endswith("11" + "x" * 38 + ", and 2 more")
+    assert columns_of({}) == "none"
+
+
+# Rows as they are on the Hub, cut short: the data set's name, and the format they are found to have
+REAL_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Anthropic/hh-rlhf": ("hh", EXAMPLES["hh"][0]),
+    "Dahoas/rm-static": (
+        "prompt_pair",
+        {"prompt": "\n\nHuman: 2+2?\n\nAssistant:", "response": " 4", "chosen": " 4", "rejected": " 5"},
+    ),
+    "Intel/orca_dpo_pairs": ("orca", {"system": "", "question": "2+2?", "chosen": "4", "rejected": "5"}),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        "messages",
+        {
+            "prompt": "2+2?",
+            "prompt_id": "0" * 64,
+            "chosen": [user("2+2?"), assistant("4")],
+            "rejected": [user("2+2?"), assistant("5")],
+            "messages": [user("2+2?"), assistant("4")],
+            "score_chosen": 9.0,
+            "score_rejected": 1.0,
+        },
+    ),
+    "argilla/dpo-mix-7k": (
+        "messages",
+        {"dataset": "x", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]},
+    ),
+    "mlabonne/orpo-dpo-mix-40k": (
+        "messages",
+        {
+            "source": "x",
+            "prompt": "2+2?",
+            "question": "2+2?",
+            "chosen": [user("2+2?"), assistant("4")],
+            "rejected": [user("2+2?"), assistant("5")],
+        },
+    ),
+    "trl-lib/tldr-preference": ("prompt_pair", {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}),
+    "hiyouga/DPO-En-Zh-20k": (
+        "sharegpt",
+        {
+            "conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "2+2?"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        },
+    ),
+    "LLaMA-Factory's alpaca": ("alpaca", {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"}),
+}
+
+
+@pytest.mark.parametrize("name", REAL_SHAPES)
+def test_real_shapes(name: str):
+    data_format, row = REAL_SHAPES[name]
+    assert detect_format(row) == data_format
+    pair = to_canonical(row, data_format)
+    whole = pair["prompt"] if isinstance(pair["prompt"], str) else "".join(turn["content"] for turn in pair["prompt"])
+    answers = [
+        pair[side] if isinstance(pair[side], str) else pair[side][0]["content"] for side in ("chosen", "rejected")
+    ]
+    assert whole.removeprefix("HiHello") == "2+2?"
+    assert [answer.strip() for answer in answers] == ["4", "5"]
+
+
+def test_a_system_column_is_read_in_every_format_that_has_no_turns():
+    for name in ("prompt_pair", "alpaca", "orca"):
+        pair = to_canonical({**EXAMPLES[name][0], "system": "Be brief."}, name)
+        assert pair["prompt"][0] == system("Be brief.")
+    row = {"system": "Be brief.", "prompt": "Human: a", "chosen": "b", "rejected": "c"}
+    assert to_canonical(row, "prompt_pair")["prompt"] == [system("Be brief."), user("a")]
+    row = {"system": "Be brief.", "prompt": "q", "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    assert to_canonical(row, "messages")["prompt"] == [system("Be brief."), user("q")]
+
+
+def test_sharegpt_answers_may_be_lists():
+    row = EXAMPLES["sharegpt"][0]
+    assert to_canonical({**row, "chosen": [row["chosen"]]}, "sharegpt") == to_canonical(row, "sharegpt")
 
 
 # What a transcript can hold: no turn marker, and no space at the ends, which is not part of a turn
 contents = (
     st.text(st.characters(codec="utf-8"), max_size=20)
     .map(str.strip)
-    .filter(lambda text: "Human:" not in text and "Assistant:" not in text)
+    .filter(lambda text: "\0" not in text and "Human:" not in text and "Assistant:" not in text)
 )
 
 

@@ -34,8 +34,8 @@ ROWS = [pair(index) for index in range(4)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".csv":
-        with open(path, "w", newline="", encoding="utf-8") as file:
+    if ".csv" in path.name:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -58,7 +58,7 @@ def refusal(path: Path, **options: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str):
     file = write(tmp_path / name, ROWS)
     pairs = load(file)
@@ -75,20 +75,20 @@ def test_csv_fields_are_read_as_they_were_written(
     file = tmp_path_factory.getbasetemp() / "any.csv"
     dicts = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
     write(file, dicts)
-    assert list(read_rows(file)) == dicts
+    assert [row for _, row in read_rows(file)] == dicts
 
 
 def test_unquoted_separators_of_unicode_do_not_end_a_csv_row(tmp_path: Path):
     file = tmp_path / "a.csv"
     file.write_text("prompt,chosen,rejected\na\u2028b,c\x0cd,e\x85f\n", encoding="utf-8")
-    assert list(read_rows(file)) == [{"prompt": "a\u2028b", "chosen": "c\x0cd", "rejected": "e\x85f"}]
+    assert [row for _, row in read_rows(file)] == [{"prompt": "a\u2028b", "chosen": "c\x0cd", "rejected": "e\x85f"}]
 
 
 def test_jsonl_strings_may_hold_line_separators(tmp_path: Path):
     file = tmp_path / "a.jsonl"
     row = {"prompt": "a\u2028b\x85c", "chosen": "d", "rejected": "e"}
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
-    assert list(read_rows(file)) == [row]
+    assert list(read_rows(file)) == [(1, row)]
 
 
 def test_parquet_lists_of_messages(tmp_path: Path):
@@ -127,6 +127,15 @@ def test_a_folder_by_split(tmp_path: Path):
     assert [row["row"] for row in train] == [1, 2, 1]
     assert load_training(options) == train
     assert load_held_out(options) == held_out
+
+
+def test_a_file_that_is_in_no_split_is_not_left_out_in_silence(tmp_path: Path):
+    write(tmp_path / "train.jsonl", ROWS[:2])
+    write(tmp_path / "more.jsonl", ROWS[2:])
+    assert refusal(tmp_path) == (
+        f"--dataset_name {tmp_path}: more.jsonl is in no split, as other files are: "
+        "name it train…, test…, eval…, valid…, dev…, or move it away"
+    )
 
 
 def test_a_folder_without_split_names_is_all_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -171,21 +180,53 @@ def test_keys(tmp_path: Path):
         "--input_key has no effect with the format prompt_pair; "
         "force one that has this column with --data_format (alpaca)"
     )
-    assert refusal(file, **keys, system_key="sys").startswith("--system_key has no effect with the format prompt_pair;")
+    assert load(file, **keys, system_key="sys")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
+    other = write(tmp_path / "b.jsonl", [rows[0] | {"instruction": "i", "chosen": "a", "rejected": "b"}])
+    assert refusal(other, prompt_key="q").startswith("--prompt_key has no effect with the format alpaca; force one")
+    with pytest.raises(UserError, match="--chosen_key and --rejected_key both name good"):
+        DataOptions(str(file), chosen_key="good", rejected_key="good")
 
 
 def test_bad_rows_up_to_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = write(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], "chosen": ""}, {**ROWS[2], "rejected": None}, ROWS[3]])
     assert refusal(file) == f"{file} row 2: field 'chosen': the completion is empty"
     assert refusal(file, max_bad_rows=1) == (
-        f"{file} row 3: field 'rejected': must be text, not NoneType (row 2 of this kind; --max_bad_rows 1)"
+        f"{file} row 3: field 'rejected': must be text, not null (bad row 2; --max_bad_rows 1)"
     )
     capsys.readouterr()
     assert [row["row"] for row in load(file, max_bad_rows=2)] == [1, 4]
     assert capsys.readouterr().err == (
         f"skipped {file} row 2: field 'chosen': the completion is empty\n"
-        f"skipped {file} row 3: field 'rejected': must be text, not NoneType\n"
+        f"skipped {file} row 3: field 'rejected': must be text, not null\n"
     )
+
+
+def test_bad_rows_of_every_kind_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What is no JSON, no UTF-8 or of another format leaves the rows around it readable."""
+    file = tmp_path / "a.jsonl"
+    good = [json.dumps(row).encode() for row in ROWS]
+    orca = b'{"question": "q", "chosen": "a", "rejected": "b"}'
+    latin1 = b'{"prompt": "gr\xfcn", "chosen": "a", "rejected": "b"}'
+    file.write_bytes(b"\n".join([good[0], good[1][:-3], latin1, good[2], orca, b'{"prompt": "q"}', b"7", good[3]]))
+    assert [row["row"] for row in load(file, max_bad_rows=5)] == [1, 4, 8]
+    skipped = [line.removeprefix(f"skipped {file} row ") for line in capsys.readouterr().err.splitlines()]
+    assert [line.split(":")[0] for line in skipped] == ["2", "3", "7", "5", "6"]
+    assert refusal(file, max_bad_rows=4).endswith(
+        " row 6: column 'chosen' is missing; columns are prompt (bad row 5; --max_bad_rows 4)"
+    )
+    only_bad = tmp_path / "b.jsonl"
+    only_bad.write_bytes(b"{\n")
+    assert refusal(only_bad, max_bad_rows=5).startswith(
+        f"--dataset_name {only_bad}: split train has no rows but bad ones; "
+    )
+
+
+def test_what_a_file_holds_cannot_act_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write(tmp_path / "a.jsonl", [*ROWS, {"\x1b[2J\nUserError: all is well": 1}])
+    assert len(load(file, max_bad_rows=1)) == 4
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "columns are \\x1b[2J UserError: all is well" in shown
 
 
 @given(

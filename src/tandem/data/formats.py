@@ -5,7 +5,8 @@ Canonical: `prompt`, `chosen`, `rejected`, all three text or all three lists of 
 """
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tandem.errors import UserError
@@ -16,12 +17,30 @@ Row = dict[str, Any]
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one, tokenizers and files cannot
+_LONGEST_TEXT = 10_000_000  # characters, a shelf of books: beyond it a file was read wrongly, not a pair
+_NAMES_SHOWN, _NAME_LENGTH = 12, 40  # of columns in a message; a hostile file can have any number of any length
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_BY_COLUMN = {"question": "orca", "instruction": "alpaca", "prompt": "prompt_pair"}  # where answers are text
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class RowError(Exception):
     """What is wrong with one row, beginning with the field at fault; the reader adds file and row number."""
+
+
+def kind_of(value: Any) -> str:
+    """What `value` is, in the words of JSON, for messages."""
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"of the type {type(value).__name__}")
+
+
+def columns_of(row: Row) -> str:
+    """The names of `row`'s columns, for messages."""
+    names = [str(name)[:_NAME_LENGTH] for name in list(row)[:_NAMES_SHOWN]]
+    return ", ".join([*names, f"and {len(row) - len(names)} more"] if len(row) > len(names) else names) or "none"
 
 
 def to_canonical(row: Row, data_format: str) -> Row:
@@ -30,40 +49,37 @@ def to_canonical(row: Row, data_format: str) -> Row:
     Raises:
         RowError: a missing column, a value of the wrong type, an empty completion, roles out of order.
     """
+    for field in ("image", "images"):
+        if row.get(field):
+            raise RowError(f"field {field!r}: is not empty, and Tandem trains on text only")
     prompt, chosen, rejected = _CONVERTERS[data_format](row)
-    for field, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if _SURROGATE.search(_text_of(value)):
-            raise RowError(f"field {field!r}: has half of a surrogate pair, which is no character")
-        if field != "prompt" and not _text_of(value).strip():
-            raise RowError(f"field {field!r}: the completion is empty")
+    _check_text("prompt", prompt, "prompt")
+    _check_text("chosen", chosen, "completion")
+    _check_text("rejected", rejected, "completion")
     if isinstance(prompt, list):
-        _check_roles(prompt)
+        _check_prompt_roles(prompt)
+        _check_completion_roles("chosen", chosen)
+        _check_completion_roles("rejected", rejected)
     identity = sha256_json([prompt, chosen, rejected])[:16]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair_id": identity}
 
 
 def detect_format(row: Row) -> str | None:
     """The format whose columns `row` has, or None; the caller asks every row, not just the first."""
-    if not _has_answers(row):
+    if "chosen" not in row or "rejected" not in row:
         return None
-    chosen = row["chosen"]
     if "conversations" in row:
         return "sharegpt"
-    if "question" in row:
-        return "orca"
-    if "instruction" in row:
-        return "alpaca"
-    if isinstance(chosen, list):
+    answers = [row["chosen"], row["rejected"]]
+    if any(isinstance(answer, list) for answer in answers):
         return "messages"
-    if isinstance(chosen, str) and "prompt" in row:
-        return "prompt_pair"
-    if isinstance(chosen, str) and _TURN.search(chosen):
-        return "hh"
-    return None
-
-
-def _has_answers(row: Row) -> bool:
-    return "chosen" in row and "rejected" in row
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    if not texts:
+        return None
+    for column, name in _BY_COLUMN.items():
+        if column in row:
+            return name
+    return "hh" if any(_TURN.search(text) for text in texts) else None
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
@@ -85,19 +101,41 @@ def _string(row: Row, field: str, *, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if field not in row:
-        raise RowError(f"column {field!r} is missing; columns are {', '.join(map(str, row))}")
+        raise RowError(f"column {field!r} is missing; columns are {columns_of(row)}")
     if not isinstance(value, str):
-        raise RowError(f"field {field!r}: must be text, not {type(value).__name__}")
+        raise RowError(f"field {field!r}: must be text, not {kind_of(value)}")
     return value
 
 
-def _check_roles(prompt: list[Message]) -> None:
+def _check_text(field: str, value: str | list[Message], name: str) -> None:
+    text = _text_of(value)
+    if _SURROGATE.search(text):
+        raise RowError(f"field {field!r}: has half of a surrogate pair, which is no character")
+    if "\0" in text:
+        raise RowError(f"field {field!r}: has a NUL character, which no text has")
+    if len(text) > _LONGEST_TEXT:
+        raise RowError(
+            f"field {field!r}: has {len(text):,} characters; more than {_LONGEST_TEXT:,} are taken for a mistake"
+        )
+    if not text.strip():
+        raise RowError(f"field {field!r}: the {name} is empty")
+
+
+def _check_prompt_roles(prompt: list[Message]) -> None:
     roles = [message["role"] for message in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns[-1] != "user":
         raise RowError("field 'prompt': must end with a user's turn")
     if "system" in turns:
         raise RowError("field 'prompt': a system turn may only come first")
+
+
+def _check_completion_roles(field: str, completion: list[Message]) -> None:
+    for message, place in ((completion[0], "begin"), (completion[-1], "end")):
+        if message["role"] != "assistant":
+            raise RowError(
+                f"field {field!r}: the completion must {place} with an assistant's turn, not {message['role']}'s"
+            )
 
 
 def parse_transcript(text: str, field: str) -> list[Message]:
@@ -143,32 +181,40 @@ def _hh(row: Row) -> tuple[Any, Any, Any]:
 
 def _prompt_pair(row: Row) -> tuple[Any, Any, Any]:
     prompt, chosen, rejected = (_string(row, field) for field in ("prompt", "chosen", "rejected"))
-    if not prompt.lstrip().startswith("Human:"):
+    system = _system(row)
+    if prompt.lstrip().startswith("Human:"):
+        messages = parse_transcript(prompt, "prompt")
+        if messages[-1] == {"role": "assistant", "content": ""}:  # "…\n\nAssistant:" asks for the answer that follows
+            messages.pop()
+    elif system:
+        messages = [{"role": "user", "content": prompt}]
+    else:
         return prompt, chosen, rejected
-    messages = parse_transcript(prompt, "prompt")
-    if messages[-1] == {"role": "assistant", "content": ""}:  # "…\n\nAssistant:" asks for the answer that follows
-        messages.pop()
-    return messages, _assistant(chosen), _assistant(rejected)
+    return system + messages, _assistant(chosen), _assistant(rejected)
 
 
 def _assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text.strip()}]
 
 
-def _one_turn(system: str, question: str, row: Row) -> tuple[Any, Any, Any]:
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    messages.append({"role": "user", "content": question})
+def _system(row: Row) -> list[Message]:
+    text = _string(row, "system", default="")
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _one_turn(question: str, row: Row) -> tuple[Any, Any, Any]:
+    messages = [*_system(row), {"role": "user", "content": question}]
     return messages, _assistant(_string(row, "chosen")), _assistant(_string(row, "rejected"))
 
 
 def _alpaca(row: Row) -> tuple[Any, Any, Any]:
     extra = _string(row, "input", default="")
     question = _string(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
-    return _one_turn(_string(row, "system", default=""), question, row)
+    return _one_turn(question, row)
 
 
 def _orca(row: Row) -> tuple[Any, Any, Any]:
-    return _one_turn(_string(row, "system", default=""), _string(row, "question"), row)
+    return _one_turn(_string(row, "question"), row)
 
 
 def _messages(row: Row) -> tuple[Any, Any, Any]:
@@ -179,7 +225,7 @@ def _messages(row: Row) -> tuple[Any, Any, Any]:
         return turns, _without_prompt(turns, chosen), _without_prompt(turns, rejected)
     if len(chosen) > 1 or len(rejected) > 1:  # they repeat the prompt (ultrafeedback_binarized)
         return _split_shared(chosen, rejected)
-    return [{"role": "user", "content": _string(row, "prompt")}], chosen, rejected
+    return [*_system(row), {"role": "user", "content": _string(row, "prompt")}], chosen, rejected
 
 
 def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:
@@ -187,35 +233,46 @@ def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Me
 
 
 def _message_list(row: Row, field: str) -> list[Message]:
-    value = row.get(field)
+    return _turns(row, field, "role", "content", _ROLES)
+
+
+def _turns(row: Row, field: str, role_key: str, text_key: str, roles: dict[str, str]) -> list[Message]:
+    """The messages in `field`; ShareGPT's answers may be one object instead of a list."""
+    if field not in row:
+        raise RowError(f"column {field!r} is missing; columns are {columns_of(row)}")
+    value = row[field]
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
-        raise RowError(f"field {field!r}: must be a list of messages, not {type(value).__name__}")
-    return [_message(item, field, "role", "content", None) for item in value]
+        raise RowError(
+            f"field {field!r}: must be a list of messages, not {'an empty one' if value == [] else kind_of(value)}"
+        )
+    return [
+        _message(item, f"field {field!r}, message {number}", role_key, text_key, roles)
+        for number, item in enumerate(value, 1)
+    ]
 
 
-def _message(item: Any, field: str, role_key: str, text_key: str, roles: dict[str, str] | None) -> Message:
-    if not isinstance(item, dict) or not isinstance(item.get(text_key), str):
-        raise RowError(f"field {field!r}: each message needs {role_key!r} and {text_key!r} as text")
-    role = item.get(role_key)
-    if roles is not None:
-        role = roles.get(str(role))
-    if role not in ("system", "user", "assistant"):
-        raise RowError(f"field {field!r}: unknown {role_key} {item.get(role_key)!r}")
-    return {"role": role, "content": item[text_key]}
+def _message(item: Any, where: str, role_key: str, text_key: str, roles: dict[str, str]) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(f"{where}: must be an object with {role_key!r} and {text_key!r}, not {kind_of(item)}")
+    for key in (role_key, text_key):
+        if key not in item:
+            raise RowError(f"{where}: {key!r} is missing")
+        if not isinstance(item[key], str):
+            raise RowError(f"{where}: {key!r} must be text, not {kind_of(item[key])}")
+    if item[role_key] not in roles:
+        raise RowError(
+            f"{where}: {role_key!r} must be one of {', '.join(roles)}, not {item[role_key][:_NAME_LENGTH]!r}"
+        )
+    return {"role": roles[item[role_key]], "content": item[text_key]}
 
 
 def _sharegpt(row: Row) -> tuple[Any, Any, Any]:
-    conversation = row.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        raise RowError("field 'conversations': must be a list of turns")
-    prompt = [_message(turn, "conversations", "from", "value", _SHAREGPT_ROLES) for turn in conversation]
-    system = _string(row, "system", default="")
-    if system.strip() and prompt[0]["role"] != "system":
-        prompt.insert(0, {"role": "system", "content": system})
-    chosen, rejected = (
-        [_message(row.get(field), field, "from", "value", _SHAREGPT_ROLES)] for field in ("chosen", "rejected")
+    prompt, chosen, rejected = (
+        _turns(row, field, "from", "value", _SHAREGPT_ROLES) for field in ("conversations", "chosen", "rejected")
     )
-    return prompt, chosen, rejected
+    return (prompt if prompt[0]["role"] == "system" else _system(row) + prompt), chosen, rejected
 
 
 _CONVERTERS: dict[str, Callable[[Row], tuple[Any, Any, Any]]] = {
@@ -229,31 +286,51 @@ _CONVERTERS: dict[str, Callable[[Row], tuple[Any, Any, Any]]] = {
 FORMATS = tuple(_CONVERTERS)
 
 
-def choose_format(rows: list[tuple[str, Row]]) -> str:
-    """The one format that every row of `rows` ((place, row) each) has.
+def choose_format(rows: Iterable[tuple[str, Row]]) -> tuple[str, str]:
+    """The format that most of `rows` ((place, row) each) have, and the place of the first that has it.
 
     Raises:
-        UserError: a row that no format fits, or two rows of different formats; both named by their place.
+        UserError: no row has the columns of a known format.
     """
-    found: dict[str, str] = {}
+    found: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    unknown = None
     for place, row in rows:
-        name = detect_format(row)
-        if name is not None:
-            found.setdefault(name, place)
-        elif not _has_answers(row):
-            raise _no_format(place, row)
-        # else its values tell no format: converting it will say what is wrong with them
-    if not found:
-        raise _no_format(*rows[0])
-    if len(found) > 1:
-        (first, here), (second, there) = list(found.items())[:2]
-        raise UserError(f"{there}: looks like {second}, but {here} looks like {first}; force one with --data_format")
-    return next(iter(found))
-
-
-def _no_format(place: str, row: Row) -> UserError:
-    columns = ", ".join(map(str, row)) or "none"
-    return UserError(
-        f"{place}: no known preference format has the columns {columns}; name it with --data_format "
+        if name := detect_format(row):
+            found[name] += 1
+            first.setdefault(name, place)
+        elif unknown is None:
+            unknown = place, row
+    if found:
+        name = found.most_common(1)[0][0]
+        return name, first[name]
+    assert unknown is not None, "no rows"
+    place, row = unknown
+    if "chosen" in row and "rejected" in row:
+        # Its columns are right, or nearly so: converting it says what is wrong
+        name = next((name for column, name in _BY_COLUMN.items() if column in row), None)
+        if name:
+            return name, place
+        if isinstance(row["chosen"], str):
+            raise UserError(
+                f"{place}: has no prompt: 'chosen' and 'rejected' are no transcripts ('Human: …'), and there is no "
+                f"other text column known; name it with --prompt_key (columns are {columns_of(row)})"
+            )
+    raise UserError(
+        f"{place}: no known preference format has the columns {columns_of(row)}; name it with --data_format "
         f"({', '.join(FORMATS)}) and its columns with --prompt_key, --chosen_key, --rejected_key"
     )
+
+
+def check_format(row: Row, chosen: str, example: str) -> None:
+    """Refuse a row that has the columns of another format than `chosen`, which the row at `example` has.
+
+    Raises:
+        RowError: naming both formats.
+    """
+    found = detect_format(row)
+    if found not in (None, chosen):
+        raise RowError(
+            f"looks like {found}, but {example} looks like {chosen}: a source has one format; "
+            "put each into a file of its own and mix them (--help, --dataset_name)"
+        )

@@ -1,10 +1,17 @@
 """Options that say which preference pairs are read and how."""
 
 import dataclasses
+import difflib
 
 from tandem.config import REQUIRED, opt
 from tandem.data.formats import FORMATS
 from tandem.errors import UserError
+
+# Options that each source of a mixture has for itself
+SOURCE_OPTIONS = (
+    "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
+    "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -12,14 +19,17 @@ class DataOptions:
     """Data."""
 
     dataset_name: str = opt(
-        REQUIRED, "Hub name, or a .json, .jsonl, .csv or .parquet file (.gz too), or a folder of them"
+        REQUIRED,
+        "Hub name; or a .json, .jsonl, .csv (.gz too) or .parquet file, or a folder of them; or a .yaml mixture: a "
+        "list of sources, each with dataset_name, weight and, where wanted, its own splits, format and keys; a weight "
+        "over the sum of weights is the source's share of the training pairs, in the largest mixture that repeats no pair",
     )
     dataset_config: str | None = opt(None, "configuration of a Hub dataset")
     dataset_revision: str | None = opt(None, "branch, tag or commit of a Hub dataset")
     dataset_train_split: str = opt("train", "training split, with a slice if wanted: train[:5%]")
     dataset_test_split: str = opt("test", "held-out split, with a slice if wanted")
     val_ratio: float = opt(0.0, "hold out this share of the training split's prompts instead of reading a test split")
-    data_seed: int = opt(42, "seed of the --val_ratio split")
+    data_seed: int = opt(42, "seed of the --val_ratio split and of a mixture")
     data_format: str | None = opt(None, "force a format instead of detecting it", choices=FORMATS)
     prompt_key: str | None = opt(None, "column that holds the prompt")
     chosen_key: str | None = opt(None, "column that holds the preferred answer")
@@ -33,6 +43,22 @@ class DataOptions:
             raise UserError(f"--val_ratio must be at least 0 and below 1, not {self.val_ratio}")
         if self.max_bad_rows < 0:
             raise UserError(f"--max_bad_rows must not be negative, got {self.max_bad_rows}")
+        if self.chosen_key is not None and self.chosen_key == self.rejected_key:
+            raise UserError(
+                f"--chosen_key and --rejected_key both name {self.chosen_key}: no pair would prefer anything"
+            )
+        if not self.is_mixture:
+            return
+        for field in dataclasses.fields(self):
+            if field.name in SOURCE_OPTIONS[1:] and getattr(self, field.name) != field.default:
+                raise UserError(
+                    f"--{field.name} has no effect with a mixture: give it to a source in {self.dataset_name}"
+                )
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether `dataset_name` is the YAML file of a mixture."""
+        return self.dataset_name.endswith((".yaml", ".yml"))
 
     @property
     def keys(self) -> dict[str, str]:
@@ -46,3 +72,50 @@ class DataOptions:
             "system": self.system_key,
         }
         return {name: key for name, key in names.items() if key is not None}
+
+
+# Findings about single pairs, which --fix drop_NAME takes out; data.lint.KINDS says what they are
+DROPPABLE = (
+    "identical", "duplicates", "near_duplicates", "contradictory", "leaked_prompts", "near_leaked_prompts",
+    "repeated_prompts", "near_prompts", "answer_lost", "answer_cut", "difference_cut", "prompt_cut", "several_turns",
+    "turn_markers", "role_order", "prompt_repeated", "single_token", "special_tokens", "not_text", "personal_data",
+    "other_language",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class CheckOptions:
+    """Check."""
+
+    tokenizer_name_or_path: str | None = opt(
+        None, "tokenizer (or model) that lengths are counted with; unset: not counted"
+    )
+    report: str | None = opt(None, "write data_report.json here")
+    show: int = opt(0, "print the first N pairs of each split as they are trained, token by token")
+    fail_on: str = opt(
+        "error",
+        "end with exit code 2 on a finding of this level or a worse one",
+        choices=("error", "warning", "note", "none"),
+    )
+    fix: list[str] = opt(
+        [], f"leave out the pairs that these findings are about: drop_ with any of {', '.join(DROPPABLE)}"
+    )
+    fixed_dir: str | None = opt(
+        None, "new folder for the pairs that --fix leaves: train.jsonl, and test.jsonl if held out"
+    )
+
+    def __post_init__(self) -> None:
+        self.fix = [name for item in self.fix for name in item.split(",") if name]
+        for name in self.fix:
+            if name.removeprefix("drop_") not in DROPPABLE or not name.startswith("drop_"):
+                near = difflib.get_close_matches(name, [f"drop_{kind}" for kind in DROPPABLE], n=1)
+                raise UserError(f"--fix: unknown {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        if bool(self.fix) != (self.fixed_dir is not None):
+            raise UserError("--fix and --fixed_dir need each other: the mended data go to a new folder")
+        if self.show < 0:
+            raise UserError(f"--show must not be negative, got {self.show}")
+
+    @property
+    def dropped(self) -> list[str]:
+        """Names of the findings whose pairs are left out."""
+        return [name.removeprefix("drop_") for name in self.fix]

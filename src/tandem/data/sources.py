@@ -1,25 +1,24 @@
-"""Where preference rows come from: a file, a folder or the Hub; split, converted and checked row by row."""
+"""Where preference pairs come from: a file, a folder, the Hub or a mixture; split, converted and checked row by row."""
 
-import csv
-import gzip
-import io
-import json
 import random
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.data.formats import Row, RowError, choose_format, prompt_id, to_canonical
+from tandem.data.files import SUFFIXES, read_rows
+from tandem.data.formats import FORMATS, Row, RowError, check_format, choose_format, columns_of, prompt_id, to_canonical
+from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
-from tandem.errors import UserError
+from tandem.errors import UserError, one_line
 
-_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+_SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "eval", "valid", "dev")}
+
+Located = tuple[str, int, Row | RowError]  # source, row number, row or what is wrong with it
 
 
 def load_pairs(options: DataOptions, split: str) -> list[Row]:
-    """Canonical rows of one split of `options.dataset_name`.
+    """Canonical rows of one split of `options.dataset_name`, which is no mixture.
 
     `split` is a split's name with an optional slice (`train[:5%]`). A local file is all `train`; a folder's files
     belong to the split their names begin with, or all to `train`.
@@ -27,60 +26,112 @@ def load_pairs(options: DataOptions, split: str) -> list[Row]:
     Raises:
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
     """
-    located = _read_split(options, split)
+    located = list(_read_split(options, split))
     if not located:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows")
-    located = [(place, _rename(place, row, options.keys)) for place, row in located]
-    data_format = options.data_format or choose_format(located)
-    _refuse_unused_keys(options, data_format)
-    pairs: list[Row] = []
     bad: list[str] = []
-    for place, row in located:
+    located = [row for row in located if _good(row, options.max_bad_rows, bad)]
+    if not located:
+        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
+    rows = [(source, number, _rename(source, number, row, options.keys)) for source, number, row in located]
+    data_format, example = options.data_format, ""
+    if data_format is None:
+        data_format, example = choose_format((_place(source, number), row) for source, number, row in rows)
+    _refuse_unused_keys(options, data_format)
+    pairs = []
+    for source, number, row in rows:
         try:
-            pair = to_canonical(row, data_format)
+            if example:
+                check_format(row, data_format, example)
+            pairs.append({**to_canonical(row, data_format), "source": source, "row": number, "format": data_format})
         except RowError as error:
-            bad.append(f"{place}: {error}")
-            if len(bad) > options.max_bad_rows:
-                count = f" (row {len(bad)} of this kind; --max_bad_rows {options.max_bad_rows})" if len(bad) > 1 else ""
-                raise UserError(bad[-1] + count) from error
-            continue
-        source, _, number = place.rpartition(" row ")
-        pairs.append({**pair, "source": source, "row": int(number)})
+            _good((source, number, error), options.max_bad_rows, bad)
     for line in bad:
-        print(f"skipped {line}", file=sys.stderr)
+        print(f"skipped {one_line(line)}", file=sys.stderr)
+    if not pairs:
+        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
     return pairs
 
 
-def load_splits(options: DataOptions) -> tuple[list[Row], list[Row]]:
-    """Training and held-out pairs; no prompt is in both.
+def _good(located: Located, max_bad_rows: int, bad: list[str]) -> bool:
+    """Whether a row could be read; what is wrong with it goes to `bad`.
 
-    With `val_ratio` the held-out pairs are drawn from the training split, whole prompts at a time; without it they
-    are the test split's (none where a local source has no such split).
+    Raises:
+        UserError: one bad row too many.
     """
-    train = load_pairs(options, options.dataset_train_split)
+    source, number, row = located
+    if not isinstance(row, RowError):
+        return True
+    bad.append(f"{_place(source, number)}: {row}")
+    if len(bad) > max_bad_rows:
+        count = f" (bad row {len(bad)}; --max_bad_rows {max_bad_rows})" if len(bad) > 1 else ""
+        raise UserError(bad[-1] + count)
+    return False
+
+
+def _place(source: str, number: int) -> str:
+    return f"{source} row {number}"
+
+
+def load_splits(options: DataOptions) -> tuple[list[Row], list[Row]]:
+    """Training and held-out pairs; with `val_ratio` no prompt is in both.
+
+    With `val_ratio` the held-out pairs are drawn from the training split, whole prompts at a time and from each source
+    of a mixture; without it they are the test split's (none where a local source has no such split). Weights of a
+    mixture are of its training pairs; all its held-out pairs are kept.
+    """
+    sources = sources_of(options)
     if options.val_ratio:
-        return split_by_prompt(train, options.val_ratio, options.data_seed)
-    if is_local(options.dataset_name) and _base(options.dataset_test_split) not in local_splits(options.dataset_name):
-        return train, []
-    return train, load_pairs(options, options.dataset_test_split)
+        halves = [_halves(source.options) for source in sources]
+        held_out = [pair for _, half in halves for pair in half]
+        # A prompt that one source holds out may be another's training prompt
+        prompts = {prompt_id(pair["prompt"]) for pair in held_out}
+        parts = [[pair for pair in train if prompt_id(pair["prompt"]) not in prompts] for train, _ in halves]
+    else:
+        parts = [load_pairs(source.options, source.options.dataset_train_split) for source in sources]
+        held_out = [pair for source in sources for pair in _test_split(source.options)]
+    return mix(sources, parts, options.data_seed), _shuffled(held_out, sources, options.data_seed)
 
 
 def load_training(options: DataOptions) -> list[Row]:
     """The training pairs of `load_splits`, without reading a test split that nobody asked for."""
-    return load_splits(options)[0] if options.val_ratio else load_pairs(options, options.dataset_train_split)
+    if options.val_ratio:
+        return load_splits(options)[0]
+    sources = sources_of(options)
+    parts = [load_pairs(source.options, source.options.dataset_train_split) for source in sources]
+    return mix(sources, parts, options.data_seed)
 
 
 def load_held_out(options: DataOptions) -> list[Row]:
     """The held-out pairs of `load_splits`, for the stages that only measure.
 
-    A local file or folder without a test split is measured whole, and a line on stderr says so.
+    Where no source has a test split, all are measured whole, and a line on stderr says so.
     """
     if options.val_ratio:
         return load_splits(options)[1]
-    if is_local(options.dataset_name) and _base(options.dataset_test_split) not in local_splits(options.dataset_name):
+    sources = sources_of(options)
+    pairs = [pair for source in sources for pair in _test_split(source.options)]
+    if not pairs:
         print(f"{options.dataset_name} has no {options.dataset_test_split} split: using all of it", file=sys.stderr)
-        return load_pairs(options, options.dataset_train_split)
-    return load_pairs(options, options.dataset_test_split)
+        parts = (load_pairs(source.options, source.options.dataset_train_split) for source in sources)
+        pairs = [pair for part in parts for pair in part]
+    return _shuffled(pairs, sources, options.data_seed)
+
+
+def _halves(options: DataOptions) -> tuple[list[Row], list[Row]]:
+    pairs = load_pairs(options, options.dataset_train_split)
+    return split_by_prompt(pairs, options.val_ratio, options.data_seed)
+
+
+def _test_split(options: DataOptions) -> list[Row]:
+    """Pairs of the test split; none where a local source has no such split."""
+    name, split = options.dataset_name, options.dataset_test_split
+    return [] if is_local(name) and _base(split) not in local_splits(name) else load_pairs(options, split)
+
+
+def _shuffled(pairs: list[Row], sources: Sequence[Source], seed: int) -> list[Row]:
+    """Pairs of a mixture in an order in which the first N are of all sources."""
+    return random.Random(seed).sample(pairs, len(pairs)) if len(sources) > 1 else pairs
 
 
 def split_by_prompt(pairs: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -96,20 +147,30 @@ def split_by_prompt(pairs: list[Row], ratio: float, seed: int) -> tuple[list[Row
     return by_side
 
 
-def _rename(place: str, row: Row, keys: dict[str, str]) -> Row:
+def _rename(source: str, number: int, row: Any, keys: dict[str, str]) -> Row:
     for key in keys.values():
         if key not in row:
-            raise UserError(f"{place}: no column {key!r}, named by a --…_key option (has {', '.join(map(str, row))})")
+            place = _place(source, number)
+            raise UserError(f"{place}: no column {key!r}, named by a --…_key option (has {columns_of(row)})")
     return {**row, **{name: row[key] for name, key in keys.items()}}
 
 
 def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:
-    for name, formats in {"input_key": ("alpaca",), "system_key": ("alpaca", "orca", "sharegpt")}.items():
+    used = {
+        "prompt_key": ("prompt_pair", "messages") if options.data_format is None else _all_but("hh"),
+        "input_key": ("alpaca",),
+        "system_key": _all_but("hh"),
+    }
+    for name, formats in used.items():
         if getattr(options, name) and data_format not in formats:
             raise UserError(
                 f"--{name} has no effect with the format {data_format}; "
                 f"force one that has this column with --data_format ({', '.join(formats)})"
             )
+
+
+def _all_but(name: str) -> tuple[str, ...]:
+    return tuple(known for known in FORMATS if known != name)
 
 
 def _base(split: str) -> str:
@@ -118,46 +179,61 @@ def _base(split: str) -> str:
 
 def is_local(name: str) -> bool:
     """Whether `name` means a path here rather than a Hub name: it exists, or could not be a Hub name."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.endswith(_SUFFIXES)
+    return name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or Path(name).exists()
 
 
 def local_splits(name: str) -> dict[str, list[Path]]:
     """The data files of a path, by split."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(f"--dataset_name {name}: no such file or folder")
+    try:
+        return _local_splits(name, Path(name).expanduser())
+    except (OSError, RuntimeError) as error:  # of a name too long, no permission, or the ~ of nobody
+        raise UserError(f"--dataset_name {name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _local_splits(name: str, path: Path) -> dict[str, list[Path]]:
     if path.is_file():
-        if not path.name.endswith(_SUFFIXES):
-            raise UserError(f"--dataset_name {name}: not one of {', '.join(_SUFFIXES)}")
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"--dataset_name {name}: not one of {', '.join(SUFFIXES)}")
         return {"train": [path]}
-    files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+    if not path.is_dir():
+        raise UserError(
+            f"--dataset_name {name}: " + ("not a file or folder" if path.exists() else "no such file or folder")
+        )
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
     if not files:
-        raise UserError(f"--dataset_name {name}: the folder has no {', '.join(_SUFFIXES)} file")
-    named = {
+        raise UserError(f"--dataset_name {name}: the folder has no {', '.join(SUFFIXES)} file")
+    splits = {
         split: [file for file in files if file.name.lower().startswith(prefixes)]
-        for split, prefixes in {"train": ("train",), "test": ("test", "eval", "valid", "dev")}.items()
+        for split, prefixes in _SPLIT_PREFIXES.items()
     }
-    if not named["train"]:
+    if not splits["train"]:
         return {"train": files}
-    return {split: members for split, members in named.items() if members}
+    left_out = sorted(set(files).difference(*splits.values()))
+    if left_out:
+        raise UserError(
+            f"--dataset_name {name}: {left_out[0].name} is in no split, as other files are: "
+            f"name it train…, {'…, '.join(_SPLIT_PREFIXES['test'])}…, or move it away"
+        )
+    return {split: members for split, members in splits.items() if members}
 
 
-def _read_split(options: DataOptions, split: str) -> list[tuple[str, Row]]:
+def _read_split(options: DataOptions, split: str) -> Iterable[Located]:
     if not is_local(options.dataset_name):
         return _read_hub(options, split)
+    for name in ("dataset_config", "dataset_revision"):
+        if getattr(options, name):
+            raise UserError(f"--{name} has no effect: {options.dataset_name} is here, not on the Hub")
     splits = local_splits(options.dataset_name)
     if _base(split) not in splits:
         known = ", ".join(splits)
         raise UserError(
             f"--dataset_name {options.dataset_name}: no split {_base(split)} (has {known}); see --val_ratio"
         )
-    located = [
-        (f"{file} row {number}", row) for file in splits[_base(split)] for number, row in enumerate(read_rows(file), 1)
-    ]
+    located = [(str(file), number, row) for file in splits[_base(split)] for number, row in read_rows(file)]
     return _slice(located, split)
 
 
-def _slice(located: list[tuple[str, Row]], split: str) -> list[tuple[str, Row]]:
+def _slice(located: list[Located], split: str) -> list[Located]:
     if "[" not in split:
         return located
     from datasets import ReadInstruction
@@ -170,7 +246,7 @@ def _slice(located: list[tuple[str, Row]], split: str) -> list[tuple[str, Row]]:
     return [item for part in parts for item in located[part.from_ : part.to]]
 
 
-def _read_hub(options: DataOptions, split: str) -> list[tuple[str, Row]]:
+def _read_hub(options: DataOptions, split: str) -> Iterator[Located]:
     import datasets
 
     try:
@@ -179,100 +255,5 @@ def _read_hub(options: DataOptions, split: str) -> list[tuple[str, Row]]:
         )
     except Exception as error:  # the library raises a dozen kinds: not found, no access, no network, bad split, …
         raise UserError(f"--dataset_name {options.dataset_name} (split {split}): {error}") from error
-    return [(f"{options.dataset_name} {split} row {number}", dict(row)) for number, row in enumerate(dataset, 1)]
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one local file.
-
-    Raises:
-        UserError: naming the file and the row or line that cannot be read.
-    """
-    try:
-        if path.name.endswith(".parquet"):
-            yield from _read_parquet(path)
-            return
-        text = _read_text(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
-    if path.name.endswith(".csv"):
-        yield from _read_csv(path, text)
-    elif ".jsonl" in path.name or not text.lstrip().startswith("["):
-        yield from _read_jsonl(path, text)
-    else:
-        yield from _read_json(path, text)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    if path.name.endswith(".gz"):
-        data = gzip.decompress(data)
-    text = data.decode("utf-8-sig")
-    if "\0" in text:
-        raise UserError(f"{path}: has NUL bytes, so it is not a text file")
-    return text
-
-
-def _read_json(path: Path, text: str) -> Iterator[Row]:
-    try:
-        rows = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield _mapping(row, f"{path} row {number}")
-
-
-def _read_jsonl(path: Path, text: str) -> Iterator[Row]:
-    # Not splitlines(): a JSON string may hold U+2028, which that method takes for the end of a line
-    lines: Iterable[str] = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} row {number}: not JSON: {error}") from error
-        yield _mapping(row, f"{path} row {number}")
-
-
-def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(items)
-    if len(row) < len(items):
-        names = [name for name, _ in items]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return row
-
-
-def _mapping(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: must be an object with columns, not {type(row).__name__}")
-    return row
-
-
-def _read_csv(path: Path, text: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    # Not splitlines(): a field may hold U+2028, which that method takes for the end of a line
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = list(reader.fieldnames or [])
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path}: column {twice!r} appears twice")
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                raise UserError(f"{path} row {number}: has another number of fields than the header")
-            yield row
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.reader.line_num}: not CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not parquet: {error}") from error
+    for number, row in enumerate(dataset, 1):
+        yield f"{options.dataset_name} {split}", number, dict(row)

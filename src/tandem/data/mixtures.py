@@ -1,0 +1,123 @@
+"""Several sources of pairs as one: which they are, and how much of each."""
+
+import dataclasses
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.config import StrictLoader, convert, opt, options_of, unknown_option
+from tandem.data.files import SUFFIXES
+from tandem.data.formats import Row, kind_of
+from tandem.data.options import SOURCE_OPTIONS, DataOptions
+from tandem.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of pairs, and its weight among the others."""
+
+    options: DataOptions
+    weight: float = opt(1.0, "share of the training pairs, relative to the other sources' weights")
+
+
+def sources_of(options: DataOptions) -> list[Source]:
+    """The sources that `options.dataset_name` names: those of a mixture's YAML file, or itself.
+
+    Raises:
+        UserError: a mixture that cannot be read, or that has options which would do nothing.
+    """
+    if not options.is_mixture:
+        return [Source(options)]
+    where = f"--dataset_name {options.dataset_name}"
+    sources = [
+        _source(options, entry, f"{where}: source {number}") for number, entry in enumerate(_entries(options, where), 1)
+    ]
+    for number, source in enumerate(sources, 1):
+        for earlier, other in enumerate(sources[: number - 1], 1):
+            if source.options == other.options:
+                raise UserError(
+                    f"{where}: source {number} is source {earlier} again; give it once, with a higher weight"
+                )
+    return sources
+
+
+def _entries(options: DataOptions, where: str) -> list[Any]:
+    try:
+        entries = yaml.load(Path(options.dataset_name).read_text(encoding="utf-8"), Loader=StrictLoader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise UserError(f"{where}: not YAML: {error}") from error
+    if not isinstance(entries, list) or len(entries) < 2:
+        raise UserError(f"{where}: must be a list of two or more sources, each with dataset_name and weight")
+    return entries
+
+
+def _source(options: DataOptions, entry: Any, where: str) -> Source:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: must have dataset_name and weight, not be {kind_of(entry)}")
+    known = {option.name: option for option in options_of(DataOptions) if option.name in SOURCE_OPTIONS}
+    known["weight"] = next(option for option in options_of(Source) if option.name == "weight")
+    values = {}
+    for name, value in entry.items():
+        if name not in known:
+            raise unknown_option(str(name), list(known), where, _of_the_whole)
+        values[name] = convert(known[name], value, where)
+    if "dataset_name" not in values:
+        raise UserError(f"{where}: dataset_name is missing")
+    weight = values.pop("weight", 1.0)
+    if weight <= 0:
+        raise UserError(f"{where}: weight must be above 0, not {weight}; leave the source out instead")
+    values["dataset_name"] = _beside(Path(options.dataset_name), values["dataset_name"])
+    try:
+        source = dataclasses.replace(options, **values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if source.is_mixture:
+        raise UserError(f"{where}: {source.dataset_name} is a mixture itself; name its sources here")
+    return Source(source, weight)
+
+
+def _of_the_whole(name: str) -> str | None:
+    whole = {option.name for option in options_of(DataOptions)} - set(SOURCE_OPTIONS)
+    return f"it is of the whole mixture: --{name}" if name in whole else None
+
+
+def _beside(mixture: Path, name: str) -> str:
+    """`name` as a path relative to the mixture's file, unless it is a Hub name."""
+    path = mixture.parent / Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or name.endswith((*SUFFIXES, ".yaml", ".yml")) or path.exists()
+    return str(path) if local else name
+
+
+def mix(sources: Sequence[Source], parts: Sequence[list[Row]], seed: int) -> list[Row]:
+    """The training pairs of a mixture: `parts[i]` are all those of `sources[i]`.
+
+    The largest mixture in which every source's share is its weight over the sum of weights and no pair is there twice:
+    the source that runs out first is used whole, the others are sampled. In an order in which the first N are a like
+    mixture. One source is returned as it is.
+
+    Raises:
+        UserError: a source has no training pair left.
+    """
+    if len(sources) == 1:
+        return parts[0]
+    for source, part in zip(sources, parts, strict=True):
+        if not part:
+            raise UserError(f"{source.options.dataset_name}: every prompt of it is held out; lower --val_ratio")
+    # Pairs per unit of weight that every source can give
+    scale = min(len(part) / source.weight for source, part in zip(sources, parts, strict=True))
+    generator = random.Random(seed)
+    mixed: list[Row] = []
+    for source, part in zip(sources, parts, strict=True):
+        count = min(len(part), max(1, round(scale * source.weight)))
+        print(f"mixture: {count} of {len(part)} training pairs of {source.options.dataset_name}", file=sys.stderr)
+        mixed += generator.sample(part, count)
+    generator.shuffle(mixed)
+    return mixed
