@@ -7,6 +7,7 @@ from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     DPOOptions,
     EngineOptions,
+    GaudiOptions,
     LoraOptions,
     ModelOptions,
     TextOptions,
@@ -14,7 +15,17 @@ from tandem.options import (
     explain_unknown,
 )
 
-OPTIONS = (ModelOptions, LoraOptions, TextOptions, DataOptions, TrainOptions, DPOOptions, EngineOptions, MonitorOptions)
+OPTIONS = (
+    ModelOptions,
+    LoraOptions,
+    TextOptions,
+    DataOptions,
+    TrainOptions,
+    DPOOptions,
+    EngineOptions,
+    MonitorOptions,
+    GaudiOptions,
+)
 
 
 def main(argv: list[str]) -> None:

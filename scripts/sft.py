@@ -3,9 +3,9 @@
 from tandem.config import parse
 from tandem.data.options import DataOptions
 from tandem.errors import script_main
-from tandem.options import LoraOptions, ModelOptions, SFTOptions, TextOptions, explain_unknown
+from tandem.options import GaudiOptions, LoraOptions, ModelOptions, SFTOptions, TextOptions, explain_unknown
 
-OPTIONS = (ModelOptions, LoraOptions, TextOptions, DataOptions, SFTOptions)
+OPTIONS = (ModelOptions, LoraOptions, TextOptions, DataOptions, SFTOptions, GaudiOptions)
 
 
 def main(argv: list[str]) -> None:

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
+os.environ.setdefault("PT_HPU_LAZY_MODE", "0")  # read when torch loads Intel's plugin: lazy mode is asked for
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     DPOOptions,
     EngineOptions,
+    GaudiOptions,
     LoraOptions,
     ModelOptions,
     SFTOptions,
@@ -29,20 +31,31 @@ from tandem.options import (
 )
 from tandem.session import open_session
 from tandem.trainers import select
+from tandem.trainers.gaudi_settings import is_lazy
+from tandem.trainers.topology import check_launch, start_processes
 
 
-def run_sft(model: ModelOptions, lora: LoraOptions, text: TextOptions, data: DataOptions, train: SFTOptions) -> None:
+def run_sft(
+    model: ModelOptions,
+    lora: LoraOptions,
+    text: TextOptions,
+    data: DataOptions,
+    train: SFTOptions,
+    gaudi: GaudiOptions,
+) -> None:
     """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
     check_training(model, lora, train)
-    options = (model, lora, text, data, train)
+    arguments = _arguments(train, model)
+    builders = select.builders(model, lora, train, gaudi)
+    options = (model, lora, text, data, train, gaudi)
     with open_session(train, options, "examples") as session:
         if session is None:
             return
-        builders = select.builders()
         tokenizer = load_tokenizer(model)
         splits = _splits(data, text, train, tokenizer)
-        policy, arguments = _trainable(model, lora), _arguments(train, model)
-        session.start()
+        start_processes(arguments)
+        policy = _trainable(model, lora, train.tp_size)
+        session.start(splits["train_dataset"])
         examples = {name: _examples(rows) for name, rows in splits.items()}
         trainer = builders.sft_trainer(policy, tokenizer, arguments, text, lora, examples)
         session.train(trainer)
@@ -57,27 +70,29 @@ def run_dpo(
     dpo: DPOOptions,
     engine: EngineOptions,
     monitor: MonitorOptions,
+    gaudi: GaudiOptions,
 ) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
     check_training(model, lora, train)
     monitor.check_beta(dpo.beta)
-    options = (model, lora, text, data, train, dpo, engine, monitor)
+    arguments = _arguments(train, model)
+    builders = select.builders(model, lora, train, gaudi, dpo)
+    options = (model, lora, text, data, train, dpo, engine, monitor, gaudi)
     with open_session(train, options, "pairs") as session:
         if session is None:
             return
-        builders = select.builders()
         tokenizer = load_tokenizer(model)
-        splits = {
-            name: _tokenized_pairs(rows, tokenizer, text.max_length)
-            for name, rows in _splits(data, text, train, tokenizer).items()
-        }
-        policy, arguments = _trainable(model, lora), _arguments(train, model)
+        rendered = _splits(data, text, train, tokenizer)
+        splits = {name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in rendered.items()}
+        start_processes(arguments)
+        policy = _trainable(model, lora, train.tp_size)
         reference = None
         if dpo.reference_model:
             reference = load_model(
-                dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
+                dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None),
+                tp_size=train.tp_size,
             )
-        session.start()
+        session.start(rendered["train_dataset"])
         trainer = builders.dpo_trainer(
             policy,
             reference,
@@ -94,15 +109,16 @@ def run_dpo(
         session.train(trainer)
 
 
-def _trainable(model: ModelOptions, lora: LoraOptions) -> Any:
-    loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit)
+def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
+    loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
     loaded.config.use_cache = False
     return loaded
 
 
 def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
-    own = {"max_train_samples", "max_eval_samples", "mount_dir", "debug", "resume_from_checkpoint"}
+    own = {"max_train_samples", "max_eval_samples", "mount_dir", "debug", "resume_from_checkpoint", "allow_changed"}
+    own |= {"tp_size"}
     arguments = {
         field.name: getattr(train, field.name) for field in dataclasses.fields(TrainOptions) if field.name not in own
     }
@@ -111,6 +127,9 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
         raise UserError("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
     arguments["use_cpu"] = on_cpu
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
+    check_launch(os.environ, arguments, cpu_asked=train.use_cpu, tp_size=train.tp_size)
+    if train.gradient_checkpointing is None:
+        arguments["gradient_checkpointing"] = not is_lazy()
     if train.debug:
         arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
     return arguments | {

@@ -1,5 +1,6 @@
 """Canonical rows → what a tokenizer reads: templates, transcripts, and prompts cut to length."""
 
+import os
 import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, l
 
     prompt = prompt_ids(row["prompt"], tokenizer)
     whole = [_whole_ids(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")]
-    shared = min(common_prefix_length(prompt, ids) for ids in whole)
+    shared = min(len(os.path.commonprefix([prompt, ids])) for ids in whole)
     return {"prompt_ids": prompt[:shared], "chosen_ids": whole[0][shared:], "rejected_ids": whole[1][shared:]}
 
 

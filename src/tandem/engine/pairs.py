@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tandem.engine.layout import IGNORED_LABEL
+
 
 @dataclass
 class PairCollator:
@@ -20,38 +22,64 @@ class PairCollator:
         pad_token_id: what fills rows up on the right.
         max_length: longest row.
         static: make every row `max_length` long, whatever the pairs.
-        pairs: make every batch this many pairs, copies of its first one filling it up, and add `pair_weights`, (B,)
+        size: make every batch this many pairs, copies of its first one filling it up, and add `pair_weights`, (B,)
             float32: 0 for a copy, else 1.
     """
 
     pad_token_id: int
     max_length: int
     static: bool = False
-    pairs: int | None = None
+    size: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        filled = [*examples, *[examples[0]] * ((self.pairs or 0) - len(examples))]
+        filled = [*examples, *[examples[0]] * ((self.size or 0) - len(examples))]
         rows = [
             ((pair["prompt_ids"] + pair[side])[: self.max_length], len(pair["prompt_ids"]))
             for side in ("chosen_ids", "rejected_ids")
             for pair in filled
         ]
-        width = self.max_length if self.static else max(len(ids) for ids, _ in rows)
-        batch: dict[str, Any] = {
-            "input_ids": torch.full((len(rows), width), self.pad_token_id),
-            "attention_mask": torch.zeros(len(rows), width, dtype=torch.int64),
-            "completion_mask": torch.zeros(len(rows), width, dtype=torch.int64),
-        }
-        for row, (ids, prompt) in enumerate(rows):
-            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["completion_mask"][row, prompt : len(ids)] = 1
+        batch = _padded(rows, self.pad_token_id, self.max_length if self.static else None)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in filled[0]:
                 batch[name] = torch.tensor([pair[name] for pair in filled])
-        if self.pairs is not None:
+        if self.size is not None:
             batch["pair_weights"] = (torch.arange(len(filled)) < len(examples)).float()
         return batch | {"pair_id": [pair.get("pair_id") for pair in filled]}
+
+
+@dataclass
+class ExampleCollator:
+    """Tokenized examples of SFT → batches of one shape.
+
+    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` in its prompt. Keys: `input_ids`, `attention_mask`, `labels`, (size, max_length) int64. Rows without labels fill the batch up.
+    """
+
+    pad_token_id: int
+    max_length: int
+    size: int
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        filled = [*examples, *[{"input_ids": [self.pad_token_id], "labels": []}] * (self.size - len(examples))]
+        rows = [(row["input_ids"][: self.max_length], sum(x == IGNORED_LABEL for x in row["labels"])) for row in filled]
+        batch = _padded(rows, self.pad_token_id, self.max_length)
+        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED_LABEL)
+        batch["labels"][len(examples) :] = IGNORED_LABEL
+        return batch
+
+
+def _padded(rows: Sequence[tuple[list[int], int]], pad_token_id: int, width: int | None) -> dict[str, Any]:
+    """Rows of ids, each with the length of its prompt, as tensors of `width` columns or of the longest row's."""
+    width = width or max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.full((len(rows), width), pad_token_id),
+        "attention_mask": torch.zeros(len(rows), width, dtype=torch.int64),
+        "completion_mask": torch.zeros(len(rows), width, dtype=torch.int64),
+    }
+    for row, (ids, prompt) in enumerate(rows):
+        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["completion_mask"][row, prompt : len(ids)] = 1
+    return batch
 
 
 def completion_logps(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:

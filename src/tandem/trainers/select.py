@@ -2,32 +2,41 @@
 
 import importlib.util
 import os
-from types import ModuleType
+from typing import Any
 
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.options import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.trainers.gaudi_settings import check_gaudi, is_lazy
 
 VARIABLE = "TANDEM_TRAINERS"
 
 
-def builders() -> ModuleType:
-    """The module whose `sft_trainer` and `dpo_trainer` build this run's trainer. Before any model is loaded.
+def builders(
+    model: ModelOptions, lora: LoraOptions, train: TrainOptions, gaudi: GaudiOptions, dpo: DPOOptions | None = None
+) -> Any:
+    """What offers `sft_trainer` and `dpo_trainer` of this run. Before any model is loaded.
 
     optimum-habana's on an HPU where it is installed; else TRL's, which on an HPU is experimental. `TANDEM_TRAINERS`
     (`gaudi` or `trl`) decides instead, so that optimum-habana's trainers can be tested on a CPU.
 
     Raises:
-        UserError: `TANDEM_TRAINERS` is something else, or asks for optimum-habana where it is not installed.
+        UserError: an option that they do not have; `TANDEM_TRAINERS` is something else, or asks for optimum-habana
+            where it is not installed.
     """
     name = os.environ.get(VARIABLE) or _default()
     if name not in ("gaudi", "trl"):
         raise UserError(f"{VARIABLE} must be gaudi or trl, not {name}")
-    if name == "gaudi" and not _has_optimum_habana():
-        raise UserError(f"{VARIABLE}=gaudi needs optimum-habana: see requirements-gaudi.txt")
     if name == "gaudi":
-        from tandem.trainers import gaudi
+        check_gaudi(model, lora, train, dpo, lazy=is_lazy())
+        if not _has_optimum_habana():
+            raise UserError(f"{VARIABLE}=gaudi needs optimum-habana: see requirements-gaudi.txt")
+        from tandem.trainers import gaudi as on_gaudi
 
-        return gaudi
+        on_gaudi.prepare()
+        return on_gaudi.Builders(gaudi)
+    if asked := gaudi.asked():
+        raise UserError(f"--{asked[0]} is of optimum-habana's trainers on Intel Gaudi, which this run does not use")
     from tandem.trainers import trl
 
     return trl

@@ -1,0 +1,6 @@
+marked_steps = 0
+
+
+def mark_step() -> None:
+    global marked_steps
+    marked_steps += 1

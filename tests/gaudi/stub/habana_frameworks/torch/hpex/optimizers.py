@@ -1,0 +1,3 @@
+from torch.optim import AdamW as FusedAdamW
+
+__all__ = ["FusedAdamW"]

@@ -1,0 +1,7 @@
+class synDeviceType:  # noqa: N801
+    synDeviceGaudi2 = 4
+    synDeviceGaudi3 = 5
+
+
+def _get_device_type():
+    return synDeviceType.synDeviceGaudi2
