@@ -42,7 +42,9 @@ stage() {
   fi
   rm -f "$stamp"
   echo "== $name"
-  printf '%q ' "$@" >"$RUN/.stages/$name.command" # what the report tells a reader to repeat
+  # What the report tells a reader to repeat, with all that `launch` and `with_local_judge` look at
+  printf '%q ' "RUN=$RUN" "ACCELERATE_CONFIG=$ACCELERATE_CONFIG" ${JUDGE_MODEL:+"JUDGE_MODEL=$JUDGE_MODEL"} "$@" \
+    >"$RUN/.stages/$name.command"
   "$@" || status=$?
   ((status == 0)) || stop "$name" "$status"
   [[ -e $RUN/$output ]] || stop "$name" 1

@@ -17,7 +17,7 @@ import yaml
 
 from tandem.errors import UserError
 from tandem.runs import write_manifest
-from tandem.upload import UploadOptions, model_card, model_files, upload
+from tandem.upload import UploadOptions, complete_model_files, model_card, upload
 from tests.report import sample_run
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def options(folder: Path, **given: Any) -> UploadOptions:
 
 
 def test_only_the_model_is_pushed(model: Path) -> None:
-    names = [file.name for file in model_files(model)]
+    names = [file.name for file in complete_model_files(model)]
     assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -105,7 +105,8 @@ def test_dry_run_names_files_and_shows_the_card(model: Path, run_dir: Path, monk
     plan = upload(options(model, run_dir=str(run_dir), dry_run=True))
     assert "would push to me/model" in plan
     assert "10  model.safetensors" in plan
-    assert "Preference accuracy | 58.0% [48.2% to 67.2%] | 98.0% [93.0% to 99.5%] |" in plan
+    assert "| metric | Base | SFT | DPO |" in plan
+    assert "Preference accuracy | – | 58.0% [48.2% to 67.2%] | 98.0% [93.0% to 99.4%] |" in plan
     assert "training_args.bin" not in plan
 
 

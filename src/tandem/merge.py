@@ -7,7 +7,7 @@ from pathlib import Path
 from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
 from tandem.options import ModelOptions, is_adapter
-from tandem.runs import MANIFEST, is_complete, staged_dir
+from tandem.runs import is_complete, model_files, staged_dir
 
 
 @dataclass
@@ -39,7 +39,8 @@ def merge(options: MergeOptions) -> None:
         if is_adapter(options.adapter):
             _merge_adapter(options, staging)
         else:
-            _copy_model(Path(options.adapter), staging)
+            for file in model_files(options.adapter):
+                shutil.copy2(file, staging / file.name)
 
 
 def _merge_adapter(options: MergeOptions, staging: Path) -> None:
@@ -58,10 +59,3 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     merged.save_pretrained(staging)
     tokenizer_home = options.adapter if (Path(options.adapter) / "tokenizer_config.json").exists() else base
     load_tokenizer(ModelOptions(model_name_or_path=tokenizer_home)).save_pretrained(staging)
-
-
-def _copy_model(source: Path, staging: Path) -> None:
-    for file in source.iterdir():
-        is_model = file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt")
-        if file.is_file() and is_model and file.name not in (MANIFEST, "run.json", "training_metrics.json"):
-            shutil.copy2(file, staging / file.name)

@@ -10,11 +10,9 @@ from typing import Any
 from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
 from tandem.options import is_adapter
-from tandem.runs import MANIFEST, is_complete
+from tandem.runs import MANIFEST, is_complete, model_files
 
 TOKEN_VARIABLE = "HF_TOKEN"
-MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-NOT_OF_THE_MODEL = (MANIFEST, "run.json", "training_metrics.json", "trainer_state.json")
 CARD = "README.md"
 CARD_SETTINGS = (
     "dataset_name",
@@ -53,7 +51,7 @@ def upload(options: UploadOptions) -> str:
         UserError: the folder is no complete model, $HF_TOKEN is not set, or the Hub refuses.
     """
     folder = Path(options.folder)
-    files = model_files(folder)
+    files = complete_model_files(folder)
     card = model_card(options)
     if options.dry_run:
         return _plan(options, files, card)
@@ -63,8 +61,8 @@ def upload(options: UploadOptions) -> str:
     return _push(options, files, card, token)
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The files of the model or adapter in `folder`; checkpoints, logs and pickled files are none of it.
+def complete_model_files(folder: Path) -> list[Path]:
+    """`model_files` of a folder that holds all of a model or adapter.
 
     Raises:
         UserError: it is not a folder, its training has not finished, or a part of the model is missing.
@@ -74,14 +72,9 @@ def model_files(folder: Path) -> list[Path]:
     unfinished = (folder / MANIFEST).exists() or (folder / "config.yaml").exists()
     if unfinished and not is_complete(folder):
         raise UserError(f"--folder {folder}: its training or merge has not finished; run it again to resume it")
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix in MODEL_FILES and file.name not in NOT_OF_THE_MODEL
-    )
     if missing := _missing(folder):
         raise UserError(f"--folder {folder}: not a complete model: {', '.join(missing)} missing")
-    return files
+    return model_files(folder)
 
 
 def _missing(folder: Path) -> list[str]:

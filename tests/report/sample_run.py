@@ -12,6 +12,7 @@ import numpy as np
 from tandem.config import resolved, to_yaml
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
+from tandem.evaluate import HeldOut, Samples, kl_metrics, summarize
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.run import VerdictLog, summarise
@@ -31,29 +32,30 @@ TEXT = (
 WORDS = TEXT.split()
 
 
-def estimate(value: float, low: float | None, high: float | None, n: int) -> dict[str, Any]:
-    return {"value": value, "low": low, "high": high, "n": n}
+def write_results(folder: Path, pairs: int = 100) -> None:
+    """SFT gets 58% of the pairs right and DPO 98%, as `evaluate` would have written it."""
+    noise = np.random.default_rng(5)
+    base = noise.normal(-60, 8, (pairs, 2))
 
+    def policy(right: float, size: float, gain: float) -> Any:
+        signs = noise.permutation(np.where(np.arange(pairs) < round(right * pairs), 1, -1))
+        margins = signs * np.abs(noise.normal(size, size / 2, pairs))
+        return base + gain + np.stack([margins, -margins], axis=1) / 2
 
-def write_results(folder: Path) -> None:
-    def metrics(accuracy: tuple[float, float, float], margin: float, perplexity: float, kl: float) -> dict[str, Any]:
-        return {
-            "preference_accuracy": estimate(*accuracy, 100),
-            "mean_margin": estimate(margin, margin - 1.2, margin + 1.3, 100),
-            "median_margin": estimate(margin * 0.9, margin - 1.5, margin + 1.1, 100),
-            "perplexity_chosen": estimate(perplexity, perplexity - 1, perplexity + 1.2, 100),
-            "kl_per_token": estimate(kl, kl * 0.8, kl * 1.2, 16),
-            "kl_per_sequence": estimate(kl * 40, None, None, 16),
-        }
-
-    models = {
-        "sft": metrics((0.58, 0.482, 0.672), 0.41, 12.4, 0.013),
-        "dpo": metrics((0.98, 0.93, 0.9945), 9.87, 14.9, 0.214),
-    }
-    write_json(
-        folder / "results.json",
-        {"models": models, "reference": "/models/SmolLM2-135M-Instruct", "n_pairs": 100, "n_dropped": 0},
+    held_out = HeldOut(
+        {"base": base, "sft": policy(0.58, 2, 3.0), "dpo": policy(0.98, 10, -2.0)},
+        chosen_tokens=noise.integers(15, 40, pairs).astype(float),
+        length_difference=noise.integers(-30, 30, pairs),
+        sources=noise.permutation(np.resize(["helpful/test.jsonl", f"harmless/{HOSTILE}"], pairs)),
     )
+    kl = {}
+    for label, size in (("sft", 0.5), ("dpo", 8.0)):
+        answers = [{"prompt_ids": [1], "chosen_ids": [1] * 40, "rejected_ids": [1] * 35}] * 16
+        ratios = noise.normal(size, size / 2, (16, 2))
+        kl[label] = kl_metrics(Samples(answers, ratios), np.zeros((16, 2)), seed=0)
+    paths = {"sft": "/runs/demo/sft_dpo_init_merged", "dpo": "/runs/demo/dpo_sanity_merged"}
+    about = {"reference": "/models/SmolLM2-135M-Instruct", "paths": paths, "n_pairs": pairs, "n_dropped": 0}
+    write_json(folder / "results.json", summarize(held_out, kl, seed=0) | about)
 
 
 def write_stages(folder: Path) -> None:
@@ -131,10 +133,27 @@ def write_data(folder: Path) -> None:
 
 def write_log(folder: Path) -> None:
     seconds = {"check": 9, "sft": 78, "merge_sft": 11, "dpo": 171, "merge_dpo": 12, "evaluate": 96, "compare": 101}
+    seconds["judge"] = 64
     first = "== dpo\n== dpo failed (exit code 1).\n== check: 4 s\n"
     log = "".join(f"== {name}\nsome output\n== {name}: {time} s\n" for name, time in seconds.items())
     again = "== check: done before (/runs/demo/data_report.json)\n"
     (folder / "dpo_pipeline_sanity.log").write_text(first + log + again)
+
+
+def write_commands(folder: Path) -> None:
+    """As `stage` of pipelines/lib.sh writes them, in a run folder of the time."""
+    root, run = "/work/checkout", "/work/checkout/runs/demo"
+    commands = {
+        "check": f"python {root}/scripts/check_data.py --dataset_name '/data/the sample' --report {run}/data.json",
+        "dpo": f"launch {root}/scripts/dpo.py --model_name_or_path {run}/sft_merged --output_dir {run}/dpo",
+        "sft": f"launch {root}/scripts/sft.py --output_dir {run}/sft --mount_dir {run}_mirror",
+        "judge": f"with_local_judge python {root}/scripts/judge.py --run_dir {run}",
+    }
+    (folder / ".stages").mkdir()
+    for name, command in commands.items():
+        settings = f"RUN={run} ACCELERATE_CONFIG={root}/accelerate_configs/cpu.yaml"
+        judge = " JUDGE_MODEL=/models/judge" if name == "judge" else ""
+        (folder / ".stages" / f"{name}.command").write_text(f"{settings}{judge} {command} ")
 
 
 def sentence(noise: random.Random, words: int) -> str:
@@ -243,5 +262,6 @@ def write_whole_run(folder: Path, prompts: int, words: int = 55) -> Path:
     write_margins(folder)
     write_data(folder)
     write_log(folder)
+    write_commands(folder)
     write_judgement(folder, write_comparison(folder, prompts, words), mixed_verdicts)
     return folder

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tandem.errors import UserError
+from tandem.judge.verdicts import outcome
 from tandem.report import page
-from tandem.report.collect import OUTCOMES, outcome, read_run
+from tandem.report.collect import OUTCOMES, read_run
 from tandem.report.page import ReportOptions, write_report
 from tandem.runs import append_jsonl
 from tests.report import sample_run
@@ -85,11 +86,10 @@ def test_whole_run_is_told(whole_page: Parsed) -> None:
     # 20 wins of 28 decisive prompts: 0.714; Wilson's 95% interval by hand is 0.529 to 0.847
     assert "DPO beats Base on 71.4% of the 28 decisive prompts (95% interval 52.9% to 84.7%)" in text
     assert "On 60 pairs labelled by people the judge agrees with them in 90.0%" in text
-    assert "the DPO model prefers the chosen answer in 98.0% (93.0% to 99.5%)" in text
+    assert "the DPO model prefers the chosen answer in 98.0% (93.0% to 99.4%)" in text
     assert "train: 3 of 400 pairs are there more than once" in text
     assert "learning_rate 2e-05 1e-06" in text
     assert "trl 1.16.0" in text
-    assert "MODEL_NAME=/models/SmolLM2-135M-Instruct" in text
     assert "scripts/dpo.py --config" in text
     assert "the run folder has no" not in text
     assert "only a demonstration" not in text
@@ -115,7 +115,57 @@ def test_stage_metrics_are_combined(whole: Path, whole_page: Parsed) -> None:
 def test_time_is_that_of_the_last_completed_run(whole: Path, whole_page: Parsed) -> None:
     assert read_run(whole).seconds["check"] == 9  # the log has 4 s of an earlier run too
     assert "dpo 2 min 51 s" in whole_page.text
-    assert "All of them 7 min 58 s" in whole_page.text  # 9 + 78 + 11 + 171 + 12 + 96 + 101 = 478
+    assert "judge 1 min 4 s not known" in whole_page.text  # no prices were given
+    assert "All of them 9 min 2 s" in whole_page.text  # 9 + 78 + 11 + 171 + 12 + 96 + 101 + 64 = 542
+
+
+def test_cost_stands_beside_the_time(copy: Path) -> None:
+    edit(copy / "judge" / "usage.json", lambda usage: usage.update(cost=1.25))
+    assert "judge 1 min 4 s 1.25" in report_of(copy).text
+
+
+def test_models_are_told_apart(whole: Path, whole_page: Parsed) -> None:
+    """Differences with their p, and the breakdown, as results.json has them."""
+    results = json.loads((whole / "results.json").read_text())
+    against_base, _, against_sft = results["differences"]
+    text = whole_page.text
+    assert "SFT less Base DPO less Base DPO less SFT" in text
+    assert against_sft["metrics"]["preference_accuracy"]["value"] == pytest.approx(0.4)
+    assert "Preference accuracy – – +40.0 points" in text
+    assert f"Mean margin +{against_base['metrics']['mean_margin']['value']:.3f}" in text
+    assert against_sft["metrics"]["mean_margin"]["p"] < 0.001 and "p < 0.001" in text
+    for group in results["breakdown"]["length_difference"]:
+        low, high = (f"{end:+d}".replace("-", "−") for end in group["tokens"])
+        assert f"{low} to {high} tokens {group['n']} {100 * _accuracy(group, 'sft'):.1f}%" in text
+    assert "helpful/test.jsonl 50 " in text
+    assert f"harmless/{sample_run.HOSTILE.split()[0]}" in text
+
+
+def _accuracy(group: Any, label: str) -> float:
+    return group["models"][label]["preference_accuracy"]["value"]
+
+
+def test_commands_are_those_that_ran_into_a_new_folder(whole: Path) -> None:
+    assert page.commands(read_run(whole))["pipeline"] == [
+        "git checkout 0123456789abcdef0123456789abcdef01234567",
+        "source pipelines/lib.sh",
+        "RUN=runs/demo_again",
+        "ACCELERATE_CONFIG=accelerate_configs/cpu.yaml",
+        "JUDGE_MODEL=/models/judge",
+        "python scripts/check_data.py --dataset_name '/data/the sample' --report runs/demo_again/data.json",
+        "launch scripts/sft.py --output_dir runs/demo_again/sft --mount_dir runs/demo_mirror",
+        "launch scripts/dpo.py --model_name_or_path runs/demo_again/sft_merged --output_dir runs/demo_again/dpo",
+        "with_local_judge python scripts/judge.py --run_dir runs/demo_again",
+    ]
+
+
+def test_every_reason_against_a_winner_is_told(copy: Path) -> None:
+    reasons = ["dpo would not lead if all were lost", "the lead of dpo may be one of length alone"]
+    sentence = f"No winner between dpo and base: {reasons[0]}."
+    edit(copy / "judge_summary.json", lambda judge: judge.update(winner=None, conclusion=sentence, why=reasons))
+    text = report_of(copy).text
+    assert "No winner named No winner between DPO and Base: DPO would not lead if all were lost." in text
+    assert "Besides: the lead of DPO may be one of length alone." in text
 
 
 def test_rows_agree_with_the_summary(whole: Path) -> None:
@@ -194,6 +244,7 @@ PIECES = {
     "data_report.json": "No data check",
     "dpo_pipeline_sanity.log": "No times of the stages",
     "judge/usage.json": "Every verdict accounted for",
+    ".stages": "One training stage, with every option that it had here",
     "judge/verdicts.jsonl": "Not judged 40",
     "sft": "Reproduce",
     "dpo": "Reproduce",

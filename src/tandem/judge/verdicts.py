@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -149,3 +150,19 @@ def vote(verdict: str, order: str) -> int:
         return 1
     first_wins = verdict == "A"
     return 2 if first_wins == (order == "21") else 0
+
+
+def outcome(records: Iterable[Mapping[str, Any]]) -> str:
+    """won, lost or tie for answer 2 by the verdicts on one prompt, if both orders say so; else disagree or unjudged.
+
+    A record has `status`, `verdict` and `order`; verdicts of one order are added up.
+    """
+    leads: dict[str, int] = {}
+    for record in records:
+        if record["status"] == "ok":
+            lead = vote(record["verdict"], record["order"]) - 1
+            leads[record["order"]] = leads.get(record["order"], 0) + lead
+    if len(leads) < 2:
+        return "unjudged"
+    signs = {(lead > 0) - (lead < 0) for lead in leads.values()}
+    return {1: "won", 0: "tie", -1: "lost"}[signs.pop()] if len(signs) == 1 else "disagree"

@@ -4,18 +4,20 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
 from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge
-from tandem.judge.verdicts import vote
+from tandem.judge.verdicts import outcome
 from tandem.runs import read_jsonl
 
 Json = dict[str, Any]
 
 STAGES = ("sft", "dpo")
+PIPELINE = ("check", "sft", "merge_sft", "dpo", "merge_dpo", "evaluate", "compare", "judge", "report")
 PIPELINE_LOG = "dpo_pipeline_sanity.log"
 OUTCOMES = ("won", "lost", "tie", "disagree", "unjudged")
 _STAGE_TIME = re.compile(r"^== (\w+): (\d+) s$", re.MULTILINE)
@@ -49,6 +51,7 @@ class Run:
     answers: list[Json] = dataclasses.field(default_factory=list)
     unmatched_verdicts: int = 0  # verdicts of another judge, or on answers that are not shown
     seconds: dict[str, int] = dataclasses.field(default_factory=dict)
+    commands: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of the pipeline's stages, as words
     alarms: list[Json] = dataclasses.field(default_factory=list)
 
     @property
@@ -84,6 +87,7 @@ def read_run(folder: str | Path) -> Run:
         answers=answers,
         unmatched_verdicts=unmatched,
         seconds=_stage_seconds(folder / PIPELINE_LOG),
+        commands=_commands(folder / ".stages"),
         alarms=_read_jsonl(folder / "dpo" / "logs" / "alarms.jsonl"),
     )
     if not any((run.stages, run.results, run.judge, run.data, run.answers)):
@@ -142,6 +146,16 @@ def _stage_seconds(log: Path) -> dict[str, int]:
         return {}
     text = log.read_text(encoding="utf-8", errors="replace")
     return {name: int(seconds) for name, seconds in _STAGE_TIME.findall(text)}
+
+
+def _commands(folder: Path) -> dict[str, list[str]]:
+    """What `stage` of pipelines/lib.sh ran, in the order of the pipeline, stages of other pipelines last."""
+    found = {}
+    for path in sorted(folder.glob("*.command")):
+        with as_written(path):
+            found[path.stem] = shlex.split(path.read_text(encoding="utf-8"))
+    known = [name for name in PIPELINE if name in found]
+    return {name: found[name] for name in dict.fromkeys([*known, *found])}
 
 
 def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
@@ -217,16 +231,3 @@ def _shown(record: Json) -> Json:
     named = {"A": record["a"], "B": record["b"], "tie": "tie"}.get(record["verdict"])
     text = record["rationale"] or record["detail"]
     return {"first": record["a"], "second": record["b"], "named": named, "status": record["status"], "text": text}
-
-
-def outcome(records: Iterable[Json]) -> str:
-    """One of OUTCOMES for side 2, from the verdicts on one prompt; `disagree` where the orders differ in any way."""
-    leads: dict[str, int] = {}
-    for record in records:
-        if record["status"] == "ok":
-            lead = vote(record["verdict"], record["order"]) - 1
-            leads[record["order"]] = leads.get(record["order"], 0) + lead
-    if len(leads) < 2:
-        return "unjudged"
-    signs = {(lead > 0) - (lead < 0) for lead in leads.values()}
-    return {1: "won", 0: "tie", -1: "lost"}[signs.pop()] if len(signs) == 1 else "disagree"

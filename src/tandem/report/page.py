@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import itertools
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,6 @@ from tandem.judge.calibration import distrust
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
 from tandem.runs import write_atomic, write_json
 
-JUDGE_SERVER_LOG = "judge_server.log"  # left by pipelines/lib.sh where it served the judge itself
 MODEL_NAMES = {"base": "Base", "sft": "SFT", "dpo": "DPO", "chosen": "Chosen in the data"}
 
 # Options worth seeing at a glance; the whole of them is in the YAML below the table
@@ -40,6 +40,8 @@ SHOWN_OPTIONS = (
     "layout",
     "seed",
 )
+_SETTING = re.compile(r"[A-Z_]+=")  # as `stage` of pipelines/lib.sh puts before a command
+_SCRIPT = re.compile(r"(.*/)scripts/\w+\.py")
 CALLS = {"labelled": "Labelled pairs", "self": "Answers against themselves", "main": "Models compared"}
 
 
@@ -65,13 +67,18 @@ METRICS = {
     ),
     "mean_margin": Metric("Mean margin", "chosen over rejected, against the reference, nats"),
     "median_margin": Metric("Median margin", "nats"),
+    "ranking_accuracy": Metric(
+        "Ranking accuracy", "pairs whose chosen answer is the likelier one, by itself", is_share=True
+    ),
     "perplexity_chosen": Metric("Perplexity of chosen", "over all tokens of the chosen answers"),
     "kl_per_token": Metric("KL per token", "from the reference, on the model's own answers, nats"),
     "kl_per_sequence": Metric("KL per answer", "the same, over whole answers, nats"),
 }
+BREAKDOWNS = {"length_difference": "By length of chosen less rejected", "source": "By source"}
 STATISTICS = {
     "n": Metric("Answers", "prompts answered"),
     "mean_tokens": Metric("Mean length", "tokens"),
+    "mean_characters": Metric("Mean length", "characters"),
     "truncated": Metric("Truncated", "stopped by the length limit", is_share=True),
     "empty": Metric("Empty", "no text at all", is_share=True),
     "refusal": Metric("Refusals", "answers that refuse", is_share=True),
@@ -98,22 +105,25 @@ def write_report(options: ReportOptions) -> Path:
 def render(run: Run, written: datetime | None = None) -> str:
     """The page as HTML; `written` is the date it shows, now if unset."""
     templates = environment(autoescape=True)
-    script = _source(templates, "report.js")
+    script = source(templates, "report.js")
     return templates.get_template("report.html.jinja").render(
         run=run,
         title=run.folder.resolve().name,
         headline=headline(run),
         judgement=judgement(run),
         spent=spent(run),
+        times=times(run),
         data=data_table(run),
         metrics=metrics_table(run),
+        differences=differences_table(run),
+        breakdown=breakdown_tables(run),
         statistics=statistics_table(run),
         plots=training_plots(run),
         options=options_table(run),
         commands=commands(run),
         browser=browser_data(run),
         written=(written or datetime.now(UTC)).strftime("%d %B %Y, %H:%M UTC"),
-        style=Markup(_source(templates, "report.css")),
+        style=Markup(source(templates, "report.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -134,13 +144,15 @@ def environment(*, autoescape: bool) -> jinja2.Environment:
         "number": number,
         "value": show_value,
         "interval": show_interval,
+        "difference": show_difference,
         "duration": duration,
         "model_name": model_name,
     }
     return templates
 
 
-def _source(templates: jinja2.Environment, name: str) -> str:
+def source(templates: jinja2.Environment, name: str) -> str:
+    """A template as it stands, as style and script are."""
     assert templates.loader is not None
     return templates.loader.get_source(templates, name)[0]
 
@@ -172,6 +184,30 @@ def show_interval(estimate: Mapping[str, Any] | None, is_share: bool = False) ->
     return f"{show(estimate['low'])} to {show(estimate['high'])}"
 
 
+def show_difference(estimate: Mapping[str, Any] | None, is_share: bool = False) -> Json:
+    """A difference as `value` with its sign, `interval` and `p`; shares in percentage points."""
+    if estimate is None:
+        return {"value": "–", "interval": "", "p": ""}
+
+    def signed(value: float | None) -> str:
+        if value is None:
+            return ""
+        text = f"{100 * value:.1f}" if is_share else f"{value:#.3g}".rstrip(".")
+        return ("" if value < 0 else "+") + text.replace("-", "−")
+
+    value, low, high = (signed(estimate[end]) for end in ("value", "low", "high"))
+    return {
+        "value": f"{value} points" if is_share else value,
+        "interval": f"{low} to {high}" if low and high else "",
+        "p": show_p(estimate["p"]) if "p" in estimate else "",
+    }
+
+
+def show_p(p: float) -> str:
+    """A p-value; below a thousandth its size means little."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
 def duration(seconds: float) -> str:
     """75 → 1 min 15 s."""
     minutes, rest = divmod(round(seconds), 60)
@@ -187,7 +223,10 @@ def model_name(label: str) -> str:
 
 
 def headline(run: Run) -> Json:
-    """The verdict: `tag`, `sentence`, `calibration`, `distrust` (reasons not to trust the judge), `measured`."""
+    """The verdict: `tag`, `sentence`, `calibration`, `distrust`, `besides` and `measured`.
+
+    `distrust` are reasons not to trust the judge, `besides` those against a winner that the sentence does not give.
+    """
     measured = _measured(run)
     if run.judge is None:
         return {
@@ -196,6 +235,7 @@ def headline(run: Run) -> Json:
             "sentence": "No judge has compared these models, so nothing here says which one answers better.",
             "calibration": None,
             "distrust": [],
+            "besides": [],
             "measured": measured,
         }
     with as_written(run.folder / "judge_summary.json"):
@@ -206,6 +246,7 @@ def headline(run: Run) -> Json:
             "sentence": _with_names(run.judge["conclusion"], run.judge["labels"].values()),
             "calibration": _calibration(run.judge),
             "distrust": distrust(calibration["labelled"], run.judge["result"], calibration["max_flip_rate"]),
+            "besides": [_with_names(reason, run.judge["labels"].values()) for reason in run.judge["why"][1:]],
             "measured": measured,
         }
 
@@ -259,17 +300,58 @@ def metrics_table(run: Run) -> Json | None:
         return None
     with as_written(run.folder / "results.json"):
         models = run.results["models"]
-        names = dict.fromkeys(
-            name for metrics in models.values() for name, found in metrics.items() if "value" in found
-        )
         rows = [
-            {"name": name, "metric": _metric(METRICS, name), "estimates": [models[label].get(name) for label in models]}
-            for name in names
+            {"name": name, "metric": metric, "estimates": [metrics.get(name) for metrics in models.values()]}
+            for name, metric in METRICS.items()
+            if any("value" in metrics.get(name, ()) for metrics in models.values())
         ]
         accuracies = {
             label: models[label]["preference_accuracy"] for label in models if "preference_accuracy" in models[label]
         }
         return {"labels": list(models), "rows": rows, "accuracies": accuracies}
+
+
+def differences_table(run: Run) -> Json | None:
+    """`pairs` of model labels, and `rows` of a `Metric` with the difference of each pair of models."""
+    if run.results is None:
+        return None
+    with as_written(run.folder / "results.json"):
+        found = run.results["differences"]
+        names = [name for name in METRICS if any(name in each["metrics"] for each in found)]
+        return {
+            "pairs": [(each["model"], each["other"]) for each in found],
+            "rows": [
+                {"metric": METRICS[name], "differences": [each["metrics"].get(name) for each in found]}
+                for name in names
+            ],
+        }
+
+
+def breakdown_tables(run: Run) -> list[Json]:
+    """For each way of breaking down: its `title`, the `labels` and the `rows` of a name, pairs, and two metrics."""
+    if run.results is None:
+        return []
+    with as_written(run.folder / "results.json"):
+        return [
+            {
+                "title": BREAKDOWNS[by],
+                "labels": list(groups[0]["models"]),
+                "rows": [_breakdown_row(by, group) for group in groups],
+            }
+            for by, groups in run.results["breakdown"].items()
+            if groups
+        ]
+
+
+def _breakdown_row(by: str, group: Json) -> Json:
+    low, high = group["tokens"]
+    by_length = by == "length_difference"
+    return {
+        "name": f"{low:+d} to {high:+d} tokens".replace("-", "−") if by_length else group["name"],
+        "n": group["n"],
+        "accuracies": [metrics["preference_accuracy"] for metrics in group["models"].values()],
+        "margins": [metrics["mean_margin"] for metrics in group["models"].values()],
+    }
 
 
 def judgement(run: Run) -> Json | None:
@@ -280,9 +362,7 @@ def judgement(run: Run) -> Json | None:
         result, calibration = run.judge["result"], run.judge["calibration"]
         agreed, mean = result["orders_agree"], result["mean_of_orders"]
         labelled, by_length = calibration["labelled"], calibration["labelled"]["accuracy_by_length"]
-        counts = (
-            f"of {agreed['wins']} wins and {agreed['losses']} losses; sign test p = {number(agreed['sign_test_p'])}"
-        )
+        counts = f"of {agreed['wins']} wins and {agreed['losses']} losses; sign test {show_p(agreed['sign_test_p'])}"
         said = [
             ("Win rate, both orders agreeing", counts, agreed["win_rate"]),
             (
@@ -350,17 +430,21 @@ def data_table(run: Run) -> Json | None:
 
 
 def statistics_table(run: Run) -> Json | None:
-    """`labels`, and `rows` of a `Metric` with a value for each label."""
+    """`statistics_rows` of the run's comparison."""
     if run.comparison is None:
         return None
     with as_written(run.folder / "dpo_comparison_results.json"):
-        statistics = run.comparison["statistics"]
-        names = dict.fromkeys(name for values in statistics.values() for name in values)
-        rows = [
-            {"metric": _metric(STATISTICS, name), "values": [statistics[label].get(name) for label in statistics]}
-            for name in names
-        ]
-        return {"labels": list(statistics), "rows": rows}
+        return statistics_rows(run.comparison["statistics"])
+
+
+def statistics_rows(statistics: Mapping[str, Json]) -> Json:
+    """`labels`, and `rows` of a `Metric` with a value for each label."""
+    names = dict.fromkeys(name for values in statistics.values() for name in values)
+    rows = [
+        {"metric": _metric(STATISTICS, name), "values": [values.get(name) for values in statistics.values()]}
+        for name in names
+    ]
+    return {"labels": list(statistics), "rows": rows}
 
 
 def _metric(known: Mapping[str, Metric], name: str) -> Metric:
@@ -404,24 +488,55 @@ def browser_data(run: Run) -> Json:
     }
 
 
-def commands(run: Run) -> dict[str, list[str]]:
-    """Command lines that run the same again: the whole `pipeline`, and single training `stages`."""
-    configured = {name: stage for name, stage in run.stages.items() if stage.config_yaml is not None and stage.config}
-    if not configured:
-        return {"pipeline": [], "stages": []}
+def times(run: Run) -> list[tuple[str, int, str]]:
+    """Each stage of the pipeline with its seconds and, of the judge, its cost."""
+    with as_written(run.folder / "judge" / "usage.json"):
+        cost = "not known" if run.usage is None or run.usage["cost"] is None else number(float(run.usage["cost"]))
+    return [(name, seconds, cost if name == "judge" else "–") for name, seconds in run.seconds.items()]
+
+
+def commands(run: Run) -> Json:
+    """Command lines that run the same again in a new folder: of the whole `pipeline`, and of single training `stages`.
+
+    The pipeline's are those that its stages ran with, from the root of a checkout.
+    """
     folder = run.folder.resolve()
     again = folder.with_name(f"{folder.name}_again")
-    checkout = [f"git checkout {sha}" for sha in [_commit(run)] if sha]
-    environment = _pipeline_environment(run, next(iter(configured.values())).config) | {"OUTPUT_DIR": str(again)}
-    settings = [f"{name}={shlex.quote(value)} \\" for name, value in environment.items()]
     return {
-        "pipeline": [*checkout, *settings, "./pipelines/dpo_pipeline_sanity.sh"],
+        "pipeline": _pipeline_again(run),
         "stages": [
             f"python scripts/{name}.py --config {_quoted(folder / name / 'config.yaml')} "
             f"--output_dir {_quoted(again / name)}"
-            for name in configured
+            for name, stage in run.stages.items()
+            if stage.config_yaml is not None
         ],
     }
+
+
+def _pipeline_again(run: Run) -> list[str]:
+    """The stages' commands, after the shell variables that they were written down with."""
+    settings: dict[str, str] = {}
+    lines = []
+    for words in run.commands.values():
+        command = list(itertools.dropwhile(_SETTING.match, words))
+        settings |= dict(word.split("=", 1) for word in words[: len(words) - len(command)])
+        lines.append(command)
+    if "RUN" not in settings:
+        return []
+    folder = settings["RUN"]
+    root = next((found[1] for line in lines for word in line if (found := _SCRIPT.fullmatch(word))), "")
+
+    def moved(word: str) -> str:
+        if word == folder or word.startswith(f"{folder}/"):
+            word = word.replace(folder, f"{folder}_again", 1)
+        return shlex.quote(word.removeprefix(root))
+
+    return [
+        *(f"git checkout {sha}" for sha in [_commit(run)] if sha),
+        "source pipelines/lib.sh",
+        *(f"{name}={moved(value)}" for name, value in settings.items()),
+        *(" ".join(map(moved, line)) for line in lines),
+    ]
 
 
 def _quoted(path: Path) -> str:
@@ -430,15 +545,3 @@ def _quoted(path: Path) -> str:
 
 def _commit(run: Run) -> str | None:
     return next((shlex.quote(sha) for stage in run.stages.values() if (sha := stage.run.get("git_sha"))), None)
-
-
-def _pipeline_environment(run: Run, config: Mapping[str, Any]) -> dict[str, str]:
-    """The variables that the pipeline takes; DATASET stays unset where the pipeline's own slice was used."""
-    environment = {"MODEL_NAME": str(config.get("model_name_or_path"))}
-    if "[" not in str(config.get("dataset_train_split")):
-        environment["DATASET"] = str(config.get("dataset_name"))
-    if run.judge:
-        served_here = (run.folder / JUDGE_SERVER_LOG).exists()
-        judge = run.judge["judge"]
-        environment |= {"JUDGE_MODEL": judge["model"], "JUDGE_BASE_URL": "local" if served_here else judge["base_url"]}
-    return environment
