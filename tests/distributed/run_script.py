@@ -1,4 +1,4 @@
-"""Starts a script of scripts/ as each of a launcher's processes: `torchrun run_script.py fsdp dpo.py …`.
+"""Runs scripts of scripts/ as each of a launcher's processes: `torchrun run_script.py fsdp dpo.py … ++ sft.py …`.
 
 `fsdp` makes accelerate take gloo processes on the CPU for GPU processes, since it shards over nothing else.
 """
@@ -31,8 +31,11 @@ def take_cpu_for_gpu() -> None:
 
 
 if __name__ == "__main__":
-    kind, script, *argv = sys.argv[1:]
+    kind, *rest = sys.argv[1:]
     if kind == "fsdp":
         take_cpu_for_gpu()
-    sys.argv = [script, *argv]
-    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    while rest:
+        end = rest.index("++") if "++" in rest else len(rest)
+        script, *argv = rest[:end]
+        runpy.run_path(str(SCRIPTS / script))["main"](argv)
+        rest = rest[end + 1 :]
