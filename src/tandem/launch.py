@@ -2,6 +2,8 @@
 
 accelerate turns every failure into exit code 1 and a traceback of its own, which would hide whether a run was wrong
 (2), stopped by an alarm (3) or preempted (75). SIGTERM is passed on to the script's processes, which save a checkpoint.
+`python -m tandem.launch torchrun …` does the same for torchrun, which starts several processes on a CPU as well, and
+starts them again after one has died (`--max-restarts`, docs/resume.md).
 """
 
 import os
@@ -11,7 +13,7 @@ import sys
 from types import FrameType
 
 import psutil
-
+import torch.distributed.run as torchrun
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from tandem.errors import Preempted
 from tandem.lifeline import be_launcher
 
-_SAVING_SECONDS = 3600  # for a checkpoint; who sent SIGTERM decides how long it really has
+_SAVING_SECONDS = 120  # for a checkpoint, and for the others when a rank has died in the midst of a collective
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +31,10 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
     signal.signal(signal.SIGTERM, _pass_on)
     try:
-        launch_command(launch_command_parser().parse_args(argv))
+        if argv[:1] == ["torchrun"]:
+            torchrun.main(argv[1:])
+        else:
+            launch_command(launch_command_parser().parse_args(argv))
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -92,11 +93,14 @@ class Preemption(TrainerCallback):
         self.came = False
 
     def __enter__(self) -> Self:
-        self._former = signal.signal(signal.SIGTERM, self._notice)
+        # Ray trains in another thread than the main one, which alone may listen, and has its own way to end workers
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._former)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._former)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.came = True

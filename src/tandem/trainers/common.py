@@ -75,7 +75,9 @@ class PairTrainer(CompleteCheckpoints):
         hits = len(keys) - len(missing)
         logger.info("reference of %s pairs: %d of %d in %s", name, hits, len(keys), self._ref_cache.path)
         if missing:
-            found |= self._score_reference(dataset, keys, missing, name, batch_size)
+            # A loader draws from the random numbers: a run must have the same left whether the cache was full or not
+            with torch.random.fork_rng(devices=[]):
+                found |= self._score_reference(dataset, keys, missing, name, batch_size)
         chosen, rejected = zip(*(found[key] for key in keys), strict=True)
         return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
 
