@@ -7,14 +7,15 @@ from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
+from tandem.generation.options import GenerationOptions
 from tandem.sampling import SamplingOptions
 
 
 def main(argv: list[str]) -> None:
-    classes = (CompareOptions, SamplingOptions, DataOptions)
-    options, sampling, data = parse(argv, classes, prog="compare.py", description=__doc__)
-    print(to_markdown(compare(options, sampling, load_held_out(data))))
-    save(Path(options.output_dir) / "compare.yaml", options, sampling, data)
+    classes = (CompareOptions, GenerationOptions, SamplingOptions, DataOptions)
+    options, engine, sampling, data = parse(argv, classes, prog="compare.py", description=__doc__)
+    print(to_markdown(compare(options, engine, sampling, load_held_out(data))))
+    save(Path(options.output_dir) / "compare.yaml", options, engine, sampling, data)
 
 
 if __name__ == "__main__":

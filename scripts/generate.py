@@ -1,22 +1,24 @@
-"""Answer held-out prompts with one model."""
+"""Have models answer the same held-out prompts under the same sampling."""
 
 from pathlib import Path
 
 from tandem.config import parse, save
+from tandem.data.held_out import held_out_prompts
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
-from tandem.generate import GenerateOptions, generate, held_out_prompts
+from tandem.generate import GenerateOptions, generate
+from tandem.generation.options import GenerationOptions
 from tandem.sampling import SamplingOptions
 
 
 def main(argv: list[str]) -> None:
-    classes = (GenerateOptions, SamplingOptions, DataOptions)
-    options, sampling, data = parse(argv, classes, prog="generate.py", description=__doc__)
+    classes = (GenerateOptions, GenerationOptions, SamplingOptions, DataOptions)
+    options, engine, sampling, data = parse(argv, classes, prog="generate.py", description=__doc__)
     prompts = held_out_prompts(load_held_out(data), sampling.max_prompts)
-    path = generate(options.model_name_or_path, options.label, prompts, sampling, Path(options.output_dir))
-    save(path.with_suffix(".yaml"), options, sampling, data)
-    print(path)
+    files = generate(options.by_label, prompts, sampling, engine, Path(options.output_dir))
+    save(Path(options.output_dir) / "generate.yaml", options, engine, sampling, data)
+    print(*files.values(), sep="\n")
 
 
 if __name__ == "__main__":

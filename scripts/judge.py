@@ -12,8 +12,9 @@ def main(argv: list[str]) -> None:
     from tandem.judge.calibration import labelled_comparisons
     from tandem.judge.run import judge, load_comparisons
 
-    comparisons = load_comparisons(options)
-    labelled = labelled_comparisons(load_held_out(data), options.calibration_pairs, options.seed)
+    pairs = load_held_out(data)
+    comparisons = load_comparisons(options, pairs)
+    labelled = labelled_comparisons(pairs, options.calibration_pairs, options.seed)
     summary = judge(options, comparisons, labelled)
     if not options.dry_run:
         save(options.folder / "judge.yaml", options, data)

@@ -87,12 +87,12 @@ def test_each_script_replays_what_it_saved(
 ):
     """The YAML beside an output, given as --config, makes the output again."""
     line(
-        f"python scripts/generate.py --model_name_or_path {tiny_model} --label dpo --output_dir {tmp_path} "
+        f"python scripts/generate.py --models base={tiny_model} dpo={tiny_model} --output_dir {tmp_path} "
         f"--dataset_name {tiny_data} --max_new_tokens 4 --seed 7"
     )
     answers = (tmp_path / "generations_dpo.jsonl").read_bytes()
     (tmp_path / "generations_dpo.jsonl").unlink()
-    line("python scripts/generate.py --config generations_dpo.yaml")
+    line("python scripts/generate.py --config generate.yaml")
     assert (tmp_path / "generations_dpo.jsonl").read_bytes() == answers
 
     line(f"python scripts/check_data.py --dataset_name {tiny_data} --report data_report.json")

@@ -9,23 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import tandem.scoring
 from tandem.data.formats import prompt_id
+from tandem.data.held_out import chosen_answers, held_out_prompts
 from tandem.errors import UserError
-from tandem.generate import generate, held_out_prompts
-from tandem.runs import read_jsonl
-from tandem.sampling import Sampling, SamplingOptions
+from tandem.generate import GenerateOptions
+from tandem.generate import generate as generate_all
+from tandem.generation.options import GenerationOptions
+from tandem.runs import locked, read_jsonl
+from tandem.sampling import Sampling, SamplingOptions, prompt_seed
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 
 
 def options(**changes: Any) -> SamplingOptions:
-    given: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 3}
-    return SamplingOptions(**given | changes)
+    return SamplingOptions(**{"max_new_tokens": 12} | changes)
+
+
+def generate(model: str, label: str, prompts: Any, sampling: SamplingOptions, folder: Path) -> Path:
+    engine = GenerationOptions(batch_size=3)
+    return generate_all({label: model}, prompts, sampling, engine, folder)[label]
 
 
 PROMPTS = [[{"role": "user", "content": f"say {word} {index}"}] for index, word in enumerate(tiny.WORDS[:10])]
@@ -46,7 +51,11 @@ def test_a_line_a_prompt(undisturbed: list[dict[str, Any]], tiny_model: Path):
     record = undisturbed[0]
     assert record["messages"] in PROMPTS
     assert (record["model"], record["adapter"], record["engine"]) == (str(tiny_model), None, "transformers")
-    assert record["sampling"] == {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.95}
+    assert list(record) == [
+        "prompt_id", "messages", "model", "adapter", "engine", "sampling", "seed", "text", "n_tokens", "finish_reason",
+    ]  # fmt: skip
+    draw = {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.95, "max_prompt_length": 512}
+    assert record["sampling"] == draw
     assert record["seed"] == 42
     assert all(record["finish_reason"] == ("stop" if record["n_tokens"] < 12 else "length") for record in undisturbed)
 
@@ -81,11 +90,11 @@ def test_kill_and_go_on(tmp_path: Path, tiny_model: Path, undisturbed: list[dict
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import pathlib, time, tandem.generate as g\n"
-        "from tests.test_generate import PROMPTS, options\n"
+        "from tests.test_generate import PROMPTS, generate, options\n"
         "append = g.append_jsonl\n"
         "def slow(*a):\n    append(*a)\n    time.sleep(0.3)\n"
         "g.append_jsonl = slow\n"
-        "g.generate(sys.argv[1], 'dpo', PROMPTS, options(), pathlib.Path(sys.argv[2]))"
+        "generate(sys.argv[1], 'dpo', PROMPTS, options(), pathlib.Path(sys.argv[2]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tiny_model), str(tmp_path)], env=os.environ)
     while len(read_jsonl(path)) < 2:
@@ -107,7 +116,9 @@ def test_a_finished_run_loads_no_model(tmp_path: Path, tiny_model: Path, undistu
     assert generate(gone, "dpo", PROMPTS, options(), tmp_path) == path
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"greedy": True}, {"max_new_tokens": 5}])
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.5}, {"seed": 1}, {"greedy": True}, {"max_new_tokens": 5}, {"max_prompt_length": 5}]
+)
 def test_answers_of_other_settings_are_not_mixed(
     tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]], change: dict[str, Any]
 ):
@@ -116,21 +127,14 @@ def test_answers_of_other_settings_are_not_mixed(
     before = path.read_bytes()
     with pytest.raises(UserError) as error:
         generate(str(tiny_model), "dpo", PROMPTS, options(**change), tmp_path)
-    assert str(error.value) == f"{path}: holds answers of {tiny_model} or of other sampling; move the file away"
+    expected = f"{path}: holds answers of another model than {tiny_model} or of other sampling; move it away"
+    assert str(error.value) == expected
     assert path.read_bytes() == before
 
 
 @pytest.fixture(scope="module")
-def talking_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The tiny model with a head of its own: with the tied one it repeats the last token for ever."""
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "talking")
-    config = AutoConfig.from_pretrained(folder)
-    config.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, config=config)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.lm_head.weight)
-    model.save_pretrained(folder)
-    return folder
+def talking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "talking", tied=False)
 
 
 def test_greedy_does_not_depend_on_the_seed(tmp_path: Path, talking_model: Path):
@@ -165,11 +169,75 @@ def test_long_prompts_are_cut(tmp_path: Path, tiny_model: Path, monkeypatch: pyt
     assert read_jsonl(path)[0]["messages"] == long
 
 
+def test_a_model_trained_since_is_not_mixed_with_what_it_was(tmp_path: Path, tiny_model: Path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = generate(str(model), "dpo", PROMPTS[:1], options(), tmp_path)
+    generate(str(model), "dpo", PROMPTS[:2], options(), tmp_path)
+    before = path.read_bytes()
+    later = path.stat().st_mtime + 1
+    os.utime(model / "model.safetensors", (later, later))
+    with pytest.raises(UserError, match=r"from before .*model was last trained"):
+        generate(str(model), "dpo", PROMPTS, options(), tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_an_adapter_is_named_beside_its_base(tmp_path: Path, talking_model: Path):
+    """Base and policy in one call, on the same prompts, as the adapter's base and the adapter."""
+    adapter = tiny.save_adapter(tmp_path / "adapter", talking_model)
+    models = {"base": str(talking_model), "dpo": str(adapter)}
+    files = generate_all(models, PROMPTS[:4], options(greedy=True), GenerationOptions(), tmp_path)
+    base, dpo = (read_jsonl(files[label]) for label in ("base", "dpo"))
+    assert {(record["model"], record["adapter"]) for record in base} == {(str(talking_model), None)}
+    assert {(record["model"], record["adapter"]) for record in dpo} == {(str(talking_model), str(adapter))}
+    assert by_prompt(base).keys() == by_prompt(dpo).keys()
+    assert by_prompt(base) != by_prompt(dpo)
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, tiny_model: Path):
+    with locked(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} is writing there"):
+        generate(str(tiny_model), "dpo", PROMPTS, options(), tmp_path)
+    generate(str(tiny_model), "dpo", PROMPTS[:1], options(), tmp_path)  # free again
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (["dpo"], "--models dpo: must be label=MODEL, as base=MODEL or dpo=out"),
+        (["dpo="], "--models dpo=: must be label=MODEL, as base=MODEL or dpo=out"),
+        (["../x=m"], "--models ../x=m: must be label=MODEL, as base=MODEL or dpo=out"),
+        (["a=m", "a=n"], "--models a=m a=n: a label is there twice"),
+    ],
+)
+def test_labels_are_checked(models: list[str], expected: str):
+    with pytest.raises(UserError) as error:
+        GenerateOptions(models, "out")
+    assert str(error.value) == expected
+    assert GenerateOptions(["base=m", "dpo=runs/a=b"], "out").by_label == {"base": "m", "dpo": "runs/a=b"}
+
+
 def test_distinct_prompts_in_their_order():
     pairs = [{"prompt": "b"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": [{"role": "user", "content": "a"}]}]
     prompts = held_out_prompts(pairs, None)
     assert [messages[0]["content"] for messages in prompts] == ["b", "a"]
     assert held_out_prompts(pairs, 1) == prompts[:1]
+
+
+def test_the_first_chosen_answer_counts():
+    message = {"role": "assistant", "content": " c "}
+    pairs = [
+        {"prompt": "a", "chosen": " b "},
+        {"prompt": "a", "chosen": "z"},
+        {"prompt": [{"role": "user", "content": "x"}], "chosen": [message]},
+    ]
+    assert list(chosen_answers(pairs).values()) == ["b", "c"]
+    assert list(chosen_answers(pairs)) == [prompt_id(messages) for messages in held_out_prompts(pairs, None)]
+
+
+def test_each_prompt_has_a_seed_of_its_own():
+    seeds = {prompt_seed(seed, prompt_id) for seed in (1, 2) for prompt_id in ("a", "b")}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert prompt_seed(1, "a") in seeds
 
 
 def test_sampling_keywords():

@@ -31,8 +31,14 @@ def tokenizer(chat_template: str | None = TEMPLATE) -> Any:
     )
 
 
-def save_model(folder: Path, seed: int = 0, chat_template: str | None = TEMPLATE, dtype: str = "float32") -> Path:
-    """A 2-layer Llama with its tokenizer, as a model folder."""
+def save_model(
+    folder: Path,
+    seed: int = 0,
+    chat_template: str | None = TEMPLATE,
+    dtype: str = "float32",
+    tied: bool = True,
+) -> Path:
+    """A 2-layer Llama with its tokenizer, as a model folder; with a tied head it repeats the last token for ever."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +55,7 @@ def save_model(folder: Path, seed: int = 0, chat_template: str | None = TEMPLATE
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     text.save_pretrained(folder)
@@ -71,3 +77,19 @@ def hh_rows(count: int, start: int = 0) -> list[dict[str, str]]:
 def save_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def save_adapter(folder: Path, model: Path, seed: int = 0) -> Path:
+    """A LoRA adapter on every linear layer of `model`, its B not zero: it changes the answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapted.save_pretrained(folder)
+    return folder

@@ -1,14 +1,21 @@
 """Answers of several models to the same prompts, side by side, with what a glance at them would count."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from tandem import blind
 from tandem.config import REQUIRED, opt
-from tandem.data.formats import Row, as_messages, prompt_id
-from tandem.generate import generate, held_out_prompts
-from tandem.runs import read_jsonl, write_json
+from tandem.data.formats import Row, prompt_id
+from tandem.data.held_out import CHOSEN, chosen_answers, held_out_prompts
+from tandem.errors import UserError
+from tandem.generate import generate
+from tandem.generation.options import GenerationOptions
+from tandem.refusals import is_refusal
+from tandem.runs import read_jsonl, write_atomic, write_json
 from tandem.sampling import SamplingOptions
 
 
@@ -16,10 +23,25 @@ from tandem.sampling import SamplingOptions
 class CompareOptions:
     """Compare."""
 
-    base_model: str = opt(REQUIRED, "model before training: folder or Hub name")
-    finetuned_model: str = opt(REQUIRED, "model or adapter folder after DPO")
-    sft_model: str | None = opt(None, "model or adapter folder after SFT, as a third column")
-    output_dir: str = opt(".", "folder for dpo_comparison_results.json and the generations_*.jsonl")
+    base_model: str = opt(REQUIRED, "model before training: folder or Hub name, or name served")
+    finetuned_model: str = opt(REQUIRED, "model or adapter after DPO")
+    sft_model: str | None = opt(None, "model or adapter after SFT, as a third column")
+    policy: str = opt("dpo", "the side that is looked at", choices=("dpo", "sft", "base"))
+    against: str = opt(
+        "base", "the side it is held against; chosen: the data's own answer", choices=("base", "sft", CHOSEN)
+    )
+    shuffle_ab: bool = opt(False, "write ab_questions.jsonl for outside judges, sides shuffled; ab_key.json tells them")
+    ab_verdicts: str | None = opt(None, "an outside judge's verdicts on ab_questions.jsonl: prompt_id and A, B or tie")
+    output_dir: str = opt(".", "folder for dpo_comparison_results.json, its page and the generations_*.jsonl")
+
+    def __post_init__(self) -> None:
+        if self.policy == self.against:
+            raise UserError(f"--policy and --against are both {self.policy}: nothing to compare")
+        for name, label in (("policy", self.policy), ("against", self.against)):
+            if label not in (*self.models, CHOSEN):
+                raise UserError(f"--{name} {label} needs --{label}_model")
+        if self.shuffle_ab and self.ab_verdicts is not None:
+            raise UserError("--shuffle_ab writes questions anew, which --ab_verdicts answers: give one of them")
 
     @property
     def models(self) -> dict[str, str]:
@@ -28,54 +50,88 @@ class CompareOptions:
         return {label: name for label, name in named.items() if name is not None}
 
 
-def compare(options: CompareOptions, sampling: SamplingOptions, pairs: Sequence[Row]) -> dict[str, Any]:
+def compare(
+    options: CompareOptions, engine: GenerationOptions, sampling: SamplingOptions, pairs: Sequence[Row]
+) -> dict[str, Any]:
     """Have every model answer the same prompts under the same sampling, and write `dpo_comparison_results.json`.
 
-    Answers already in `output_dir` are used as they are.
+    Answers already in `output_dir` are used as they are. Beside the results: `side_by_side.html`, and with
+    `--shuffle_ab` the files of `tandem.blind`.
     """
     folder = Path(options.output_dir)
     prompts = held_out_prompts(pairs, sampling.max_prompts)
-    answers = {}
-    for label, model in options.models.items():
-        records = read_jsonl(generate(model, label, prompts, sampling, folder))
-        by_id = {record["prompt_id"]: record for record in records}
-        answers[label] = {prompt_id(messages): by_id[prompt_id(messages)] for messages in prompts}
-    chosen = {prompt_id(as_messages(pair["prompt"])): _text(pair["chosen"]) for pair in pairs}
+    files = generate(options.models, prompts, sampling, engine, folder)
+    records = {label: _by_prompt(file) for label, file in files.items()}
+    chosen = chosen_answers(pairs)
+    rows = []
+    for messages in prompts:
+        key = prompt_id(messages)
+        answers = {label: by_prompt[key]["text"] for label, by_prompt in records.items()}
+        rows.append({"prompt_id": key, "messages": messages, "chosen": chosen[key], "answers": answers})
+    counted = {label: [by_prompt[row["prompt_id"]] for row in rows] for label, by_prompt in records.items()} | {
+        CHOSEN: [{"text": row["chosen"]} for row in rows]
+    }
     results: dict[str, Any] = {
         "models": options.models,
+        "policy": options.policy,
+        "against": options.against,
         "seed": sampling.seed,
-        "statistics": {label: _statistics(list(by_prompt.values())) for label, by_prompt in answers.items()},
-        "comparisons": [
-            {
-                "prompt_id": prompt_id(messages),
-                "messages": messages,
-                "chosen": chosen[prompt_id(messages)],
-                "answers": {label: by_prompt[prompt_id(messages)]["text"] for label, by_prompt in answers.items()},
-            }
-            for messages in prompts
-        ],
+        "statistics": {label: statistics(answers) for label, answers in counted.items()},
+        "comparisons": rows,
     }
+    sides = [row | {"answers": row["answers"] | {CHOSEN: row["chosen"]}} for row in rows]
+    if options.shuffle_ab:
+        blind.write_questions(folder, sides, options.policy, options.against, sampling.seed)
+    if options.ab_verdicts is not None:
+        winners = blind.read_winners(Path(options.ab_verdicts), folder, sides, options.policy, options.against)
+        results |= _with_winners(rows, winners, options.against)
     write_json(folder / "dpo_comparison_results.json", results)
-    write_json(folder / "generation_samples.json", results["comparisons"][:10])
+    write_json(folder / "generation_samples.json", rows[:10])
+    write_atomic(folder / "side_by_side.html", _page(results))
     return results
 
 
-def _text(completion: Any) -> str:
-    return completion.strip() if isinstance(completion, str) else completion[0]["content"]
+def _by_prompt(file: Path) -> dict[str, dict[str, Any]]:
+    return {record["prompt_id"]: record for record in read_jsonl(file)}
 
 
-def _statistics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares and means over one model's answers.
+def _with_winners(rows: Sequence[dict[str, Any]], winners: Mapping[str, str], against: str) -> dict[str, Any]:
+    """`rows` get `winner_model_vs_<against>`; returns the counts, with Wilson's 95% interval on decisive prompts."""
+    from tandem.estimates import wilson
 
-    `repetition` is 1 − distinct / all word trigrams, 0 for an answer of fewer than four words.
-    """
-    count = len(records)
+    name = f"winner_model_vs_{against}"
+    for row in rows:
+        row[name] = winners.get(row["prompt_id"])
+    counts = Counter(row[name] for row in rows)
+    wins, decisive = counts[blind.MODEL], counts[blind.MODEL] + counts[against]
     return {
-        "n": count,
-        "mean_tokens": sum(record["n_tokens"] for record in records) / count,
-        "truncated": sum(record["finish_reason"] == "length" for record in records) / count,
-        "empty": sum(not record["text"] for record in records) / count,
-        "repetition": sum(_repetition(record["text"]) for record in records) / count,
+        "outside_verdicts": {
+            "wins": wins,
+            "losses": counts[against],
+            "ties": counts[blind.TIE],
+            "unjudged": counts[None],
+            "win_rate": wilson(wins, decisive, "no prompt has a winner"),
+        }
+    }
+
+
+def statistics(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Shares and means over one side's answers; None for what its records do not say.
+
+    `repetition` is 1 − distinct / all word trigrams, 0 for an answer of fewer than four words. `refusal` is a guess
+    (`tandem.refusals`). A record has `text`; `n_tokens` and `finish_reason` where a model drew it.
+    """
+    texts = [record["text"] for record in records]
+    tokens = [record["n_tokens"] for record in records if record.get("n_tokens") is not None]
+    reasons = [record["finish_reason"] for record in records if "finish_reason" in record]
+    return {
+        "n": len(records),
+        "mean_tokens": fmean(tokens) if tokens else None,
+        "mean_characters": fmean(map(len, texts)),
+        "truncated": fmean(reason == "length" for reason in reasons) if reasons else None,
+        "empty": fmean(not text for text in texts),
+        "refusal": fmean(map(is_refusal, texts)),
+        "repetition": fmean(map(_repetition, texts)),
     }
 
 
@@ -85,10 +141,18 @@ def _repetition(text: str) -> float:
     return 1 - len(set(trigrams)) / len(trigrams) if len(trigrams) > 1 else 0.0
 
 
-def to_markdown(results: dict[str, Any]) -> str:
-    """The statistics as a Markdown table, a model a row."""
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The statistics as a Markdown table, a side a row."""
     names = list(next(iter(results["statistics"].values())))
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| answers of | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, values in results["statistics"].items():
-        lines.append(f"| {label} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |")
+        cells = ["–" if values[name] is None else f"{values[name]:.3g}" for name in names]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _page(results: Mapping[str, Any]) -> bytes:
+    from tandem.report.side_by_side import render_side_by_side
+
+    # A lone surrogate, which JSON may hold, has no UTF-8
+    return render_side_by_side(results).encode(errors="replace")

@@ -1,98 +1,134 @@
-"""Answers of a model to held-out prompts, a line a prompt, resumable."""
+"""Answers of models to held-out prompts, a line a prompt, resumable."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.config import REQUIRED, opt
-from tandem.data.formats import Message, Row, as_messages, prompt_id
+from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
-from tandem.runs import append_jsonl, read_jsonl
+from tandem.generation.options import GenerationOptions
+from tandem.options import is_adapter
+from tandem.runs import append_jsonl, locked, read_jsonl
 from tandem.sampling import SamplingOptions
+
+_LABEL = re.compile(r"\w[\w.-]*")
 
 
 @dataclass
 class GenerateOptions:
     """Generate."""
 
-    model_name_or_path: str = opt(REQUIRED, "model or adapter folder, or Hub name")
-    label: str = opt(REQUIRED, "name of the model in later stages: base, sft, dpo")
-    output_dir: str = opt(REQUIRED, "folder for generations_<label>.jsonl")
+    models: list[str] = opt(
+        REQUIRED, "label=MODEL for each: a model's or adapter's folder, or Hub name, or name served; base=MODEL dpo=out"
+    )
+    output_dir: str = opt(REQUIRED, "folder for a generations_<label>.jsonl of each")
+
+    def __post_init__(self) -> None:
+        for given in self.models:
+            label, _, model = given.partition("=")
+            if not _LABEL.fullmatch(label) or not model:
+                raise UserError(f"--models {given}: must be label=MODEL, as base=MODEL or dpo=out")
+        if len(self.by_label) < len(self.models):
+            raise UserError(f"--models {' '.join(self.models)}: a label is there twice")
+
+    @property
+    def by_label(self) -> dict[str, str]:
+        """Models by label."""
+        return {label: model for label, _, model in (given.partition("=") for given in self.models)}
 
 
-def held_out_prompts(pairs: Sequence[Row], limit: int | None) -> list[list[Message]]:
-    """Distinct prompts of `pairs` as messages, in their order."""
-    prompts: dict[str, list[Message]] = {}
-    for pair in pairs:
-        messages = as_messages(pair["prompt"])
-        prompts.setdefault(prompt_id(messages), messages)
-    return list(prompts.values())[:limit]
+def generate(
+    models: Mapping[str, str],
+    prompts: Sequence[list[Message]],
+    sampling: SamplingOptions,
+    options: GenerationOptions,
+    folder: Path,
+) -> dict[str, Path]:
+    """Have every model, by label, answer the same prompts under the same sampling; returns their files by label.
 
-
-def generate(model: str, label: str, prompts: Sequence[list[Message]], options: SamplingOptions, folder: Path) -> Path:
-    """Write `folder`/generations_<label>.jsonl; what a killed run has written is kept.
-
-    The batches are fixed by the prompts alone, and each has a seed of its own, so that a resumed run draws what an
-    undisturbed one would have.
+    What `folder`/generations_<label>.jsonl holds already is kept, and a killed run goes on where it was; with nothing
+    missing, nothing is loaded.
 
     Raises:
-        UserError: the file holds answers drawn from another model or with other settings.
+        UserError: a file holds answers of another model, of a model trained since or of other sampling, another
+            process writes into the folder, or the engine cannot answer.
     """
-    path = folder / f"generations_{label}.jsonl"
-    sampling = asdict(options.sampling)
-    done = {record["prompt_id"] for record in _checked(path, model, sampling, options.seed)}
-    missing = [messages for messages in prompts if prompt_id(messages) not in done]
-    if not missing:
-        return path
+    if options.engine == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
+        raise UserError("--max_prompt_length has no effect with --engine openai: the server has the tokenizer")
+    files = {label: folder / f"generations_{label}.jsonl" for label in models}
+    with locked(folder):
+        sources = {label: _source(model, sampling, options) for label, model in models.items()}
+        done = {label: _answered(files[label], model, sources[label]) for label, model in models.items()}
+        wanted = {
+            label: {index for index, messages in enumerate(prompts) if prompt_id(messages) not in done[label]}
+            for label in models
+        }
+        unfinished = {label: models[label] for label in models if wanted[label]}
+        if unfinished:
+            from tandem.generation.engines import open_engine
 
+            with open_engine(unfinished.values(), options, sampling) as engine:
+                # Models on one base follow each other: an engine that shares it loads it once
+                for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
+                    engine.load(models[label])
+                    _write_answers(engine, label, prompts, wanted[label], sources[label], files[label])
+    return files
+
+
+def _write_answers(
+    engine: Any, label: str, prompts: Sequence[list[Message]], wanted: set[int], source: dict[str, Any], file: Path
+) -> None:
     from tqdm import tqdm
 
-    from tandem.data.texts import prompt_ids, trim_prompt
-    from tandem.models import load_model, load_tokenizer
-    from tandem.options import ModelOptions, is_adapter
-    from tandem.scoring import Scorer
-
-    source = ModelOptions(model_name_or_path=model)
-    tokenizer = load_tokenizer(source)
-    scorer = Scorer(load_model(source), tokenizer, batch_size=options.batch_size)
-    ids = [prompt_ids(trim_prompt(list(m), tokenizer, options.max_prompt_length), tokenizer) for m in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
-    with tqdm(total=len(prompts), initial=len(done), desc=f"answers of {label}", unit="prompt") as bar:
-        tokens = 0
-        for start in range(0, len(order), options.batch_size):
-            batch = order[start : start + options.batch_size]
-            if all(prompt_id(prompts[index]) in done for index in batch):
-                continue
-            answers = scorer.sample([ids[index] for index in batch], options.sampling, options.seed + start)
-            for index, answer in zip(batch, answers, strict=True):
-                if prompt_id(prompts[index]) in done:
-                    continue
-                ended = answer[-1] in scorer.ends
-                tokens += len(answer)
-                append_jsonl(
-                    path,
-                    {
-                        "prompt_id": prompt_id(prompts[index]),
-                        "messages": prompts[index],
-                        "model": model,
-                        "adapter": model if is_adapter(model) else None,
-                        "engine": "transformers",
-                        "sampling": sampling,
-                        "seed": options.seed,
-                        "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
-                        "n_tokens": len(answer),
-                        "finish_reason": "stop" if ended else "length",
-                    },
-                )
-                bar.update()
-            bar.set_postfix({"tokens/s": f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}"})
-    return path
+    done, tokens = len(prompts) - len(wanted), 0
+    with tqdm(total=len(prompts), initial=done, desc=f"answers of {label}", unit="prompt") as bar:
+        for index, answer in engine.answers(prompts, wanted):
+            identity = {"prompt_id": prompt_id(prompts[index]), "messages": prompts[index]}
+            append_jsonl(file, identity | source | asdict(answer))
+            tokens += answer.n_tokens or 0
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+            bar.update()
 
 
-def _checked(path: Path, model: str, sampling: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    records = read_jsonl(path)
+def _source(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
+    """The fields of a line that say where the answer comes from."""
+    base, adapter, max_prompt_length = model, None, None
+    if options.engine != "openai":  # there, the server's names say nothing
+        max_prompt_length = sampling.max_prompt_length
+        if is_adapter(model):
+            from tandem.models import base_of_adapter
+
+            base, adapter = base_of_adapter(model), model
+    return {
+        "model": base,
+        "adapter": adapter,
+        "engine": options.engine,
+        "sampling": asdict(sampling.sampling) | {"max_prompt_length": max_prompt_length},
+        "seed": sampling.seed,
+    }
+
+
+def _answered(file: Path, model: str, source: Mapping[str, Any]) -> set[str]:
+    """Prompts that `file` holds answers to; which engine drew them makes no difference.
+
+    Raises:
+        UserError: they are not what `source` would draw.
+    """
+    records = read_jsonl(file)
+    identity = [name for name in source if name != "engine"]
     for record in records:
-        if (record["model"], record["sampling"], record["seed"]) != (model, sampling, seed):
-            raise UserError(f"{path}: holds answers of {record['model']} or of other sampling; move the file away")
-    return records
+        if any(record.get(name) != source[name] for name in identity):
+            raise UserError(f"{file}: holds answers of another model than {model} or of other sampling; move it away")
+    if records and _trained_at(source) > file.stat().st_mtime:
+        raise UserError(f"{file}: holds answers from before {model} was last trained or copied; move it away")
+    return {record["prompt_id"] for record in records}
+
+
+def _trained_at(source: Mapping[str, Any]) -> float:
+    """When the weights on disk were last written, in seconds since the epoch; 0 for a model of the Hub or a server."""
+    folders = [Path(name) for name in (source["model"], source["adapter"]) if name is not None]
+    weights = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]
+    return max((file.stat().st_mtime for file in weights), default=0.0)

@@ -101,11 +101,14 @@ def staged_dir(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for this process, making it if need be; the kernel lets go of it however the process ends.
+    """Hold a folder for this process; the kernel lets go of it however the process ends.
+
+    A missing folder is made, and removed again if nothing comes into it.
 
     Raises:
         UserError: another process holds it.
     """
+    is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -116,6 +119,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                os.rmdir(folder)
 
 
 def _holder(handle: int) -> str:

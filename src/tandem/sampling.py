@@ -5,6 +5,7 @@ from typing import Any
 
 from tandem.config import opt
 from tandem.errors import UserError
+from tandem.runs import sha256_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class SamplingOptions:
     top_p: float = opt(0.95, "nucleus: draw from the most likely tokens that hold this probability")
     greedy: bool = opt(False, "always take the most likely token")
     seed: int = opt(42, "seed of the draws")
-    batch_size: int = opt(8, "prompts per batch")
     max_prompts: int | None = opt(None, "answer the first N distinct held-out prompts")
     max_prompt_length: int = opt(512, "longest prompt in tokens; its oldest turns are dropped first")
 
@@ -46,7 +46,7 @@ class SamplingOptions:
             raise UserError(f"--temperature must be above 0, not {self.temperature}; use --greedy for none")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
-        for name in ("max_new_tokens", "batch_size", "max_prompts", "max_prompt_length"):
+        for name in ("max_new_tokens", "max_prompts", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, not {value}")
@@ -57,3 +57,8 @@ class SamplingOptions:
         if self.greedy:
             return Sampling(self.max_new_tokens, temperature=0.0, top_p=1.0)
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
+
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """31 bits: the seed of one prompt's draw, so that it depends neither on other prompts nor on their order."""
+    return int(sha256_json([seed, prompt_id])[:8], 16) >> 1

@@ -29,7 +29,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.bf16 = fast_bf16() if bf16 is None else bf16
-        self.ends = _end_ids(model, tokenizer)
+        self.ends = end_ids(model.generation_config.eos_token_id, tokenizer)
         # A repetition penalty or other filter that the model ships would make its answers another distribution's
         model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends) or None)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -89,8 +89,8 @@ def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(items[start : start + size])
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = model.generation_config.eos_token_id
+def end_ids(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: those of the model's generation config, and the tokenizer's."""
     ends = configured if isinstance(configured, list) else [configured]
     return {end for end in [*ends, tokenizer.eos_token_id] if end is not None}
 

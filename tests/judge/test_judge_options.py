@@ -58,18 +58,8 @@ def test_files_of_a_run_folder_and_of_two_files():
     assert options.summary_file.parts[-2:] == ("run", "judge_summary.json")
     options = JudgeOptions(**GIVEN | {"run_dir": None, "generations_a": "x/a.jsonl", "generations_b": "y/b.jsonl"})
     assert str(options.folder) == "y/judge"
-    options = JudgeOptions(**GIVEN, output_dir="z")  # a folder of this one's own: the summary stands beside it
-    assert (
-        options.summary_file.name == "judge_summary.json"
-        and options.summary_file.parent == options.folder.absolute().parent
-    )
-
-
-def test_openai_itself_needs_a_key_and_a_local_server_none(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert JudgeOptions(**GIVEN).api_key() is None
-    with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        JudgeOptions(judge_model="m", run_dir="run").api_key()
+    options = JudgeOptions(**GIVEN, output_dir="run/vs_chosen")  # two judges' summaries do not take each other's place
+    assert options.summary_file.parts[-2:] == ("run", "vs_chosen_summary.json")
 
 
 def test_cost_by_hand():

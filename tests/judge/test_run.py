@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_a_server_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, m
         with pytest.raises(UserError, match=named) as caught:
             judge(options(url, str(tmp_path / "j"), max_attempts=2), comparisons(3), [])
     assert SECRET not in str(caught.value)
-    assert list(tmp_path.rglob("*")) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_nobody_listening_is_one_line(tmp_path):
@@ -357,6 +358,26 @@ def test_a_thousand_judgements_killed_ten_times(tmp_path):
     assert calm["accounting"]["main"]["verdicts"] == 1000
 
 
+def test_two_judges_do_not_write_into_one_folder(tmp_path):
+    """Two processes: the second is told which one is there; killed, that one is no longer in the way."""
+    folder = tmp_path / "judge"
+    with serving() as (server, url):
+        server.delay = 0.2
+        first = subprocess.Popen(**command_of(url, folder, 64))
+        while not (folder / "verdicts.jsonl").exists() and first.poll() is None:
+            time.sleep(0.01)
+        second = subprocess.run(**command_of(url, folder, 64) | {"stderr": subprocess.PIPE}, check=False)
+        holder = f"process {first.pid}" if Path("/proc/locks").exists() else "another process"
+        assert f"UserError: {folder}: {holder} is writing there" in second.stderr.decode().splitlines()[-1]
+        assert second.returncode != 0 and first.poll() is None
+        first.kill()
+        first.wait()
+        server.delay = 0.0
+        summary = judge(options(url, str(folder)), comparisons(64), labelled(8))
+    assert summary["accounting"]["main"]["not_asked"] == 0
+    assert set(ok_per_key(folder).values()) == {1}
+
+
 def test_nothing_judged_is_asked_again(tmp_path):
     with serving(share=0.2, faults=("refusal", "500", "wrong_word")) as (server, url):
         first = judge(options(url, str(tmp_path / "j"), max_attempts=1), comparisons(40), [])
@@ -396,10 +417,13 @@ def test_the_raw_reply_is_on_disk_before_it_is_read(tmp_path, monkeypatch):
     assert len(read_jsonl(tmp_path / "j/raw.jsonl")) > 2 == len(read_jsonl(tmp_path / "j/verdicts.jsonl"))
 
 
-def test_a_damaged_log_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"), [("{not json}\n{}\n", "damaged"), ("{}\n", "line 1: not a verdict"), ("3\n", "line 1: not")]
+)
+def test_a_damaged_log_is_one_line(tmp_path, content, message):
     (tmp_path / "j").mkdir()
-    (tmp_path / "j/verdicts.jsonl").write_text("{not json}\n{}\n")
-    with pytest.raises(UserError, match="damaged"):
+    (tmp_path / "j/verdicts.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
         VerdictLog(options("http://localhost:1", str(tmp_path / "j")))
 
 
@@ -461,11 +485,26 @@ def test_a_killed_run_goes_on_waiting_for_the_same_batch(tmp_path):
         server.batch_polls_needed = 0
         judge(options(url, str(folder), batch=True), comparisons(16), labelled(2))
         assert list(server.batches) == ["batch-0"] and client.open_batches(folder) == []
-        # killed between the batch's creation and the line that names it
-        (folder / "batches.jsonl").unlink()
-        for name in ("verdicts.jsonl", "raw.jsonl"):
-            (folder / name).unlink()
-        server.batches["batch-0"]["status"] = "in_progress"
+    assert set(ok_per_key(folder).values()) == {1}
+
+
+def test_a_run_killed_before_it_knew_its_batch_finds_it(tmp_path):
+    """Killed after the server had created the batch, before the reply that names it."""
+    folder = tmp_path / "judge"
+    with serving() as (server, url):
+        started = threading.Event()
+
+        def kill():
+            started.wait()
+            process.kill()
+            process.wait()
+
+        server.batch_created = kill
+        process = subprocess.Popen(**command_of(url, folder, 16, batch=True))
+        started.set()
+        process.wait()
+        assert list(server.batches) == ["batch-0"] and client.open_batches(folder) == []
+        server.batch_created = lambda: None
         judge(options(url, str(folder), batch=True), comparisons(16), labelled(2))
         assert list(server.batches) == ["batch-0"]
     assert set(ok_per_key(folder).values()) == {1}
@@ -509,7 +548,7 @@ def run_options(folder, **more):
 def test_comparisons_come_from_two_generation_files(tmp_path):
     generations(tmp_path, "sft", "s0", "s1")
     generations(tmp_path, "dpo", "d0", "d1")
-    pairs = load_comparisons(run_options(tmp_path, against="sft"))
+    pairs = load_comparisons(run_options(tmp_path, against="sft"), [])
     assert [(pair.answer_1, pair.answer_2, pair.label_1, pair.label_2) for pair in pairs] == [
         ("s0", "d0", "sft", "dpo"),
         ("s1", "d1", "sft", "dpo"),
@@ -518,14 +557,14 @@ def test_comparisons_come_from_two_generation_files(tmp_path):
 
 def test_generations_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"generations_base.jsonl: no such file"):
-        load_comparisons(run_options(tmp_path))
+        load_comparisons(run_options(tmp_path), [])
     generations(tmp_path, "base", "b0")
     generations(tmp_path, "dpo", "d0", "d1")
     with pytest.raises(UserError, match="1 prompts are in one only"):
-        load_comparisons(run_options(tmp_path))
+        load_comparisons(run_options(tmp_path), [])
     append_jsonl(tmp_path / "generations_base.jsonl", {"prompt_id": "p1", "messages": []})
     with pytest.raises(UserError, match=r"generations_base.jsonl line 2: text"):
-        load_comparisons(run_options(tmp_path))
+        load_comparisons(run_options(tmp_path), [])
 
 
 def test_nothing_to_judge_is_said(tmp_path):

@@ -5,6 +5,7 @@ HTTP, retries of failed requests, their backoff and Retry-After (up to two minut
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -14,13 +15,13 @@ from typing import Any, cast
 import openai
 
 from tandem.errors import UserError
-from tandem.judge.options import API_KEY_VARIABLE, JudgeOptions
+from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Judge
 from tandem.judge.verdicts import Verdict, read_reply
 from tandem.runs import append_jsonl, read_jsonl
+from tandem.servers import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key
 
 PROBES = 4
-CONNECT_TIMEOUT = 10.0  # seconds; an address where nobody listens should not take --timeout to show
 ERRORS_IN_A_ROW = 20  # requests that failed for good, one after another, after which the server is taken for gone
 HALVING_PAUSE = 1.0  # seconds in which further 429s are taken for the same congestion
 BATCH_POLL = 30.0  # seconds between two looks at a batch
@@ -107,7 +108,7 @@ class Client:
     def __init__(self, options: JudgeOptions, admission: Admission) -> None:
         self.options = options
         self.admission = admission
-        self._key = options.api_key()
+        self._key = api_key(options.base_url)
         self._openai = openai.AsyncOpenAI(
             base_url=options.base_url,
             api_key=self._key or "none",  # the package insists on one; a local server does not look at it
@@ -186,7 +187,7 @@ class Client:
             raise self._unreachable(error) from None
         # It may be the schema that it does not take
         try:
-            return False, [refused, await self._post(_without_schema(judge), messages)]
+            return False, [refused, await self._post(dataclasses.replace(judge, schema_enforced=False), messages)]
         except openai.APIError as error:
             raise UserError(f"--base_url {self.options.base_url} refuses the request: {self._say(error)}") from None
 
@@ -339,10 +340,6 @@ def _raise_first(outcomes: Iterable[BaseException | None]) -> None:
     errors = [outcome for outcome in outcomes if outcome is not None]
     for error in sorted(errors, key=lambda one: not isinstance(one, UserError)):
         raise error
-
-
-def _without_schema(judge: Judge) -> Judge:
-    return Judge(judge.base_url, judge.model, False, judge.temperature, judge.max_output_tokens)
 
 
 def _batch_files(requests: Iterable[dict[str, Any]]) -> Iterable[list[bytes]]:

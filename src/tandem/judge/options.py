@@ -1,15 +1,11 @@
 """Options of the judge. Light to import: a wrong command line is answered before anything heavy is loaded."""
 
 import dataclasses
-import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
-
-OPENAI_URL = "https://api.openai.com/v1"
-API_KEY_VARIABLE = "OPENAI_API_KEY"
+from tandem.servers import OPENAI_URL, checked_url
 
 
 @dataclasses.dataclass
@@ -20,11 +16,11 @@ class JudgeOptions:
     base_url: str = opt(OPENAI_URL, "server with the Responses API; its key, if any, is read from $OPENAI_API_KEY")
     run_dir: str | None = opt(None, "run folder that holds generations_*.jsonl")
     policy: str = opt("dpo", "in --run_dir: the model to be judged, as generations_<policy>.jsonl")
-    against: str = opt("base", "in --run_dir: the model it is judged against, as generations_<against>.jsonl")
+    against: str = opt("base", "in --run_dir: the same of the other side; chosen: the answers that the data prefers")
     generations_a: str | None = opt(None, "instead of --run_dir: answers of the model judged against")
     generations_b: str | None = opt(None, "instead of --run_dir: answers of the model to be judged")
     output_dir: str | None = opt(
-        None, "folder of replies and verdicts, judge_summary.json goes beside it; unset: judge/ beside the generations"
+        None, "folder of replies and verdicts, with <its name>_summary.json beside it; unset: judge/ by the generations"
     )
     calibration_pairs: int = opt(
         100, "held-out human-labelled pairs the judge is first tried on; 0: no winner is named"
@@ -68,26 +64,13 @@ class JudgeOptions:
             raise UserError("--price_in and --price_out need each other")
         if self.max_cost is not None and self.price_in is None:
             raise UserError("--max_cost needs --price_in and --price_out: the server does not tell its prices")
-        self._check_url()
+        self.base_url = checked_url(self.base_url)
         if (self.generations_a is None) != (self.generations_b is None):
             raise UserError("--generations_a and --generations_b need each other")
         if (self.run_dir is None) == (self.generations_a is None):
             raise UserError("--run_dir, or --generations_a and --generations_b, is required: the answers to judge")
         if self.run_dir is not None and self.policy == self.against:
             raise UserError(f"--policy and --against are both {self.policy}: nothing to compare")
-
-    def _check_url(self) -> None:
-        try:
-            url = urlsplit(self.base_url)
-            host = url.hostname
-        except ValueError as error:
-            raise UserError(f"--base_url {self.base_url}: {error}") from error
-        if url.scheme not in ("http", "https") or not host:
-            raise UserError(f"--base_url {self.base_url}: must start with http:// or https:// and name a host")
-        if url.username or url.password or url.query:
-            # It goes into files and the report
-            raise UserError(f"--base_url must hold no credentials or query; put the key into ${API_KEY_VARIABLE}")
-        self.base_url = self.base_url.rstrip("/")
 
     @property
     def generation_files(self) -> tuple[Path, Path]:
@@ -104,19 +87,9 @@ class JudgeOptions:
 
     @property
     def summary_file(self) -> Path:
-        """judge_summary.json stands beside the judge's folder, in the run folder."""
-        return self.folder.absolute().parent / "judge_summary.json"
-
-    def api_key(self) -> str | None:
-        """The server's key from the environment, the only place it is ever read from.
-
-        Raises:
-            UserError: OpenAI's own server is asked and there is none.
-        """
-        key = os.environ.get(API_KEY_VARIABLE) or None
-        if key is None and self.base_url == OPENAI_URL:
-            raise UserError(f"${API_KEY_VARIABLE} is not set: {OPENAI_URL} needs a key; or name another --base_url")
-        return key
+        """The summary stands beside the judge's folder: judge_summary.json for judge/."""
+        folder = self.folder.absolute()
+        return folder.with_name(f"{folder.name}_summary.json")
 
     def cost(self, input_tokens: float, output_tokens: float) -> float | None:
         """Price of so many tokens, in the currency of the prices; None without prices."""

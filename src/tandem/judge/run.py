@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tandem.data.held_out import CHOSEN, chosen_answers
 from tandem.errors import UserError
+from tandem.estimates import Array
 from tandem.judge import calibration, statistics, verdicts
 from tandem.judge.client import Admission, Client, OverBudget
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge, Kind
-from tandem.judge.statistics import Array
 from tandem.judge.verdicts import ORDERS, Reading
-from tandem.runs import append_jsonl, read_jsonl, write_json
+from tandem.runs import append_jsonl, locked, read_jsonl, write_json
 
 BYTES_PER_TOKEN = 3  # few texts have fewer: token counts guessed with it are rather too high
 SERVER_FILE = "server.json"
@@ -31,7 +32,8 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
     """Have every comparison judged in both orders, after trying the judge on `labelled` ones; returns the summary.
 
     In `options.folder`: `server.json` (whether the server enforces schemas), `raw.jsonl` (every reply, before it is
-    read), `verdicts.jsonl` (a line an attempt), `usage.json` (what all attempts cost), `batches.jsonl` with --batch.
+    read), `verdicts.jsonl` (a line an attempt), `usage.json` (what all attempts cost), `winners.json`
+    (who won each prompt), `batches.jsonl` with --batch.
     Beside that folder: `judge_summary.json`, which depends on the verdicts alone and not on how often the run was
     interrupted. The same call again asks only for what has no verdict yet.
 
@@ -41,30 +43,35 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
         labelled: side 2 is the answer that people chose (`calibration.labelled_comparisons`)
 
     Raises:
-        UserError: nothing to judge, the server cannot be used, or --max_cost is reached.
+        UserError: nothing to judge, the server cannot be used, --max_cost is reached, or another judge is at work in
+            the folder.
     """
     if not comparisons:
         raise UserError("there is nothing to judge: no prompt was answered by both models")
-    log = VerdictLog(options)
     if options.dry_run:
-        return _dry_run(options, comparisons, labelled, log)
-    judge, plan = asyncio.run(_have_judged(options, comparisons, labelled, log))
-    summary = summarise(options, judge, plan, log)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_json(options.folder / "usage.json", log.usage())
-    write_json(options.summary_file, summary)
+        return _dry_run(options, comparisons, labelled, VerdictLog(options))
+    with locked(options.folder):
+        log = VerdictLog(options)
+        judge, plan = asyncio.run(_have_judged(options, comparisons, labelled, log))
+        summary = summarise(options, judge, plan, log)
+        write_json(options.folder / "winners.json", winners(plan["main"], log))
+        write_json(options.folder / "usage.json", log.usage())
+        write_json(options.summary_file, summary)
     return summary
 
 
-def load_comparisons(options: JudgeOptions) -> list[Comparison]:
+def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) -> list[Comparison]:
     """The answers of both generation files, joined by prompt; a prompt that occurs twice counts once.
 
-    Labels are what stands after `generations_` in the files' names.
+    Labels are what stands after `generations_` in the files' names. With `--against chosen` side 1 is the answer that
+    people chose in the held-out `pairs`.
 
     Raises:
-        UserError: a file is missing or damaged, or the files answer different prompts.
+        UserError: a file is missing or damaged, or the sides answer different prompts.
     """
     file_1, file_2 = options.generation_files
+    if options.run_dir is not None and options.against == CHOSEN:
+        return _against_chosen(file_2, options.policy, chosen_answers(pairs))
     rows_1, rows_2 = _generations(file_1), _generations(file_2)
     if differing := rows_1.keys() ^ rows_2.keys():
         raise UserError(f"{file_1} and {file_2}: {len(differing)} prompts are in one only; generate both on the same")
@@ -72,6 +79,15 @@ def load_comparisons(options: JudgeOptions) -> list[Comparison]:
     return [
         Comparison(key, row["messages"], row["text"], rows_2[key]["text"], label_1, label_2)
         for key, row in rows_1.items()
+    ]
+
+
+def _against_chosen(file: Path, label: str, chosen: Mapping[str, str]) -> list[Comparison]:
+    rows = _generations(file)
+    if missing := rows.keys() - chosen.keys():
+        raise UserError(f"{file}: {len(missing)} prompts are none of the held-out pairs; name those they are from")
+    return [
+        Comparison(key, row["messages"], chosen[key], row["text"], CHOSEN, label) for key, row in rows.items()
     ]
 
 
@@ -105,8 +121,13 @@ class VerdictLog:
         self._last: dict[str, dict[str, Any]] = {}
         self._attempts: collections.Counter[str] = collections.Counter()
         self._used: collections.Counter[str] = collections.Counter()
-        for record in _read_log(self._verdict_file):
-            self._remember(record)
+        for number, record in enumerate(_read_log(self._verdict_file), start=1):
+            try:
+                self._remember(record)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{self._verdict_file} line {number}: not a verdict ({error!r}); move the file away, or restore it"
+                ) from error
 
     def _remember(self, record: dict[str, Any]) -> None:
         key = record["key"]
@@ -349,6 +370,26 @@ def summarise(options: JudgeOptions, judge: Judge, plan: Plan, log: VerdictLog) 
         "accounting": {kind: _accounting(calls, log) for kind, calls in plan.items()},
         "tokens_of_verdicts": _tokens_of_verdicts(plan, log),
     }
+
+
+def winners(calls: Iterable[Call], log: VerdictLog) -> list[dict[str, str]]:
+    """A row for each prompt: `prompt_id` and `winner_model_vs_<side 1>`.
+
+    The winner is `model` (side 2), the label of side 1 or `tie`, if both orders say so; else `disagree` or `unjudged`.
+    """
+    said: dict[int, list[dict[str, Any]]] = {}
+    comparisons: dict[int, Comparison] = {}
+    for call in calls:
+        comparisons[id(call.comparison)] = call.comparison
+        found = said.setdefault(id(call.comparison), [])
+        if record := log.verdict(call):
+            found.append(record)
+    rows = []
+    for unit, comparison in comparisons.items():
+        end = verdicts.outcome(said[unit])
+        winner = {"won": "model", "lost": comparison.label_1}.get(end, end)
+        rows.append({"prompt_id": comparison.prompt_id, f"winner_model_vs_{comparison.label_1}": winner})
+    return rows
 
 
 def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int]:

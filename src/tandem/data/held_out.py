@@ -1,0 +1,27 @@
+"""What held-out pairs offer to those who compare answers: prompts, and the answers that people chose."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tandem.data.formats import Message, as_messages, prompt_id
+
+CHOSEN = "chosen"  # the label of the data's own answers, where models have theirs
+
+
+def held_out_prompts(pairs: Sequence[Mapping[str, Any]], limit: int | None) -> list[list[Message]]:
+    """Distinct prompts of `pairs` as messages, in their order."""
+    prompts: dict[str, list[Message]] = {}
+    for pair in pairs:
+        messages = as_messages(pair["prompt"])
+        prompts.setdefault(prompt_id(messages), messages)
+    return list(prompts.values())[:limit]
+
+
+def chosen_answers(pairs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The answer that people chose, by prompt id; of a prompt that occurs twice, the first."""
+    chosen: dict[str, str] = {}
+    for pair in pairs:
+        answer = pair["chosen"]
+        text = answer if isinstance(answer, str) else answer[0]["content"]
+        chosen.setdefault(prompt_id(as_messages(pair["prompt"])), text.strip())
+    return chosen

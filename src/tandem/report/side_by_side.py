@@ -1,0 +1,30 @@
+"""side_by_side.html: every prompt with the two answers that are compared, one self-contained page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from tandem.report.page import environment, source, statistics_rows
+
+
+def render_side_by_side(results: Mapping[str, Any]) -> str:
+    """The page as HTML, from what dpo_comparison_results.json holds. Model text is escaped."""
+    policy, against = results["policy"], results["against"]
+    templates = environment(autoescape=True)
+    rows = [
+        {
+            "messages": row["messages"],
+            "answers": [(label, (row["answers"] | {"chosen": row["chosen"]})[label]) for label in (policy, against)],
+            "winner": row.get(f"winner_model_vs_{against}"),
+        }
+        for row in results["comparisons"]
+    ]
+    return templates.get_template("side_by_side.html.jinja").render(
+        policy=policy,
+        against=against,
+        rows=rows,
+        outside=results.get("outside_verdicts"),
+        statistics=statistics_rows({label: results["statistics"][label] for label in (policy, against)}),
+        style=Markup(source(templates, "report.css")),
+    )
