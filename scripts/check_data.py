@@ -3,19 +3,19 @@
 from pathlib import Path
 
 from tandem.config import parse, save
-from tandem.data.options import DataOptions
+from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import script_main
 from tandem.options import TextOptions
 
 
 def main(argv: list[str]) -> None:
-    from tandem.data.check import CheckOptions, run_check
-
     options, text, data = parse(
         argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__
     )
     train, held_out = load_splits(data)
+    from tandem.data.check import run_check  # its libraries take a second to import
+
     run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})})
     if options.report:
         save(Path(options.report).with_suffix(".yaml"), options, text, data)

@@ -1,93 +1,33 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
-from tandem.data.check import CheckOptions, check, findings, run_check, to_markdown
+from tandem.data.check import findings_to_markdown, run_check, to_markdown
+from tandem.data.lint import lint
+from tandem.data.options import CheckOptions, DataOptions
+from tandem.data.sources import load_splits
 from tandem.errors import UserError
 from tandem.options import TextOptions
 from tests import tiny
-
-
-def pair(prompt: str, chosen: str, rejected: str, source: str = "a.jsonl") -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "pair_id": f"{prompt}|{chosen}|{rejected}",
-        "source": source,
-    }
-
+from tests.data.pairs import pair
 
 TRAIN = [
-    pair("q1", "long answer", "short"),
-    pair("q1", "long answer", "short"),
-    pair("q2", "same", "same", "b.jsonl"),
-    pair("q3", "a", "bcd"),
+    pair("q1", "long answer", "short", 1),
+    pair("q1", "long answer", "short", 2),
+    pair("q2", "same", "same", 3, "b.jsonl"),
+    pair("q3", "a", "bcd", 4),
 ]
 
 
-def test_counts():
-    report = check({"train": TRAIN, "held-out": [pair("q3", "x", "y"), pair("q4", "x", "y")]}, None, TextOptions())
-    assert report["splits"]["train"] == {
-        "pairs": 4,
-        "prompts": 3,
-        "sources": {"a.jsonl": 3, "b.jsonl": 1},
-        "fingerprint": report["splits"]["train"]["fingerprint"],
-        "duplicate_pairs": 1,
-        "identical_answers": 1,
-        "several_turn_answers": 0,
-        "chosen_longer": 0.5,
-    }
-    assert report["shared_prompts"] == 1
-    assert findings(report) == [
-        "train: 1 of 4 pairs are there more than once",
-        "train: 1 of 4 pairs have chosen equal to rejected: they give no gradient",
-        "1 prompts are in training and held-out data",
-    ]
-
-
-def test_the_fingerprint_is_of_the_pairs_in_any_order():
-    def fingerprint(pairs: list[dict[str, Any]]) -> str:
-        return check({"train": pairs}, None, TextOptions())["splits"]["train"]["fingerprint"]
-
-    assert fingerprint(TRAIN) == fingerprint(TRAIN[::-1])
-    assert fingerprint(TRAIN) != fingerprint(TRAIN[1:])
-
-
-def test_one_split_shares_nothing_with_itself():
-    assert check({"train": TRAIN}, None, TextOptions())["shared_prompts"] == 0
-
-
-def test_several_turns():
-    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    row = pair("q", "", "") | {"prompt": [], "chosen": turns, "rejected": turns[:1]}
-    assert check({"train": [row]}, None, TextOptions())["splits"]["train"]["several_turn_answers"] == 1
-
-
-def test_tokens_and_what_is_cut():
-    """One byte is one token: `<|user|>q</s><|assistant|>` is 4, an answer of n letters and its `</s>` n + 1."""
-    rows = [pair("q", "abc", "a"), pair("q", "a" * 20, "a"), pair("q" * 30, "a", "b")]
-    split = check({"train": rows}, tiny.tokenizer(), TextOptions(max_length=12))["splits"]["train"]
-    assert split["tokens"]["prompt"] == {"median": 4.0, "max": 33}
-    assert split["tokens"]["chosen"] == {"median": 4.0, "max": 21}
-    assert split["tokens"]["rejected"] == {"median": 2.0, "max": 2}
-    assert split["answers_cut"] == 2
-    assert split["answers_lost"] == 1
-
-
-def test_lost_and_cut_at_the_limit_itself():
-    rows = [pair("q", "abc", "a")]  # 4 + 4 tokens
-    for max_length, cut, lost in ((8, 0, 0), (7, 1, 0), (5, 1, 0), (4, 1, 1)):
-        split = check({"train": rows}, tiny.tokenizer(), TextOptions(max_length=max_length))["splits"]["train"]
-        assert (split["answers_cut"], split["answers_lost"]) == (cut, lost)
-
-
-def test_table():
-    report = check({"train": TRAIN}, None, TextOptions())
-    assert "| train | 4 | 3 | 0.50 | not counted |" in to_markdown(report)
-    assert "warning: train: 1 of 4 pairs are there more than once" in to_markdown(report)
+def test_tables():
+    figures, findings = lint({"train": TRAIN}, None, TextOptions())
+    assert "| train | 4 | 3 | prompt_pair 4 | unknown 4 | 0.50 | too few pairs | not counted |" in to_markdown(figures)
+    table = findings_to_markdown(findings)
+    assert "| warning | duplicates | 25.00% | train: 1 of 4 pairs are there more than once | a.jsonl row 2 |" in table
+    assert findings_to_markdown([]) == "The check found nothing."
 
 
 def test_report_file_and_the_refusal_when_nothing_fits(tmp_path: Path, tiny_model: Path):
@@ -95,5 +35,88 @@ def test_report_file_and_the_refusal_when_nothing_fits(tmp_path: Path, tiny_mode
     with pytest.raises(UserError, match="train: every prompt alone fills --max_length 3"):
         run_check(options, TextOptions(max_length=3), {"train": TRAIN})
     report = json.loads((tmp_path / "data_report.json").read_text())
-    assert report["splits"]["train"]["answers_lost"] == 4
-    assert report["findings"]
+    lost = next(finding for finding in report["findings"] if finding["name"] == "answer_lost")
+    assert (lost["level"], lost["count"], lost["share"], len(lost["examples"])) == ("warning", 4, 1.0, 4)
+    assert lost["examples"][1]["row"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "stops"), [("none", False), ("error", False), ("warning", True), ("note", True)], ids=str
+)
+def test_fail_on(fail_on: str, stops: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    report = tmp_path / "data_report.json"
+    options = CheckOptions(fail_on=fail_on, report=str(report))
+    if not stops:
+        run_check(options, TextOptions(), {"train": TRAIN})
+        return
+    with pytest.raises(UserError) as error:
+        run_check(options, TextOptions(), {"train": TRAIN})
+    assert str(error.value).startswith(
+        f"the data check found what --fail_on {fail_on} stops on: identical (train: 1 of 4"
+    )
+    assert "b.jsonl row 3: the same text" in str(error.value)
+    assert report.exists()
+    assert "| warning | identical |" in capsys.readouterr().out
+
+
+def test_fix_writes_a_folder_that_reads_back_and_leaves_the_old_file(
+    tmp_path: Path, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+):
+    rows = tiny.hh_rows(12)
+    same = {"chosen": rows[3]["chosen"], "rejected": rows[3]["chosen"]}
+    held_out = tiny.hh_rows(4, start=50)
+    data = tmp_path / "data"
+    data.mkdir()
+    tiny.save_pairs(data / "train.jsonl", [*rows, rows[0], same])
+    tiny.save_pairs(data / "test.jsonl", held_out)
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    argv = [
+        "--dataset_name",
+        str(data),
+        "--fix",
+        "drop_identical,drop_duplicates",
+        "--fixed_dir",
+        str(tmp_path / "mended"),
+    ]
+    script("check_data").main(argv)
+
+    train, test = load_splits(DataOptions(str(tmp_path / "mended")))
+    clean, clean_test = load_splits(DataOptions(str(data)))
+    assert [row["pair_id"] for row in train] == [row["pair_id"] for row in clean[:12]]
+    assert [row["pair_id"] for row in test] == [row["pair_id"] for row in clean_test]
+    assert {path: path.read_bytes() for path in data.iterdir()} == before
+    assert f"{tmp_path / 'mended' / 'train.jsonl'}: 12 of 14 pairs" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+        script("check_data").main(argv)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"fix": ["drop_identicals"], "fixed_dir": "x"},
+            "--fix: unknown drop_identicals; did you mean drop_identical?",
+        ),
+        ({"fix": ["identical"], "fixed_dir": "x"}, "--fix: unknown identical; did you mean drop_identical?"),
+        ({"fix": ["drop_identical"]}, "--fix and --fixed_dir need each other"),
+        ({"fixed_dir": "x"}, "--fix and --fixed_dir need each other"),
+        ({"show": -1}, "--show must not be negative"),
+    ],
+)
+def test_wrong_options(given: dict, message: str):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        CheckOptions(**given)
+
+
+def test_show_needs_a_tokenizer():
+    with pytest.raises(UserError, match="--show needs --tokenizer_name_or_path"):
+        run_check(CheckOptions(show=1), TextOptions(), {"train": TRAIN})
+
+
+def test_the_shipped_sample_has_no_errors(tiny_model: Path):
+    from tandem.data.sample import sample_path
+
+    folder = str(Path(str(sample_path("train"))).parent)
+    train, held_out = load_splits(DataOptions(folder))
+    run_check(CheckOptions(str(tiny_model)), TextOptions(), {"train": train, "held-out": held_out})

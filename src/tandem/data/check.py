@@ -1,126 +1,147 @@
-"""What a person should know about their pairs before a GPU-hour is spent on them."""
+"""The data check as a stage: table, report, the pairs as they are trained, and a mended copy of the data."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rich.console import Console
 
-from tandem.config import opt
-from tandem.data.formats import Row, prompt_id
-from tandem.data.texts import render, tokenize_pair
+from tandem.data.formats import Row
+from tandem.data.lint import HELD_OUT, LEVELS, Finding, lint
+from tandem.data.options import CheckOptions
+from tandem.data.show import print_pair, show_pairs
 from tandem.errors import UserError
 from tandem.options import TextOptions
-from tandem.runs import sha256_json, write_json
+from tandem.runs import write_atomic, write_json
+
+Json = dict[str, Any]
+
+_FILES = {HELD_OUT: "test.jsonl"}  # what data.sources reads as a folder's held-out split
+_PLACES = 3  # shown of a finding
 
 
-@dataclass
-class CheckOptions:
-    """Check."""
-
-    tokenizer_name_or_path: str | None = opt(
-        None, "tokenizer (or model) that lengths are counted with; unset: not counted"
-    )
-    report: str | None = opt(None, "write data_report.json here")
-
-
-def check(splits: dict[str, Sequence[Row]], tokenizer: Any, text: TextOptions) -> dict[str, Any]:
-    """Counts of each split, and of the prompts that all splits share."""
-    report: dict[str, Any] = {"splits": {}}
-    for name, pairs in splits.items():
-        report["splits"][name] = _describe(pairs) | (_lengths(pairs, tokenizer, text) if tokenizer else {})
-    prompts = {name: {prompt_id(pair["prompt"]) for pair in pairs} for name, pairs in splits.items()}
-    shared = set.intersection(*prompts.values()) if len(prompts) > 1 else set()
-    report["shared_prompts"] = len(shared)
-    return report
-
-
-def _describe(pairs: Sequence[Row]) -> dict[str, Any]:
-    sizes = np.array([[_size(pair["chosen"]), _size(pair["rejected"])] for pair in pairs])
-    return {
-        "pairs": len(pairs),
-        "prompts": len({prompt_id(pair["prompt"]) for pair in pairs}),
-        "sources": dict(Counter(pair["source"] for pair in pairs)),
-        "fingerprint": sha256_json(sorted(pair["pair_id"] for pair in pairs)),
-        "duplicate_pairs": len(pairs) - len({pair["pair_id"] for pair in pairs}),
-        "identical_answers": sum(pair["chosen"] == pair["rejected"] for pair in pairs),
-        "several_turn_answers": sum(_turns(pair) > 1 for pair in pairs),
-        "chosen_longer": float((sizes[:, 0] > sizes[:, 1]).mean()) if len(pairs) else None,
-    }
-
-
-def _size(completion: Any) -> int:
-    return len(completion) if isinstance(completion, str) else sum(len(message["content"]) for message in completion)
-
-
-def _turns(pair: Row) -> int:
-    return max(len(pair[side]) if isinstance(pair[side], list) else 1 for side in ("chosen", "rejected"))
-
-
-def _lengths(pairs: Sequence[Row], tokenizer: Any, text: TextOptions) -> dict[str, Any]:
-    """Token counts, and how many pairs lose what at `max_length`."""
-    tokenized = [tokenize_pair(render(pair, text.use_chat_template), tokenizer) for pair in pairs]
-    prompt, chosen, rejected = (
-        np.array([len(pair[side]) for pair in tokenized]) for side in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    longest = prompt + np.maximum(chosen, rejected)
-    return {
-        "tokens": {
-            name: {"median": float(np.median(values)), "max": int(values.max())}
-            for name, values in {"prompt": prompt, "chosen": chosen, "rejected": rejected}.items()
-        },
-        "answers_cut": int((longest > text.max_length).sum()),
-        "answers_lost": int((prompt >= text.max_length).sum()),
-    }
-
-
-def findings(report: dict[str, Any]) -> list[str]:
-    """What is wrong, a line each."""
-    lines = []
-    for name, split in report["splits"].items():
-        for key, text in {
-            "duplicate_pairs": "pairs are there more than once",
-            "identical_answers": "pairs have chosen equal to rejected: they give no gradient",
-            "several_turn_answers": "pairs have answers of several turns: a user's turn is trained on",
-            "answers_cut": "pairs lose the end of an answer at --max_length",
-            "answers_lost": "pairs lose their answers at --max_length and are left out",
-        }.items():
-            if split.get(key):
-                lines.append(f"{name}: {split[key]} of {split['pairs']} {text}")
-    if report["shared_prompts"]:
-        lines.append(f"{report['shared_prompts']} prompts are in training and held-out data")
-    return lines
-
-
-def to_markdown(report: dict[str, Any]) -> str:
-    """The counts as a Markdown table, a split a row, with the findings below."""
-    columns = "split | pairs | prompts | chosen longer | prompt / chosen / rejected tokens (median)"
-    lines = [f"| {columns} |", "|---" * 5 + "|"]
-    for name, split in report["splits"].items():
-        tokens = " / ".join(f"{value['median']:.0f}" for value in split.get("tokens", {}).values()) or "not counted"
-        longer = f"{split['chosen_longer']:.2f}"
-        lines.append(f"| {name} | {split['pairs']} | {split['prompts']} | {longer} | {tokens} |")
-    return "\n".join([*lines, *(f"warning: {line}" for line in findings(report))])
-
-
-def run_check(options: CheckOptions, text: TextOptions, splits: dict[str, Sequence[Row]]) -> None:
-    """Print the table and write the report.
+def run_check(options: CheckOptions, text: TextOptions, splits: Mapping[str, Sequence[Row]]) -> None:
+    """Print what was found, write the report, the mended data.
 
     Raises:
-        UserError: there is nothing to train on.
+        UserError: a finding of the level `fail_on`; nothing to train on; a folder for mended data that is taken.
     """
+    _check_options(options)
     tokenizer = None
     if options.tokenizer_name_or_path:
         from tandem.models import load_tokenizer
         from tandem.options import ModelOptions
 
         tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
-    report = check(splits, tokenizer, text)
-    print(to_markdown(report))
+    figures, findings = lint(splits, tokenizer, text)
+    shown = [
+        pair | {"split": name}
+        for name, pairs in splits.items()
+        for pair in (show_pairs(pairs[: options.show], tokenizer, text) if tokenizer else [])
+    ]
+    for pair in shown:
+        print_pair(pair, Console(soft_wrap=True, highlight=False))
+    print(to_markdown(figures), findings_to_markdown(findings), sep="\n\n")
     if options.report:
-        write_json(Path(options.report), report | {"findings": findings(report)})
-    for name, split in report["splits"].items():
-        if split["pairs"] == split.get("answers_lost"):
-            raise UserError(f"{name}: every prompt alone fills --max_length {text.max_length}")
+        report = {"splits": figures, "findings": [finding.to_json() for finding in findings], "shown": shown}
+        write_json(Path(options.report), report)
+    if options.fixed_dir:
+        write_fixed(Path(options.fixed_dir), splits, mend(splits, findings, options.dropped))
+    _stop_on(options, text, findings)
+
+
+def _check_options(options: CheckOptions) -> None:
+    if options.show and not options.tokenizer_name_or_path:
+        raise UserError("--show needs --tokenizer_name_or_path: tokens are of a tokenizer")
+    if options.fixed_dir and Path(options.fixed_dir).exists():
+        raise UserError(f"--fixed_dir {options.fixed_dir}: is there already, and nothing is overwritten; name another")
+
+
+def _stop_on(options: CheckOptions, text: TextOptions, findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        if finding.name == "answer_lost" and finding.count == finding.of:
+            raise UserError(f"{finding.split}: every prompt alone fills --max_length {text.max_length}")
+    if options.fail_on == "none":
+        return
+    counted = LEVELS[: LEVELS.index(options.fail_on) + 1]
+    stopping = [finding for finding in findings if finding.level in counted]
+    if stopping:
+        told = "; ".join(f"{finding.name} ({finding}{_first(finding)})" for finding in stopping)
+        raise UserError(f"the data check found what --fail_on {options.fail_on} stops on: {told}")
+
+
+def _first(finding: Finding) -> str:
+    """Where to look, and at what."""
+    if not finding.examples or "file" not in finding.examples[0]:
+        return ""
+    example = finding.examples[0]
+    return f"; {example['file']} row {example['row']}: {example['found']}"
+
+
+def to_markdown(figures: Mapping[str, Json]) -> str:
+    """The counts as a Markdown table, a split a row."""
+    head = "split | pairs | prompts | formats | languages | chosen longer | bag of words"
+    head += " | median tokens (prompt, chosen, rejected)"
+    rows = []
+    for name, split in figures.items():
+        words = f"{split['bag_of_words']['value']:.2f}" if split["bag_of_words"] else "too few pairs"
+        tokens = ", ".join(f"{value['median']:.0f}" for value in split.get("tokens", {}).values()) or "not counted"
+        longer = f"{split['chosen_longer']:.2f}"
+        rows.append(
+            [
+                name,
+                split["pairs"],
+                split["prompts"],
+                _most(split["formats"]),
+                _most(split["languages"]),
+                longer,
+                words,
+                tokens,
+            ]
+        )
+    return _table(head, rows)
+
+
+def _most(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in list(counts.items())[:3])
+
+
+def findings_to_markdown(findings: Sequence[Finding]) -> str:
+    """The findings as a Markdown table, the worst first."""
+    rows = []
+    for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
+        places = [
+            f"{Path(example['file']).name} row {example['row']}" for example in finding.examples if "file" in example
+        ]
+        more = ["…"] if finding.count > _PLACES and places else []
+        share = f"{100 * finding.share:.2f}%"
+        rows.append([finding.level, finding.name, share, finding, ", ".join(places[:_PLACES] + more)])
+    return _table("level | finding | share | what | where", rows) if rows else "The check found nothing."
+
+
+def _table(head: str, rows: Sequence[Sequence[Any]]) -> str:
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def mend(
+    splits: Mapping[str, Sequence[Row]], findings: Sequence[Finding], names: Sequence[str]
+) -> dict[str, list[Row]]:
+    """The splits without the pairs that the findings of these names are about."""
+    dropped = {
+        split: {row for finding in findings if finding.split == split and finding.name in names for row in finding.rows}
+        for split in splits
+    }
+    return {
+        split: [pair for row, pair in enumerate(pairs) if row not in dropped[split]] for split, pairs in splits.items()
+    }
+
+
+def write_fixed(folder: Path, splits: Mapping[str, Sequence[Row]], fixed: Mapping[str, Sequence[Row]]) -> None:
+    """The mended splits as files that `data.sources` reads to the same pairs."""
+    for split, pairs in fixed.items():
+        file = folder / _FILES.get(split, f"{split}.jsonl")
+        lines = (json.dumps({part: pair[part] for part in ("prompt", "chosen", "rejected")}) for pair in pairs)
+        write_atomic(file, "".join(line + "\n" for line in lines))
+        print(f"{file}: {len(pairs)} of {len(splits[split])} pairs")

@@ -78,8 +78,8 @@ class DataOptions:
 DROPPABLE = (
     "identical", "duplicates", "near_duplicates", "contradictory", "leaked_prompts", "near_leaked_prompts",
     "repeated_prompts", "near_prompts", "answer_lost", "answer_cut", "difference_cut", "prompt_cut", "several_turns",
-    "turn_markers", "role_order", "prompt_repeated", "single_token", "special_tokens", "not_text", "personal_data",
-    "other_language",
+    "turn_markers", "role_order", "prompt_repeated", "unfinished", "single_token", "special_tokens", "not_text",
+    "personal_data", "other_language",
 )  # fmt: skip
 
 

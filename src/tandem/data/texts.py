@@ -119,8 +119,6 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, l
     The completions begin where the tokens of prompt and prompt + completion part, which a tokenizer that merges
     across the boundary moves into the prompt. Plain text gets the end-of-sequence token, a template brings its own.
     """
-    from trl.data_utils import common_prefix_length
-
     prompt = prompt_ids(row["prompt"], tokenizer)
     whole = [_whole_ids(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")]
     shared = min(len(os.path.commonprefix([prompt, ids])) for ids in whole)
@@ -131,5 +129,10 @@ def _whole_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase
     if not isinstance(prompt, str):
         encoded: Any = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)
         return list(encoded["input_ids"])
+    return list(tokenizer(prompt + closed(completion, tokenizer))["input_ids"])
+
+
+def closed(completion: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A completion of plain text with the end-of-sequence token, if the tokenizer has one."""
     end = tokenizer.eos_token or ""
-    return list(tokenizer(prompt + completion + ("" if completion.endswith(end) else end))["input_ids"])
+    return completion if completion.endswith(end) else completion + end

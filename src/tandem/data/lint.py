@@ -1,0 +1,273 @@
+"""What a person should know about their pairs before a GPU-hour is spent on them."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tandem.data.examine import Examined, examine
+from tandem.data.formats import Row, as_messages, prompt_id
+from tandem.data.near import SIMILAR, Candidates, jaccard
+from tandem.data.row_checks import answer_text
+from tandem.data.shortcuts import bag_of_words, pick_longer
+from tandem.options import TextOptions
+from tandem.runs import sha256_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Json = dict[str, Any]
+
+LEVELS = ("error", "warning", "note")
+TRAIN = "train"
+HELD_OUT = "held-out"
+EXAMPLES = 5
+_EXCERPT = 160  # characters of an example
+_CROWD = 30  # candidates from which a neighbourhood is too crowded to add to, or boilerplate would cost n² comparisons
+_LONGER = (0.4, 0.6)  # accuracy of "pick the longer" that is taken for harmless
+_KEYWORDS = 0.75  # accuracy of a bag of words from which the pairs teach words
+
+# Every finding: its level, and what is said of so many of so many pairs, in the order of a report
+KINDS: dict[str, tuple[str, str]] = {
+    "template_refuses": ("error", "pairs are refused by the chat template"),
+    "template_trains_user": (
+        "error",
+        "pairs have words of the user's turn trained: the chat template alters the prompt",
+    ),
+    "template_prompt_differs": (
+        "error",
+        "prompts read differently alone and before an answer: not what is trained is asked",
+    ),
+    "template_no_end": ("error", "pairs have an answer that no special token ends: a model would not learn to stop"),
+    "answer_lost": ("warning", "pairs lose their answers at --max_length and are left out"),
+    "difference_cut": ("warning", "pairs differ only beyond --max_length: they give no gradient"),
+    "answer_cut": ("warning", "pairs lose the end of an answer at --max_length"),
+    "prompt_cut": ("note", "prompts lose their beginning at --max_prompt_length"),
+    "identical": ("warning", "pairs have chosen equal to rejected: they give no gradient"),
+    "contradictory": ("warning", "pairs are there both ways round: one row prefers what another rejects"),
+    "duplicates": ("warning", "pairs are there more than once"),
+    "near_duplicates": ("warning", "pairs are nearly the same as an earlier one"),
+    "leaked_prompts": ("warning", "pairs have a prompt that is in the held-out data too"),
+    "near_leaked_prompts": ("warning", "pairs have nearly the same prompt as held-out data"),
+    "repeated_prompts": ("note", "pairs have the prompt of an earlier one, with other answers"),
+    "near_prompts": ("note", "pairs have nearly the prompt of an earlier one"),
+    "several_turns": ("warning", "pairs have answers of several turns: a user's turn is trained on"),
+    "turn_markers": ("warning", "pairs have an answer that goes on with a turn marker of a transcript"),
+    "role_order": ("warning", "pairs have turns out of order"),
+    "prompt_repeated": ("warning", "pairs repeat the prompt in an answer, where it is trained"),
+    "unfinished": ("note", "pairs have an answer that ends in the middle of a sentence"),
+    "single_token": ("warning", "pairs have an answer of a single token"),
+    "special_tokens": ("warning", "pairs hold text that the tokenizer reads as a special token"),
+    "not_text": ("warning", "pairs hold control characters, or characters that were decoded wrongly"),
+    "personal_data": ("warning", "pairs hold what looks like personal data or a secret"),
+    "other_language": ("note", "pairs are in another language than most"),
+    "length_bias": ("warning", "pairs have their label told by which answer is longer"),
+    "keywords": ("warning", "pairs have their label told by a bag of words, with prompts held out"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is the matter with `rows` (indices into the split, ascending); a split as a whole has `count` alone."""
+
+    name: str
+    split: str
+    count: int
+    of: int
+    rows: Sequence[int] = ()
+    examples: Sequence[Json] = ()
+
+    @property
+    def share(self) -> float:
+        """Of the split's pairs."""
+        return self.count / self.of
+
+    @property
+    def level(self) -> str:
+        """One of LEVELS."""
+        return KINDS[self.name][0]
+
+    def __str__(self) -> str:
+        return f"{self.split}: {self.count} of {self.of} {KINDS[self.name][1]}"
+
+    def to_json(self) -> Json:
+        """As in data_report.json."""
+        return {
+            "name": self.name,
+            "level": self.level,
+            "split": self.split,
+            "count": self.count,
+            "share": self.share,
+            "message": str(self),
+            "examples": list(self.examples),
+        }
+
+
+def lint(
+    splits: Mapping[str, Sequence[Row]], tokenizer: "PreTrainedTokenizerBase | None", text: TextOptions
+) -> tuple[dict[str, Json], list[Finding]]:
+    """Figures of each split, and the findings in the order of KINDS.
+
+    Without a tokenizer nothing is said of tokens, lengths and templates. Splits of thousands of pairs are examined by
+    as many processes as there are cores.
+    """
+    figures, findings = {}, []
+    examined = {name: examine(pairs, tokenizer, text) for name, pairs in splits.items()}
+    for name, pairs in splits.items():
+        seen = examined[name]
+        seen.found |= _repeats(pairs, seen)
+        words = bag_of_words(pairs)
+        figures[name] = _describe(pairs, seen, tokenizer is not None) | {"bag_of_words": words}
+        findings += [_finding(kind, name, pairs, rows) for kind, rows in seen.found.items() if rows]
+        findings += _shortcuts(name, figures[name])
+    if {TRAIN, HELD_OUT} <= splits.keys():
+        leaks = _leaks(splits[TRAIN], examined[TRAIN], splits[HELD_OUT], examined[HELD_OUT])
+        findings += [_finding(kind, TRAIN, splits[TRAIN], rows) for kind, rows in leaks.items() if rows]
+    order = {kind: number for number, kind in enumerate(KINDS)}
+    return figures, sorted(findings, key=lambda finding: order[finding.name])
+
+
+def _finding(kind: str, split: str, pairs: Sequence[Row], found: Mapping[int, str]) -> Finding:
+    rows = sorted(found)
+    examples = [_example(pairs[row], kind, found[row]) for row in rows[:EXAMPLES]]
+    return Finding(kind, split, len(rows), len(pairs), rows, examples)
+
+
+def _example(pair: Row, kind: str, found: str) -> Json:
+    example = {"file": pair["source"], "row": pair["row"], "found": found}
+    if kind == "personal_data":  # the text around it would show it
+        return example
+    asked = as_messages(pair["prompt"])[-1]["content"]
+    texts = {"prompt": asked, "chosen": answer_text(pair["chosen"]), "rejected": answer_text(pair["rejected"])}
+    return example | {part: content[:_EXCERPT] for part, content in texts.items()}
+
+
+def _describe(pairs: Sequence[Row], seen: Examined, has_tokens: bool) -> Json:
+    """Counts of a split; `fingerprint` is of its pairs in any order."""
+    figures: Json = {
+        "pairs": len(pairs),
+        "prompts": len({prompt_id(pair["prompt"]) for pair in pairs}),
+        "formats": dict(Counter(pair["format"] for pair in pairs).most_common()),
+        "sources": dict(Counter(pair["source"] for pair in pairs)),
+        "fingerprint": sha256_json(sorted(pair["pair_id"] for pair in pairs)),
+        "languages": dict(Counter(code or "unknown" for code in seen.languages).most_common()),
+        "chosen_longer": float((seen.sizes[:, 0] > seen.sizes[:, 1]).mean()),
+        "pick_longer": pick_longer(seen.sizes),
+    }
+    counted = seen.tokens[seen.tokens[:, 0] >= 0]
+    if has_tokens and len(counted):
+        figures["tokens"] = {
+            part: {"median": float(np.median(values)), "max": int(values.max())}
+            for part, values in zip(("prompt", "chosen", "rejected"), counted.T, strict=True)
+        }
+    return figures
+
+
+def _shortcuts(split: str, figures: Json) -> Iterator[Finding]:
+    longer, words = figures["pick_longer"], figures["bag_of_words"]
+    low, high = _LONGER
+    if longer["low"] > high or longer["high"] < low:
+        accuracy = max(longer["value"], 1 - longer["value"])
+        yield Finding("length_bias", split, round(accuracy * longer["n"]), longer["n"])
+    if words and words["low"] > _KEYWORDS:
+        found = f"for chosen: {', '.join(words['chosen_words'])}; for rejected: {', '.join(words['rejected_words'])}"
+        count = round(words["value"] * words["n"])
+        yield Finding("keywords", split, count, words["n"], examples=[{"found": found}])
+
+
+def _repeats(pairs: Sequence[Row], seen: Examined) -> dict[str, dict[int, str]]:
+    """Pairs and prompts that come again, whole, nearly or the other way round, and pairs of another language."""
+    found: dict[str, dict[int, str]] = {
+        name: {} for name in ("duplicates", "contradictory", "near_duplicates", "repeated_prompts", "near_prompts")
+    }
+    first_pair: dict[str, int] = {}
+    first_prompt: dict[str, int] = {}
+    near_pairs, near_prompts = Candidates(), Candidates()
+    for row, pair in enumerate(pairs):
+        if (earlier := first_pair.setdefault(pair["pair_id"], row)) != row:
+            found["duplicates"][row] = f"as {_place(pairs[earlier])}"
+            continue
+        for kind, earlier in _near_pairs(row, seen, near_pairs):
+            found[kind][row] = f"as {_place(pairs[earlier])}"
+            if kind == "contradictory":
+                found[kind].setdefault(earlier, f"as {_place(pair)}")
+        if (earlier := first_prompt.setdefault(prompt_id(pair["prompt"]), row)) != row:
+            found["repeated_prompts"][row] = f"as {_place(pairs[earlier])}"
+        elif (near := _near_prompt(seen, row, seen, near_prompts)) is not None:
+            found["near_prompts"][row] = f"as {_place(pairs[near])}"
+        else:
+            _add_prompt(row, seen, near_prompts)
+    # Copies of a row that is there both ways round are so as well
+    for row in found["duplicates"]:
+        if (reason := found["contradictory"].get(first_pair[pairs[row]["pair_id"]])) is not None:
+            found["contradictory"][row] = reason
+    return found | {"other_language": _other_language(seen.languages)}
+
+
+def _place(pair: Row) -> str:
+    return f"{pair['source']} row {pair['row']}"
+
+
+def _near_pairs(row: int, seen: Examined, index: Candidates) -> Iterator[tuple[str, int]]:
+    """The first earlier row that is nearly the same pair, and the first that is nearly the same turned round.
+
+    A row that has no such earlier row is added to the index: the first of a group stands for the group.
+    """
+    candidates = index.like(seen.pair_signatures[row])
+    prompt, chosen, rejected = seen.parts(row)
+    relations: dict[str, int] = {}
+    for earlier in candidates[:_CROWD]:
+        its_prompt, its_chosen, its_rejected = seen.parts(earlier)
+        if not _alike((prompt, its_prompt)):
+            continue
+        if _alike((chosen, its_chosen), (rejected, its_rejected)):
+            relations.setdefault("near_duplicates", earlier)
+        elif _alike((chosen, its_rejected), (rejected, its_chosen)):
+            relations.setdefault("contradictory", earlier)
+    if "near_duplicates" not in relations and len(candidates) < _CROWD:
+        index.add(row, seen.pair_signatures[row])
+    return iter(relations.items())
+
+
+def _alike(*couples: tuple[np.ndarray, np.ndarray]) -> bool:
+    return all(jaccard(left, right) >= SIMILAR for left, right in couples)
+
+
+def _near_prompt(seen: Examined, row: int, others: Examined, index: Candidates) -> int | None:
+    """The first prompt of the index, whose rows are of `others`, that is nearly `row`'s."""
+    prompt = seen.parts(row)[0]
+    candidates = index.like(seen.prompt_signatures[row])[:_CROWD]
+    return next((other for other in candidates if _alike((prompt, others.parts(other)[0]))), None)
+
+
+def _leaks(
+    pairs: Sequence[Row], seen: Examined, held_out: Sequence[Row], others: Examined
+) -> dict[str, dict[int, str]]:
+    """Training pairs whose prompt is held out as well, or nearly so."""
+    first: dict[str, int] = {}
+    index = Candidates()
+    for row, pair in enumerate(held_out):
+        if first.setdefault(prompt_id(pair["prompt"]), row) == row:
+            _add_prompt(row, others, index)
+    found: dict[str, dict[int, str]] = {"leaked_prompts": {}, "near_leaked_prompts": {}}
+    for row, pair in enumerate(pairs):
+        if (same := first.get(prompt_id(pair["prompt"]))) is not None:
+            found["leaked_prompts"][row] = f"as {_place(held_out[same])}"
+        elif (near := _near_prompt(seen, row, others, index)) is not None:
+            found["near_leaked_prompts"][row] = f"as {_place(held_out[near])}"
+    return found
+
+
+def _add_prompt(row: int, seen: Examined, index: Candidates) -> None:
+    if len(index.like(seen.prompt_signatures[row])) < _CROWD:
+        index.add(row, seen.prompt_signatures[row])
+
+
+def _other_language(languages: Sequence[str | None]) -> dict[int, str]:
+    known = Counter(code for code in languages if code)
+    if not known:
+        return {}
+    most = known.most_common(1)[0][0]
+    return {row: code for row, code in enumerate(languages) if code not in (None, most)}

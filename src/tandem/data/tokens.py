@@ -1,0 +1,182 @@
+"""Pairs as the model sees them: rendered, tokenized in batches, and what a template or a length limit does to them."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from tandem.data.formats import Row, as_messages
+from tandem.data.texts import closed, render, tokenize_pair, trim_prompt
+from tandem.options import TextOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int, str]  # start, end, role
+
+_END = 3  # an answer's last tokens, among which its end-of-turn token is: some templates put a line break after it
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A pair as it is trained: `row` rendered and its prompt trimmed, the texts that are tokenized, the token ids.
+
+    `prompt` is the rendered prompt alone, `chosen` and `rejected` the prompt with each answer. The ids are
+    `tokenize_pair`'s: prompt and answers apart, nothing cut at `max_length` yet.
+    """
+
+    row: Row
+    prompt: str
+    chosen: str
+    rejected: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    is_trimmed: bool
+
+    @property
+    def sides(self) -> tuple[tuple[str, str, list[int]], ...]:
+        """Name, text and ids of each answer."""
+        return (("chosen", self.chosen, self.chosen_ids), ("rejected", self.rejected, self.rejected_ids))
+
+    def room(self, text: TextOptions) -> int:
+        """Tokens of an answer that `max_length` leaves."""
+        return max(0, text.max_length - len(self.prompt_ids))
+
+    def first_difference(self) -> int | None:
+        """Index of the first token in which the answers differ; None if they are the same tokens."""
+        if self.chosen_ids == self.rejected_ids:
+            return None
+        return common_length(self.chosen_ids, self.rejected_ids)
+
+
+def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How long a beginning two sequences share."""
+    differ = (index for index, (one, other) in enumerate(zip(left, right, strict=False)) if one != other)
+    return next(differ, min(len(left), len(right)))
+
+
+def see(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> list[Seen | str]:
+    """Each canonical row as the model sees it, or what the chat template says in refusing it."""
+    rendered = [render(row, text.use_chat_template) for row in rows]
+    try:
+        return list(_see(rendered, tokenizer, text))
+    except TemplateError:
+        return [_see_one(row, tokenizer, text) for row in rendered]
+
+
+def _see_one(row: Row, tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> Seen | str:
+    try:
+        return next(_see([row], tokenizer, text))
+    except TemplateError as error:
+        return str(error)
+
+
+def _see(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> Iterator[Seen]:
+    limit = text.max_prompt_length
+    texts = _texts(rows, tokenizer)
+    ids = _encode([part for parts in texts for part in parts], tokenizer, isinstance(rows[0]["prompt"], str))
+    for number, (row, parts) in enumerate(zip(rows, texts, strict=True)):
+        prompt, *wholes = ids[3 * number : 3 * number + 3]
+        if limit is not None and len(prompt) > limit:
+            short = row | {"prompt": trim_prompt(row["prompt"], tokenizer, limit)}
+            parts = _texts([short], tokenizer)[0]
+            yield Seen(short, *parts, **tokenize_pair(short, tokenizer), is_trimmed=True)
+        elif all(whole[: len(prompt)] == prompt for whole in wholes):
+            yield Seen(row, *parts, prompt, *(whole[len(prompt) :] for whole in wholes), is_trimmed=False)
+        else:
+            yield Seen(row, *parts, **tokenize_pair(row, tokenizer), is_trimmed=False)
+
+
+def _texts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str, str]]:
+    """The prompt alone and with each answer, as text that is tokenized."""
+    prompts = [row["prompt"] for row in rows]
+    if isinstance(prompts[0], str):
+        wholes = [[row["prompt"] + closed(row[side], tokenizer) for row in rows] for side in ("chosen", "rejected")]
+    else:
+        wholes = [_templated([row["prompt"] + row[side] for row in rows], tokenizer) for side in ("chosen", "rejected")]
+        prompts = _templated(prompts, tokenizer, add_generation_prompt=True)
+    return list(zip(prompts, *wholes, strict=True))
+
+
+def _templated(conversations: list[Any], tokenizer: "PreTrainedTokenizerBase", **keywords: bool) -> list[str]:
+    rendered: Any = tokenizer.apply_chat_template(conversations, tokenize=False, **keywords)
+    return list(rendered)
+
+
+def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool) -> list[list[int]]:
+    if not tokenizer.is_fast:
+        encoded: Any = tokenizer(texts, add_special_tokens=add_special_tokens)
+        return [list(ids) for ids in encoded["input_ids"]]
+    # Not tokenizer(texts), which spends twice the time on masks and offsets nobody reads
+    backend: Any = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Ids of the tokens that no plain text gives."""
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def special_texts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Finds what the tokenizer would read as one of its special tokens."""
+    names = sorted(map(str, tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def check_seen(seen: Seen, text: TextOptions, specials: frozenset[int]) -> dict[str, str]:
+    """Findings of one pair as it is trained: name → what was found."""
+    found = _check_lengths(seen, text) | _check_template(seen)
+    for side, whole, ids in seen.sides:
+        if not specials.intersection(ids[-_END:]):
+            found["template_no_end"] = f"{side} ends {whole[-60:]!r}"
+        if sum(id not in specials for id in ids) == 1:
+            found["single_token"] = side
+    return found
+
+
+def _check_lengths(seen: Seen, text: TextOptions) -> dict[str, str]:
+    found = {}
+    room = seen.room(text)
+    prompt, chosen, rejected = len(seen.prompt_ids), len(seen.chosen_ids), len(seen.rejected_ids)
+    if seen.is_trimmed:
+        found["prompt_cut"] = f"cut to {prompt} tokens"
+    if max(chosen, rejected) > room:
+        found["answer_cut"] = f"prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
+        if room == 0:
+            found["answer_lost"] = f"prompt {prompt} tokens"
+        elif seen.chosen_ids[:room] == seen.rejected_ids[:room] and seen.chosen_ids != seen.rejected_ids:
+            found["difference_cut"] = f"the first {room} tokens of both answers are the same"
+    return found
+
+
+def _check_template(seen: Seen) -> dict[str, str]:
+    """What the template makes of the prompt when an answer follows."""
+    for side, whole, _ in seen.sides:
+        if whole.startswith(seen.prompt):
+            continue
+        shared = common_length(whole, seen.prompt)
+        alone, before = seen.prompt[max(0, shared - 20) :][:80], whole[max(0, shared - 20) :][:80]
+        found = {"template_prompt_differs": f"alone it reads {alone!r}, before {side} it reads {before!r}"}
+        turns = [span for span in role_spans(whole, as_messages(seen.row["prompt"])) if span[2] == "user"]
+        if turns and turns[-1][1] > shared:
+            found["template_trains_user"] = f"trained with {side}: {whole[shared : turns[-1][1]][:80]!r}"
+        return found
+    return {}
+
+
+def role_spans(text: str, messages: Sequence[dict[str, str]]) -> list[Span]:
+    """Where in a rendered text the messages stand; one that the template has changed is left out."""
+    spans, cursor = [], 0
+    for message in messages:
+        content = message["content"].strip()
+        start = text.find(content, cursor)
+        if start >= 0:
+            cursor = start + len(content)
+            spans.append((start, cursor, message["role"]))
+    return spans
