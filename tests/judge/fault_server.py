@@ -59,6 +59,7 @@ class FaultServer:
         self.refuses_schema = False
         self.status: int | None = None  # every request fails with this
         self.delay = 0.0
+        self.batch_created: Callable[[], object] = lambda: None  # called before the reply that names the batch
         self.lock = threading.Lock()
         self.reset()
 
@@ -224,6 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         batch = {"id": f"batch-{len(state.batches)}", "object": "batch", "status": "in_progress", "polls": 0, **body}
         state.batches[batch["id"]] = batch
+        state.batch_created()
         self._send(200, batch)
 
     def do_GET(self) -> None:
