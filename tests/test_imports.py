@@ -15,13 +15,13 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 
 # A module may import from its own layer and from lower ones; unnamed modules at the top of tandem are stages
 LAYERS = {
-    **dict.fromkeys(("config", "errors", "estimates", "log", "options", "runs", "sampling", "servers"), 0),
+    **dict.fromkeys(("config", "credentials", "errors", "estimates", "log", "options", "runs", "sampling", "servers"), 0),
     **dict.fromkeys(("blind", "refusals"), 0),
     **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "generation", "models", "scoring"), 1),
     "trainers": 2,
 }
 STAGE = 3
-ARITHMETIC = ("engine.layout", "monitor.tail", "judge.statistics", "judge.verdicts")
+ARITHMETIC = ("estimates", "engine.layout", "monitor.tail", "judge.statistics", "judge.verdicts")
 FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
 HEAVY = {"torch", "trl", "transformers", "accelerate", "peft", "datasets"}
 

@@ -149,7 +149,8 @@ def test_every_stage_leaves_its_output(killed_and_resumed: tuple[Pipeline, str])
     comparison = json.loads((pipeline.run / "dpo_comparison_results.json").read_text())
     assert list(comparison["models"]) == ["base", "sft", "dpo"]
     assert len(comparison["comparisons"]) == 6
-    assert "<html" in (pipeline.run / "report.html").read_text()
+    report = (pipeline.run / "report.html").read_text()
+    assert "<html" in report and "launch scripts/dpo.py --config " in report  # the commands that ran
 
 
 def test_finished_stages_are_not_repeated_after_a_kill(killed_and_resumed: tuple[Pipeline, str]):

@@ -12,6 +12,7 @@ from tandem.report.page import ReportOptions, write_report
 from tests.report import sample_run
 
 webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -172,6 +173,24 @@ def test_keyboard_reaches_the_filters(page: Any) -> None:
     assert outline == "3px"
     active.send_keys(Keys.SPACE)
     assert status(page) == "Prompts 1 to 25 of 200"
+
+
+def test_the_keyboard_alone_reaches_everything(page: Any) -> None:
+    """From the top by Tab: every link, button, field, fold and scrolling table, each with a ring to be seen."""
+    script = """
+      const able = 'a[href], button:not(:disabled), input, summary, [tabindex="0"]';
+      window.wanted = [...document.querySelectorAll(able)].filter((one) => one.checkVisibility());
+      return window.wanted.length;"""
+    count = page.execute_script(script)
+    assert count > 60
+    ActionChains(page).send_keys(Keys.TAB * count).perform()
+    visited = """
+      const at = window.wanted.indexOf(document.activeElement);
+      return [at, getComputedStyle(document.activeElement).outlineStyle];"""
+    assert page.execute_script(visited) == [count - 1, "solid"]
+    for index in reversed(range(count - 1)):
+        ActionChains(page).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+        assert page.execute_script(visited) == [index, "solid"]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
