@@ -17,6 +17,7 @@ from tandem.errors import UserError
 from tandem.generate import GenerateOptions
 from tandem.generate import generate as generate_all
 from tandem.generation.options import GenerationOptions
+from tandem.generation.transformers import TransformersEngine
 from tandem.runs import locked, read_jsonl
 from tandem.sampling import Sampling, SamplingOptions, prompt_seed
 from tests import tiny
@@ -213,6 +214,27 @@ def test_labels_are_checked(models: list[str], expected: str):
         GenerateOptions(models, "out")
     assert str(error.value) == expected
     assert GenerateOptions(["base=m", "dpo=runs/a=b"], "out").by_label == {"base": "m", "dpo": "runs/a=b"}
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "fast", "asked", "expected"),
+    [
+        (True, True, None, "bfloat16"),
+        (True, False, None, "float32"),  # an old GPU, MPS
+        (False, True, None, "float32"),  # a CPU, though it may multiply bfloat16 fast
+        (True, True, "float32", "float32"),
+        (False, False, "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_type_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, accelerator: bool, fast: bool, asked: str | None, expected: str
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("tandem.models.has_accelerator", lambda: accelerator)
+        patch.setattr("tandem.models.fast_bf16", lambda: fast)
+        engine = TransformersEngine(GenerationOptions(dtype=asked), options())
+    engine.load(str(tiny_model))
+    assert str(engine._scorer.model.dtype) == f"torch.{expected}"
 
 
 def test_distinct_prompts_in_their_order():

@@ -79,7 +79,7 @@ def save_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def save_adapter(folder: Path, model: Path, seed: int = 0) -> Path:
+def save_adapter(folder: Path, model: Path, seed: int = 0, std: float = 0.1) -> Path:
     """A LoRA adapter on every linear layer of `model`, its B not zero: it changes the answers."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -90,6 +90,6 @@ def save_adapter(folder: Path, model: Path, seed: int = 0) -> Path:
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=std)
     adapted.save_pretrained(folder)
     return folder
