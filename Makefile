@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train lint format bench build run clean
+.PHONY: help setup demo test test-gaudi train lint format bench fuzz audit build run clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,20 @@ demo: $(VENV)/.demo-model ## the whole pipeline on a small model and sample pair
 test: setup ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+GAUDI_VENV := .venv-gaudi
+
+# optimum-habana without its dependencies: it asks for packages that only Intel's images have. On the CPU torch is PyPI's.
+$(GAUDI_VENV)/.installed: requirements-gaudi.txt
+	$(PYTHON) -m venv $(GAUDI_VENV)
+	$(GAUDI_VENV)/bin/pip install -q torch==2.13.0
+	$(GAUDI_VENV)/bin/pip install -q -r requirements-gaudi.txt pytest==9.2.0
+	$(GAUDI_VENV)/bin/pip install -q --no-deps optimum-habana==1.21.2
+	@touch $@
+
+test-gaudi: setup $(GAUDI_VENV)/.installed ## test optimum-habana's trainers on the CPU, with a stub of Intel's package
+	PATH=$(CURDIR)/$(GAUDI_VENV)/bin:$$PATH PYTHONPATH=$(CURDIR)/src:$(CURDIR)/tests/gaudi/stub HF_HUB_OFFLINE=1 \
+		MAIN_PYTHON=$(CURDIR)/$(BIN)/python $(GAUDI_VENV)/bin/python -m pytest tests/gaudi
+
 train: setup ## train one stage: make train CONFIG=pipelines/recipes/gpt2/dpo.yaml [ARGS="--beta 0.2"]
 	@test -n "$(CONFIG)" || { echo "CONFIG is required: a recipe's sft.yaml or dpo.yaml"; exit 2; }
 	$(BIN)/python -m tandem.launch --config_file $(or $(ACCELERATE_CONFIG),accelerate_configs/cpu.yaml) \
@@ -51,6 +65,16 @@ format: setup ## format the code
 bench: setup ## Tandem beside stock TRL, about 30 minutes
 	$(BIN)/python bench/run.py
 
+SECONDS ?= 600
+fuzz: setup ## damaged and invented data files at the reader for SECONDS=600; a crash is left in fuzz-inputs/
+	$(BIN)/pip install -q atheris==3.0.0
+	@mkdir -p fuzz-inputs
+	cd fuzz-inputs && ../$(BIN)/python ../tests/fuzz/fuzz_reader.py -max_total_time=$(SECONDS)
+
+audit: setup ## the installed packages against PyPI's advisories
+	$(BIN)/pip install -q pip-audit==2.10.1
+	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 IMAGE ?= tandem
 # Passed by name, so that a value is on no command line
 RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG JUDGE_MODEL JUDGE_BASE_URL
@@ -65,4 +89,4 @@ run: ## the sanity pipeline in the container: make run MODEL_NAME=… [HF_TOKEN=
 		-v tandem-cache:/home/tandem/.cache -v $(CURDIR)/runs:/opt/tandem/runs $(IMAGE)
 
 clean: ## remove the virtual environment, run folders and caches
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) fuzz-inputs $(GAUDI_VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

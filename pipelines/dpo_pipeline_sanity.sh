@@ -15,6 +15,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 [[ -n ${MODEL_NAME:-} ]] || die "MODEL_NAME is required: a model folder or Hub name"
+no_credentials MODEL_NAME DATASET JUDGE_MODEL JUDGE_BASE_URL
 RUN=${OUTPUT_DIR:-$ROOT/runs/dpo_sanity}
 RECIPE=${RECIPE:-$ROOT/pipelines/recipes/sanity}
 log_to "$RUN/dpo_pipeline_sanity.log"

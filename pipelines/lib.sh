@@ -13,6 +13,16 @@ die() {
   exit 2
 }
 
+# no_credentials VARIABLE…: refuse addresses with a user, a password or a query: they would go into files, and be seen in
+# the list of processes.
+no_credentials() {
+  local name
+  for name in "$@"; do
+    [[ ! ${!name:-} =~ ://([^/]*@|.*\?) ]] ||
+      die "$name holds a user, a password or a query: they would show in files and process lists; put keys into HF_TOKEN and OPENAI_API_KEY"
+  done
+}
+
 # log_to FILE: from here on, everything on screen goes to FILE as well.
 log_to() {
   [[ ${TANDEM_LOG:-} == "$1" ]] && return

@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (without("model.safetensors"), "cannot be loaded as a model: Error no file named model.safetensors"),
     "pickled weights": (
         pickled("model.safetensors", "pytorch_model.bin"),
-        "cannot be loaded as a model: Error no file named model.safetensors",
+        "pytorch_model.bin is a pickle, which can run code when it is loaded; convert it",
     ),
     "config cut off": (cut("config.json"), "cannot be loaded as a model: It looks like the config file"),
     "unknown architecture": (
@@ -81,7 +81,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "pickled weights": (
         pickled("adapter_model.safetensors", "adapter_model.bin"),
-        "{folder}: not an adapter's folder: it has no adapter_model.safetensors",
+        "{folder}: adapter_model.bin is a pickle, which can run code when it is loaded; convert it to safetensors",
     ),
     "config cut off": (cut("adapter_config.json"), "{folder}: adapter_config.json cannot be read: "),
     "no base": (

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from tandem.credentials import hide, holds_secret, names_secret
 from tandem.errors import UserError
 from tandem.runs import write_atomic
 
@@ -80,6 +82,7 @@ def convert(option: _Option, value: Any, where: str) -> Any:
         except (TypeError, ValueError, KeyError, OverflowError):
             continue
         _check_choice(option, converted, where)
+        _refuse_secret(option, converted, where)
         return converted
     expected = " or ".join(_kind_name(kind) for kind in option.kinds if kind is not type(None))
     raise UserError(f"{where}: {option.name} must be {expected}, not {value!r}")
@@ -129,6 +132,15 @@ def _check_choice(option: _Option, value: Any, where: str) -> None:
     for item in value if isinstance(value, list) else [value]:
         if item not in option.choices:
             raise UserError(f"{where}: {option.name} must be one of {', '.join(map(str, option.choices))}, not {item}")
+
+
+def _refuse_secret(option: _Option, value: Any, where: str) -> None:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and holds_secret(item):
+            raise UserError(
+                f"{where}: {option.name} holds a key or password, which would show in files and process lists; "
+                "put it into the environment: HF_TOKEN, OPENAI_API_KEY or WANDB_API_KEY"
+            )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -204,6 +216,10 @@ def _no_explanation(name: str) -> str | None:
     return None
 
 
+def _no_check(*instances: Any) -> None:
+    pass
+
+
 def parse(
     argv: Sequence[str],
     classes: Sequence[type],
@@ -211,23 +227,26 @@ def parse(
     prog: str,
     description: str = "",
     explain_unknown: Callable[[str], str | None] = _no_explanation,
+    check: Callable[..., None] = _no_check,
 ) -> tuple[Any, ...]:
     """Instances of the dataclasses `classes`, from defaults, then `--config FILE`, then the command line.
 
+    Args:
+        argv: the command line, without the program's name.
+        classes: their options together are the program's.
+        prog, description: for `--help`.
+        explain_unknown: why an option of this name is not known, where there is something to say.
+        check: raises a `UserError` on instances that do not go together.
+
     Raises:
-        UserError: an unknown option (with the nearest known one), a value of the wrong type, a missing required
-            option, or a combination that a class's `__post_init__` refuses.
+        UserError: unknown options (with the nearest known ones) and values of the wrong type, all in one; or else all
+            missing required options; or else what each class's `__post_init__` refuses; or else what `check` does.
     """
     parser = _build_parser(classes, prog, description)
     namespace, extra = parser.parse_known_args(list(argv))
     given = vars(namespace)
     known = {option.name: option for cls in classes for option in options_of(cls)}
-    for argument in extra:
-        name = argument.split("=")[0].lstrip("-")
-        if not argument.startswith("-"):
-            raise UserError(f"command line: unexpected argument {argument} (options start with --)")
-        raise unknown_option(name, list(known), "command line", explain_unknown)
-
+    problems = _stray_arguments(extra, list(known), explain_unknown)
     config_file = given.pop("config", None)
     print_config = given.pop("print_config", False)
     values: dict[str, Any] = {}
@@ -235,23 +254,73 @@ def parse(
     from_yaml = _read_yaml(config_file) if config_file else {}
     for source, mapping in ((f"--config {config_file}", from_yaml), ("command line", given)):
         for name, value in mapping.items():
-            if name not in known:
-                raise unknown_option(name, list(known), source, explain_unknown)
-            values[name] = convert(known[name], value, source)
             sources[name] = source
-    for option in known.values():
-        if option.default is REQUIRED and option.name not in values:
-            raise UserError(f"--{option.name} is required: {option.help}")
+            try:
+                if name not in known:
+                    raise unknown_option(name, list(known), source, explain_unknown)
+                values[name] = convert(known[name], value, source)
+            except UserError as problem:
+                problems.append(str(problem))
+    refuse(problems)  # a required option may be missing because it is misspelt
+    required = [option for option in known.values() if option.default is REQUIRED and option.name not in values]
+    refuse([f"--{option.name} is required: {option.help}" for option in required])
 
-    instances = tuple(
-        cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
-        for cls in classes
-    )
+    instances = []
+    for cls in classes:
+        try:
+            instances.append(cls(**{name: values[name] for name in _names(cls) if name in values}))
+        except UserError as problem:
+            problems.append(str(problem))
+    if len(instances) == len(classes):
+        check(*instances)
+    refuse(problems)
     if print_config:
         for name, value in resolved(*instances).items():
             print(f"{name}: {_shown(value)}  # {sources.get(name, 'default')}")
+        print(*_environment(), sep="\n")
         raise SystemExit(0)
-    return instances
+    return tuple(instances)
+
+
+def _stray_arguments(extra: Sequence[str], known: Sequence[str], explain: Callable[[str], str | None]) -> list[str]:
+    """What is wrong with the arguments that argparse did not know; values behind an unknown option go with it."""
+    problems = []
+    behind_unknown = False
+    for argument in extra:
+        if argument.startswith("-"):
+            name = argument.split("=")[0].lstrip("-")
+            problems.append(str(unknown_option(name, known, "command line", explain)))
+            behind_unknown = True
+        elif not behind_unknown:
+            problems.append(f"command line: unexpected argument {argument} (options start with --)")
+    return problems
+
+
+def _names(cls: type) -> list[str]:
+    return [option.name for option in options_of(cls)]
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one `UserError` that names all `problems`, if there are any."""
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+# Variables that the libraries and the launchers read, by how their names begin
+_VARIABLES = (
+    "TANDEM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "ACCELERATE_", "FSDP_", "WANDB_", "OPENAI_", "PT_HPU_",
+    "PYTORCH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "WORLD_SIZE", "RANK",
+    "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+
+
+def _environment() -> list[str]:
+    """Lines on the environment variables that a run reads beside its options; of a secret only that it is set."""
+    lines = []
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_VARIABLES):
+            lines.append(f"# {name}={'(set, not shown)' if names_secret(name) else hide(value)}  # environment")
+    return lines
 
 
 def resolved(*instances: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from tandem.credentials import hide
+
 _LONGEST_LINE = 1000
 
 
@@ -32,11 +34,11 @@ class Preempted(TandemExit):
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of at most 1,000 characters.
+    """`text` as one line of at most 1,000 characters, without keys and passwords.
 
     What a file or a library put into it is shown, and cannot act on a terminal or imitate further lines.
     """
-    line = " ".join(text.split())
+    line = " ".join(hide(text).split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…"
 

@@ -39,8 +39,18 @@ def merge(options: MergeOptions) -> None:
         if is_adapter(options.adapter):
             _merge_adapter(options, staging)
         else:
-            for file in model_files(options.adapter):
-                shutil.copy2(file, staging / file.name)
+            _copy_model(options.adapter, staging)
+
+
+def _copy_model(folder: str, staging: Path) -> None:
+    from tandem.models import check_weights
+
+    check_weights(Path(folder))
+    files = model_files(folder)
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"--adapter {folder}: has no weights (.safetensors)")
+    for file in files:
+        shutil.copy2(file, staging / file.name)
 
 
 def _merge_adapter(options: MergeOptions, staging: Path) -> None:

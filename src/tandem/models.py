@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # Of transformers, PEFT and safetensors over files that are missing, torn or of another model
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 
 
 def has_hpu() -> bool:
@@ -87,11 +92,21 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: no tokenizer can be loaded: {_first_line(error)}") from error
+    if tokenizer.chat_template is not None:
+        _try_template(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if ensure_chat_template(tokenizer):
         logger.info("%s has no chat template: using %r (turns as HH transcripts)", name, PLAIN_TEMPLATE)
     return tokenizer
+
+
+def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    # transformers renders in a sandbox, where a template that reaches for more than its messages ends here
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except (TemplateError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{name}: its chat template cannot render a user's turn: {_first_line(error)}") from error
 
 
 def load_model(
@@ -111,6 +126,7 @@ def load_model(
         base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize, tp_size=tp_size)
         return load_adapter(base, name, trainable=trainable_adapter)
     _check_folder(name, "config.json")
+    check_weights(Path(name))
     keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
     if tp_size > 1:
         from transformers.distributed import DistributedConfig
@@ -156,6 +172,8 @@ def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False)
     """
     from peft import PeftModel
 
+    if (Path(folder) / "adapter_model.bin").is_file() and not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise _pickled(folder, "adapter_model.bin")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
     try:
@@ -187,6 +205,37 @@ def _check_folder(name: str, needed: str) -> None:
         raise UserError(f"{name}: not a model folder: it has no {needed}")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{name}: no such model folder")
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse what a model's folder must not hold; a Hub name is no folder, and passes.
+
+    Raises:
+        UserError: its weights are a pickle, or its index names files anywhere else.
+    """
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(
+            file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name not in _NO_WEIGHTS
+        )
+        if pickles:
+            raise _pickled(str(folder), pickles[0])
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
+
+
+def _pickled(folder: str, name: str) -> UserError:
+    return UserError(
+        f"{folder}: {name} is a pickle, which can run code when it is loaded; "
+        "convert it to safetensors first: SECURITY.md says how"
+    )
 
 
 def _replace_name(options: ModelOptions, name: str) -> ModelOptions:

@@ -65,7 +65,8 @@ def complete_model_files(folder: Path) -> list[Path]:
     """`model_files` of a folder that holds all of a model or adapter.
 
     Raises:
-        UserError: it is not a folder, its training has not finished, or a part of the model is missing.
+        UserError: it is not a folder, its training has not finished, a part of the model is missing, or a file is a
+            link to something outside of it.
     """
     if not folder.is_dir():
         raise UserError(f"--folder {folder}: no such folder")
@@ -74,7 +75,13 @@ def complete_model_files(folder: Path) -> list[Path]:
         raise UserError(f"--folder {folder}: its training or merge has not finished; run it again to resume it")
     if missing := _missing(folder):
         raise UserError(f"--folder {folder}: not a complete model: {', '.join(missing)} missing")
-    return model_files(folder)
+    files = model_files(folder)
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--folder {folder}: {file.name} is a link to {file.resolve()}; copy it here if it is to go"
+            )
+    return files
 
 
 def _missing(folder: Path) -> list[str]:

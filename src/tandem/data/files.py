@@ -48,7 +48,10 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
     with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
-        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        start = file.peek(2)[:2]
+        if start == b"\x1f\x8b":
+            raise UserError(f"{path}: is packed with gzip; let its name end in .gz")
+        if start in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"{path}: is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
         yield file
 
@@ -220,7 +223,7 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
                     yield number, row
         except csv.Error as error:
             said = "a quoted field has no end" if "end of data" in str(error) else str(error)
-            raise UserError(f"{path} row {number + 1} (line {reader.line_num}): not CSV: {said}") from error
+            raise UserError(f"{path} row {number + 1}: not CSV: {said}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path} line {_first_undecodable_line(path)}: {_bad_byte(error)}") from error
 

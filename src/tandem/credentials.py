@@ -1,0 +1,27 @@
+"""Keys, tokens and passwords: known by their variables and by their looks, and hidden wherever text leaves a run."""
+
+import os
+import re
+
+_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|API_KEY|SECRET|PASSWORD)$")
+_SHORTEST = 8  # characters; a shorter value is a placeholder, and could be part of any word
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[oprsu]_[A-Za-z0-9]{30,})")
+_USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+
+
+def hide(text: str) -> str:
+    """`text` with [hidden] in the place of everything that is a key, a token, or the user and password of a URL."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _VARIABLE.search(name):
+            text = text.replace(value, "[hidden]")
+    return _USER_OF_URL.sub("[hidden]", _TOKEN.sub("[hidden]", text))
+
+
+def names_secret(variable: str) -> bool:
+    """Whether the environment variable of this name holds a key or token."""
+    return _VARIABLE.search(variable) is not None
+
+
+def holds_secret(text: str) -> bool:
+    """Whether `hide` would hide any of `text`."""
+    return hide(text) != text
