@@ -59,6 +59,7 @@ class FaultServer:
         self.refuses_schema = False
         self.status: int | None = None  # every request fails with this
         self.delay = 0.0
+        self.batch_status: int | None = None  # every question about batches fails with this
         self.batch_created: Callable[[], object] = lambda: None  # called before the reply that names the batch
         self.lock = threading.Lock()
         self.reset()
@@ -231,6 +232,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         state = self.state
         path = self.path.split("?")[0]
+        if state.batch_status is not None:
+            return self._send(state.batch_status, {"error": {"message": "no"}})
         if path == "/v1/batches":
             return self._send(200, {"object": "list", "data": list(state.batches.values())[::-1], "has_more": False})
         if path.startswith("/v1/files/"):

@@ -522,6 +522,15 @@ def test_a_batch_that_is_refused_is_one_line_and_not_waited_for_again(tmp_path):
         assert client.open_batches(tmp_path / "j") == []
 
 
+@pytest.mark.parametrize(("status", "message"), [(404, "has no Batch API"), (401, "OPENAI_API_KEY")])
+def test_a_server_without_a_batch_api_is_one_line(tmp_path, status, message):
+    with serving() as (server, url):
+        server.batch_status = status
+        with pytest.raises(UserError, match=message):
+            judge(options(url, str(tmp_path / "j"), batch=True), comparisons(3), [])
+    assert not (tmp_path / "j/batches.jsonl").exists()
+
+
 def test_max_cost_holds_for_a_whole_batch(tmp_path):
     with serving() as (server, url):
         prices = {"price_in": 1.0, "price_out": 1.0, "max_cost": 1e-6}

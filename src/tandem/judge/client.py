@@ -268,19 +268,22 @@ class Client:
         """
         self.admission.check(sum(map(worst_cost, calls)))
         by_key = {call.key: call for call in calls}
-        with self._actionable("--batch"):
+        with self._batch_errors():
             for lines in _batch_files(judge.body(call) | {"key": call.key} for call in by_key.values()):
                 await self._create_batch(lines, folder)
         await self.collect_batches(by_key, folder, on_reply, on_error)
 
     @contextlib.contextmanager
-    def _actionable(self, flag: str) -> Iterator[None]:
+    def _batch_errors(self) -> Iterator[None]:
+        where = f"--batch: {self.options.base_url}"
         try:
             yield
+        except openai.NotFoundError:
+            raise UserError(f"{where} has no Batch API (HTTP 404): judge without --batch") from None
         except openai.APIError as error:
-            raise UserError(
-                f"{flag}: {self.options.base_url} failed: {self._say(error)}; run the same command again to go on"
-            ) from None
+            if isinstance(error, openai.APIStatusError) and (fatal := self._fatal(error)):
+                raise fatal from None
+            raise UserError(f"{where} failed: {self._say(error)}; run the same command again to go on") from None
 
     async def _create_batch(self, lines: list[bytes], folder: Path) -> None:
         # Rounds that repeat the same requests must differ, hence the number of batches so far
@@ -304,7 +307,7 @@ class Client:
             UserError: the server refused a batch as a whole.
         """
         for batch_id in open_batches(folder):
-            with self._actionable("--batch"):
+            with self._batch_errors():
                 batch = await self._openai.batches.retrieve(batch_id)
                 while batch.status in ("validating", "in_progress", "finalizing", "cancelling"):
                     await asyncio.sleep(BATCH_POLL)

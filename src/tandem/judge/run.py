@@ -86,9 +86,7 @@ def _against_chosen(file: Path, label: str, chosen: Mapping[str, str]) -> list[C
     rows = _generations(file)
     if missing := rows.keys() - chosen.keys():
         raise UserError(f"{file}: {len(missing)} prompts are none of the held-out pairs; name those they are from")
-    return [
-        Comparison(key, row["messages"], chosen[key], row["text"], CHOSEN, label) for key, row in rows.items()
-    ]
+    return [Comparison(key, row["messages"], chosen[key], row["text"], CHOSEN, label) for key, row in rows.items()]
 
 
 def _generations(file: Path) -> dict[str, dict[str, Any]]:
