@@ -15,52 +15,43 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "MASTER_ADDR": "127.0.0.1",
 }
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-}
-DEEPSPEED = {
-    "DS_ACCELERATOR": "cpu",
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-}
-# What makes an engine, beside `torchrun`: the kind of `run_script.py`, its environment, its flags
+# On a CPU: what the process is told (see `run_script.py`), its environment, its flags. By accelerate config
 ENGINES: dict[str, tuple[str, dict[str, str], str]] = {
-    "ddp": ("plain", {}, ""),
-    "fsdp": ("fsdp", FSDP, ""),
-    "fsdp_sharded": ("fsdp", FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, ""),
-    "fsdp_offload": ("fsdp", FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, ""),
-    "zero2": ("plain", DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ""),
-    "zero3": ("plain", DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ""),
-    "tp": ("fsdp", {}, "--tp_size {processes} --save_strategy no"),
+    "ddp": ("gpu", {}, ""),
+    "fsdp": ("gpu", {}, ""),
+    "fsdp_multi_node": ("gpu", {}, ""),
+    "fsdp_offload": ("gpu", {}, ""),
+    "deepspeed_zero2": ("cpu", {"DS_ACCELERATOR": "cpu"}, "--use_cpu true"),
+    "deepspeed_zero3": ("cpu", {"DS_ACCELERATOR": "cpu"}, "--use_cpu true"),
 }
 
 
-def run(engine: str, processes: int, *runs: list[str], environment: dict[str, str] | None = None) -> str:
-    """Run scripts one after the other in the same processes; returns what they wrote to stderr.
+def run(config: str, processes: int, *runs: list[str]) -> str:
+    """Launch scripts by an accelerate config, one after the other in the same processes; returns their stderr.
 
     Args:
         runs: a script of scripts/ and its command line, each.
     """
-    kind, variables, own = ENGINES[engine]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(RUN_SCRIPT), kind]
+    kind, variables, own = ENGINES[config]
+    command = [*launcher(config, processes), str(RUN_SCRIPT), kind]
     for each in runs:
-        command += [*each, *own.format(processes=processes).split(), "++"]
-    variables = variables | {"LOCAL_SIZE": str(processes)} if engine.startswith("zero") else variables
-    done = start(command, variables | (environment or {}))
+        command += [*each, *own.split(), "++"]
+    done = start(command, variables | {"LOCAL_SIZE": str(processes)})
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr
+
+
+def launcher(config: str, processes: int) -> list[str]:
+    """The command that starts a script by `accelerate_configs/`config on this machine alone."""
+    path = ROOT / "accelerate_configs" / f"{config}.yaml"
+    command = [sys.executable, "-m", "tandem.launch", "--config_file", str(path)]
+    return [*command, "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "FSDP"))}
     return subprocess.run(
-        command, env=inherited | _ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
+        command, env=inherited | _ENVIRONMENT | environment, capture_output=True, text=True, timeout=120
     )
 
 

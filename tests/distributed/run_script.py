@@ -1,6 +1,6 @@
-"""Runs scripts of scripts/ as each of a launcher's processes: `torchrun run_script.py fsdp dpo.py … ++ sft.py …`.
+"""Runs scripts of scripts/ in a launched process: `accelerate launch run_script.py gpu dpo.py … ++ sft.py …`.
 
-`fsdp` makes accelerate take gloo processes on the CPU for GPU processes, since it shards over nothing else.
+`gpu` makes accelerate take gloo processes on the CPU for GPU processes, since it shards over nothing else.
 """
 
 import os
@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def take_cpu_for_gpu() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
     from transformers import training_args
@@ -28,12 +29,15 @@ def take_cpu_for_gpu() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
     tandem.training.has_accelerator = lambda: True
     torch.accelerator.device_count = lambda: 64
+    torch.Tensor.pin_memory = lambda self: self  # of offloaded weights, for a device to come
 
 
 if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
-    if kind == "fsdp":
+    if kind == "gpu":
         take_cpu_for_gpu()
+    # A run ends its process group, and the store that started it serves no second one
+    torch.distributed.destroy_process_group = lambda *_: None
     while rest:
         end = rest.index("++") if "++" in rest else len(rest)
         script, *argv = rest[:end]

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.monitor.margins import read_margins, read_margins_log
+from tests import tiny
 from tests.distributed.launches import run, steps
 
 STEPS = 4
@@ -40,7 +41,9 @@ def alone(
     folder = tmp_path_factory.mktemp("alone")
     for name, variant in VARIANTS.items():
         script("dpo").main(flags(tiny_model, tiny_data, folder / name, folder / "cache", 1, variant))
-    return {name: folder / name for name in VARIANTS}
+    other = f"--reference_model {tiny.save_model(folder / 'other', seed=1)}"
+    script("dpo").main(flags(tiny_model, tiny_data, folder / "given", folder / "cache", 1, other))
+    return {name: folder / name for name in [*VARIANTS, "given"]}
 
 
 def margins_of(folder: Path) -> list[np.ndarray]:
@@ -49,10 +52,14 @@ def margins_of(folder: Path) -> list[np.ndarray]:
 
 
 def check_equal(one: Path, several: Path) -> None:
-    """Losses, gradient norms and each pair's margin, step by step."""
+    """Losses, gradient norms and each pair's margin, step by step, from the reference itself on."""
+    assert steps(one)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    check_close(one, several)
+
+
+def check_close(one: Path, several: Path) -> None:
     ours, theirs = steps(several), steps(one)
     assert len(ours) == len(theirs) == STEPS
-    assert theirs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.01  # it learns: equal losses are not those of a model at rest
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
@@ -82,18 +89,33 @@ def check_saved(one: Path, several: Path, base: Path) -> None:
         assert ours[name].dtype == weight.dtype
 
 
+def test_bf16_keeps_the_log_probs_in_float32(alone: dict[str, Path], tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    """Rounded to bfloat16, the sums of −45 nats would be multiples of 0.25, and the first loss not ln 2.
+
+    The reference is another model in the second run, which is sharded as well and must change the loss.
+    """
+    both = flags(tiny_model, tiny_data, tmp_path / "bf16", tmp_path / "cache", 2, "--bf16 true --max_steps 1")
+    other = tiny.save_model(tmp_path / "other", seed=1)
+    given = flags(tiny_model, tiny_data, tmp_path / "given", tmp_path / "cache", 2, f"--reference_model {other}")
+    run("fsdp", 2, ["dpo.py", *both], ["dpo.py", *given])
+    (first,) = steps(tmp_path / "bf16")
+    exact = steps(alone["full"])[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["logps/chosen"] == pytest.approx(exact["logps/chosen"], abs=0.01)
+    check_close(alone["given"], tmp_path / "given")
+
+
 @pytest.mark.parametrize(
-    ("engine", "processes", "variants"),
+    ("config", "processes", "variants"),
     [
         ("ddp", 2, ("lora",)),
         ("fsdp", 2, ("full", "lora")),
         pytest.param("ddp", 2, ("full", "lora"), marks=pytest.mark.slow),
         pytest.param("fsdp", 4, ("full", "lora"), marks=pytest.mark.slow),
-        pytest.param("fsdp_sharded", 2, ("full", "lora"), marks=pytest.mark.slow),
+        pytest.param("fsdp_multi_node", 2, ("full", "lora"), marks=pytest.mark.slow),  # its checkpoints are in shards
         pytest.param("fsdp_offload", 2, ("full", "lora"), marks=pytest.mark.slow),
-        pytest.param("zero2", 2, ("full", "lora"), marks=[pytest.mark.slow, needs_deepspeed]),
-        pytest.param("zero3", 2, ("full", "lora"), marks=[pytest.mark.slow, needs_deepspeed]),
-        ("tp", 2, ("full",)),
+        pytest.param("deepspeed_zero2", 2, ("full", "lora"), marks=[pytest.mark.slow, needs_deepspeed]),
+        pytest.param("deepspeed_zero3", 2, ("full", "lora"), marks=[pytest.mark.slow, needs_deepspeed]),
     ],
 )
 def test_several_processes_train_as_one(
@@ -101,19 +123,30 @@ def test_several_processes_train_as_one(
     tiny_model: Path,
     tiny_data: Path,
     tmp_path: Path,
-    engine: str,
+    config: str,
     processes: int,
     variants: tuple[str, ...],
 ):
-    chosen = {name: VARIANTS[name] for name in variants}
-    pairs = processes if engine != "tp" else 1  # the ranks of a tensor-parallel run have the same pairs
-    runs = [
-        ["dpo.py", *flags(tiny_model, tiny_data, tmp_path / name, tmp_path / "cache" / name, pairs, variant)]
-        for name, variant in chosen.items()
-    ]
-    said = run(engine, processes, *runs)
+    said = run(
+        config,
+        processes,
+        *(
+            ["dpo.py", *flags(tiny_model, tiny_data, tmp_path / name, tmp_path / "cache" / name, processes, variant)]
+            for name, variant in VARIANTS.items()
+            if name in variants
+        ),
+    )
     assert f"processes     {processes} on 1 node" in said
     assert f"global batch  {GLOBAL_BATCH} pairs" in said
-    for name in chosen:
+    for name in variants:
         check_equal(alone[name], tmp_path / name)
         check_saved(alone[name], tmp_path / name, tiny_model)
+
+
+def test_tensor_parallelism_trains_as_one(alone: dict[str, Path], tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    """Both processes have the same pairs, and half of each matrix."""
+    own = flags(tiny_model, tiny_data, tmp_path / "tp", tmp_path / "cache", 1, "--tp_size 2")
+    said = run("ddp", 2, ["dpo.py", *own])
+    assert f"global batch  {GLOBAL_BATCH} pairs = 4 pairs × 2 accumulation × 2 processes / 2 alike" in said
+    check_equal(alone["full"], tmp_path / "tp")
+    check_saved(alone["full"], tmp_path / "tp", tiny_model)
