@@ -279,6 +279,8 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions) 
             f"--use_peft would add an adapter to the adapter {model.model_name_or_path}: "
             "leave it out to go on training that one, or merge it first"
         )
+    if train.tp_size > 1 and (lora.use_peft or is_adapter(model.model_name_or_path)):
+        problems.append("--tp_size cuts whole models only: PEFT's adapters do not fit the cut matrices")
     if train.debug and train.max_steps != -1:
         problems.append("--debug sets --max_steps itself")
     if problems:
