@@ -6,14 +6,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
-from tandem.engine.pairs import PairCollator, sequence_logps
+from tandem.engine.pairs import PairCollator
 from tandem.models import load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, ModelOptions
@@ -108,10 +107,34 @@ def test_a_full_cache_means_no_reference_forward(
     assert run("text", "--use_chat_template", "false") == 32
 
 
-def test_sequence_logps_by_hand():
-    """Chosen has 3 tokens, rejected 1; beyond the shorter one's length a token weighs ld_alpha."""
-    per_token = torch.tensor([[-1.0, -2.0, -4.0], [0.0, -8.0, 0.0]])
-    mask = torch.tensor([[1, 1, 1], [0, 1, 0]])
-    assert sequence_logps(per_token, mask, None).tolist() == [-7.0, -8.0]
-    assert sequence_logps(per_token, mask, 0.5).tolist() == [-1 - 1 - 2, -8.0]
-    assert sequence_logps(per_token, mask, 0.0).tolist() == [-1.0, -8.0]
+def test_a_pair_that_is_there_twice(tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    """Equal pairs have one entry in the cache, which must not shift the reference of the pairs after them."""
+    source = ModelOptions(model_name_or_path=str(tiny_model))
+    tokenizer = load_tokenizer(source)
+    rows = load_pairs(DataOptions(dataset_name=str(tiny_data)), "train")[:6]
+    pairs = [tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
+    twice = [pairs[0], pairs[1], pairs[0] | {"pair_id": "again"}, *pairs[2:]]
+
+    def reference(name: str, dataset: list[dict[str, Any]]) -> list[float]:
+        trainer = TandemDPOTrainer(
+            model=load_model(source),
+            args=DPOConfig(
+                output_dir=str(tmp_path / name),
+                per_device_train_batch_size=2,
+                bf16=False,
+                use_cpu=True,
+                report_to="none",
+                precompute_ref_log_probs=True,
+            ),
+            train_dataset=Dataset.from_list(dataset),
+            processing_class=tokenizer,
+            engine=EngineOptions(ref_cache=str(tmp_path / name / "cache")),
+            monitor=MonitorOptions(),
+            logs_dir=tmp_path / name / "logs",
+            data_collator=PairCollator(tokenizer.pad_token_id, 1024),
+        )
+        return trainer.train_dataset["ref_chosen_logps"]
+
+    once, again = reference("once", pairs), reference("twice", twice)
+    assert [*once[:2], once[0], *once[2:]] == pytest.approx(list(again), abs=1e-4)
+    assert len(set(once)) == len(once)

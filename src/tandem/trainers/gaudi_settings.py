@@ -27,8 +27,12 @@ def check_gaudi(
     problems = []
     if train.fp16:
         problems.append("--fp16: Gaudi computes in bfloat16 (--bf16)")
-    if "8bit" in train.optim or lora.load_in_4bit:
-        problems.append("8-bit optimizers and --load_in_4bit need CUDA")
+    if "8bit" in train.optim:
+        problems.append(f"--optim {train.optim} needs CUDA")
+    if lora.load_in_4bit:
+        problems.append("--load_in_4bit needs CUDA")
+    if train.tp_size > 1:
+        problems.append("--tp_size is not there on Gaudi")
     if model.attn_implementation:
         problems.append("--attn_implementation: on Gaudi it is --use_flash_attention")
     if lazy and train.gradient_checkpointing:

@@ -1,4 +1,4 @@
-class synDeviceType:  # noqa: N801
+class synDeviceType:
     synDeviceGaudi2 = 4
     synDeviceGaudi3 = 5
 

@@ -1,0 +1,66 @@
+"""Batches of pairs and sums over them, beside TRL's collator and numbers by hand."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
+
+ids = st.lists(st.integers(1, 99), min_size=1, max_size=9)
+pair = st.fixed_dictionaries(
+    {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "pair_id": st.text(max_size=3)}
+)
+
+
+@given(st.lists(pair, min_size=1, max_size=5), st.integers(2, 20), st.booleans())
+def test_the_batch_is_trls(pairs: list[dict], max_length: int, scored: bool):
+    if scored:
+        pairs = [p | {"ref_chosen_logps": float(i), "ref_rejected_logps": -float(i)} for i, p in enumerate(pairs)]
+    theirs = DataCollatorForPreference(pad_token_id=0, max_length=max_length)(pairs)
+    ours = PairCollator(0, max_length)(pairs)
+    assert ours.pop("pair_id") == [p["pair_id"] for p in pairs]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+
+
+@given(st.lists(pair, min_size=1, max_size=4), st.integers(10, 20))
+def test_a_static_batch_holds_the_same_and_nothing_that_counts(pairs: list[dict], max_length: int):
+    plain, static = PairCollator(0, max_length)(pairs), PairCollator(0, max_length, static=True, size=4)(pairs)
+    count, width = len(pairs), plain["input_ids"].shape[1]
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert static[name].shape == (8, max_length)
+        real = torch.cat([static[name][:count], static[name][4 : 4 + count]])
+        assert torch.equal(real[:, :width], plain[name])
+        assert not real[:, width:].any()
+    assert static["pair_weights"].tolist() == [1.0] * count + [0.0] * (4 - count)
+    assert static["pair_id"] == [p["pair_id"] for p in [*pairs, *[pairs[0]] * (4 - count)]]
+
+
+def test_examples_have_one_shape_and_labels_on_completions():
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED_LABEL, IGNORED_LABEL, 7, 8]}]
+    batch = ExampleCollator(pad_token_id=0, max_length=5, size=2)(rows)
+    blank = IGNORED_LABEL
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0], [0] * 5]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]  # a row of nothing but padding is NaN
+    assert batch["labels"].tolist() == [[blank, blank, 7, 8, blank], [blank] * 5]
+    cut = ExampleCollator(pad_token_id=0, max_length=3, size=1)(rows)
+    assert cut["labels"].tolist() == [[blank, blank, 7]]
+
+
+def test_completion_logps_by_hand():
+    """Two words. Logits (0, log 3) give them 1/4 and 3/4; the first completion token is predicted by the prompt."""
+    logits = torch.tensor([0.0, 3.0]).log().nan_to_num(neginf=0.0).expand(1, 4, 2)
+    ids, mask = torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 1, 1, 0]])
+    logps = completion_logps(logits, ids, mask)
+    assert torch.allclose(logps, torch.tensor([[0.75, 0.25, 1.0]]).log())
+
+
+def test_sequence_logps_by_hand():
+    """Chosen has 3 tokens, rejected 1; beyond the shorter one's length a token weighs ld_alpha."""
+    per_token = torch.tensor([[-1.0, -2.0, -4.0], [0.0, -8.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 0]])
+    assert sequence_logps(per_token, mask, None).tolist() == [-7.0, -8.0]
+    assert sequence_logps(per_token, mask, 0.5).tolist() == [-1 - 1 - 2, -8.0]
+    assert sequence_logps(per_token, mask, 0.0).tolist() == [-1.0, -8.0]
