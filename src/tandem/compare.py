@@ -61,22 +61,25 @@ def compare(
     folder = Path(options.output_dir)
     prompts = held_out_prompts(pairs, sampling.max_prompts)
     files = generate(options.models, prompts, sampling, engine, folder)
-    records = {label: _by_prompt(file) for label, file in files.items()}
+    keys = [prompt_id(messages) for messages in prompts]
     chosen = chosen_answers(pairs)
-    rows = []
-    for messages in prompts:
-        key = prompt_id(messages)
-        answers = {label: by_prompt[key]["text"] for label, by_prompt in records.items()}
-        rows.append({"prompt_id": key, "messages": messages, "chosen": chosen[key], "answers": answers})
-    counted = {label: [by_prompt[row["prompt_id"]] for row in rows] for label, by_prompt in records.items()} | {
-        CHOSEN: [{"text": row["chosen"]} for row in rows]
-    }
+    drawn = {label: _in_order(file, keys) for label, file in files.items()}
+    given: list[dict[str, Any]] = [{"text": chosen[key]} for key in keys]
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt_id": key,
+            "messages": prompts[index],
+            "chosen": chosen[key],
+            "answers": {label: records[index]["text"] for label, records in drawn.items()},
+        }
+        for index, key in enumerate(keys)
+    ]
     results: dict[str, Any] = {
         "models": options.models,
         "policy": options.policy,
         "against": options.against,
         "seed": sampling.seed,
-        "statistics": {label: statistics(answers) for label, answers in counted.items()},
+        "statistics": {label: statistics(records) for label, records in (drawn | {CHOSEN: given}).items()},
         "comparisons": rows,
     }
     sides = [row | {"answers": row["answers"] | {CHOSEN: row["chosen"]}} for row in rows]
@@ -91,8 +94,9 @@ def compare(
     return results
 
 
-def _by_prompt(file: Path) -> dict[str, dict[str, Any]]:
-    return {record["prompt_id"]: record for record in read_jsonl(file)}
+def _in_order(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    by_prompt = {record["prompt_id"]: record for record in read_jsonl(file)}
+    return [by_prompt[key] for key in keys]
 
 
 def _with_winners(rows: Sequence[dict[str, Any]], winners: Mapping[str, str], against: str) -> dict[str, Any]:

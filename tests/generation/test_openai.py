@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     started = Server()
-    thread = threading.Thread(target=started.serve_forever)
+    thread = threading.Thread(target=started.serve_forever, args=(0.01,))
     thread.start()
     yield started
     started.shutdown()

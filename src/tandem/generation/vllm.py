@@ -20,6 +20,8 @@ from tandem.scoring import end_ids
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+STOP_TIMEOUT = 5.0  # seconds
+
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -108,6 +110,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         assert self._llm is not None
         draw, key = self._sampling.sampling, prompt_id(messages)
@@ -121,19 +124,31 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = TokensPrompt(prompt_token_ids=ids)
-        async for output in self._llm.generate(prompt, parameters, key, lora_request=self._lora):
-            if output.finished:
-                return index, read_answer(output.outputs[0].token_ids, self._tokenizer, self._ends)
-        raise RuntimeError(f"vLLM ended prompt {key} without an answer")
+        drawn: Sequence[int] = ()
+        try:
+            async for output in self._llm.generate(prompt, parameters, key, lora_request=self._lora):
+                drawn = output.outputs[0].token_ids  # there is one output: the whole
+        except EngineDeadError:
+            raise UserError(
+                f"{self._base}: vLLM's engine has died, see above; answers so far are kept, the same command goes on"
+            ) from None
+        return index, read_answer(drawn, self._tokenizer, self._ends)
 
     def _stop(self) -> None:
-        if self._llm is not None:
-            self._llm.shutdown()
-            self._llm = None
+        if self._llm is None:
+            return
+        self._llm.shutdown()
+        self._llm = None
+        # vLLM's own tasks still wait for output, and would complain when the loop is gone
+        if left := asyncio.all_tasks(self._loop):
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(left, timeout=STOP_TIMEOUT))
 
     def close(self) -> None:
         """See `Engine`."""
         self._stop()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
 
