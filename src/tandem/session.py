@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
@@ -53,6 +53,8 @@ _FREE_ON_RESUME = {
 }  # fmt: skip
 # These come back from the checkpoint with the optimizer's state, so that another value would change nothing
 _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
+# What the surroundings of a run, such as Ray, want called as well
+ADDED_CALLBACKS: list[TrainerCallback] = []
 # Errors of the place that is written to: disk or quota full, mounted read-only, no permission, broken
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _NEARLY_FULL = 1 << 20  # bytes left of a disk that a write just failed on
@@ -110,6 +112,8 @@ class Session:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RateProgress(self.unit))
         join_trackers(trainer, self.options, self.folder, self.id, _steps_done(resume_from) if resume_from else 0)
+        for callback in ADDED_CALLBACKS:
+            trainer.add_callback(callback)
         mirror = Mirror(self.options.output_dir, self.options.mount_dir) if self.options.mount_dir else None
         if mirror:
             trainer.add_callback(mirror)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tandem.monitor.margins import read_margins_log
 from tandem.runs import checkpoints, is_complete, read_jsonl, sha256_file
+from tests.distributed.kills import Kill, Run
 from tests.distributed.ranks import flags, ranks_of, script, start, torchrun
 
 STEPS = 24
@@ -65,28 +66,37 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny
     return out
 
 
-def test_sigterm_to_the_launcher_then_the_same_command(
-    tmp_path: Path, undisturbed: Path, tiny_model: Path, tiny_data: Path, cache: Path
-):
-    """It reaches both ranks, which save a checkpoint of the same step; exit code 75; and one tracker run in the end."""
-    out = tmp_path / "out"
+def test_three_kills_and_a_sigterm(tmp_path: Path, undisturbed: Path, tiny_model: Path, tiny_data: Path, cache: Path):
+    """Of a rank, of the launcher and of all; then a notice, to which both ranks save a checkpoint of the same step.
+
+    In the end there are the weights and logs of the run that nobody disturbed, and one run in each tracker.
+    """
     trackers = {"report_to": ["tensorboard", "wandb", "trackio"]}
+    out = tmp_path / "out"
     command = torchrun(script("dpo"), *options(tiny_model, tiny_data, cache, output_dir=out, **trackers))
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
-    first = start(command, **environment)
-    wait_for_step(out, 8, first)
-    first.send_signal(signal.SIGTERM)
-    screen, _ = first.communicate(timeout=120)
-    assert first.returncode == 75, screen
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        run = Run(command, tmp_path, cache, seed=0)
+        run.killed(Kill("out", "step", "rank 1", nth=8))
+        run.killed(Kill("out", "save", "launcher"))
+        run.killed(Kill("out", "step", "everything", nth=4))
+
+    noticed = start(command, **environment)
+    wait_for_step(out, 16, noticed)
+    noticed.send_signal(signal.SIGTERM)
+    screen, _ = noticed.communicate(timeout=120)
+    assert noticed.returncode == 75, screen
     told = re.search(r"Preempted: stopped by SIGTERM after step (\d+); the same command goes on there", screen)
     assert told, screen
     assert checkpoints(out)[-1].name == f"checkpoint-{told[1]}"
     assert is_complete(checkpoints(out)[-1])
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoints(out)[-1].iterdir()}
 
-    second = start(command, **environment)
-    screen, _ = second.communicate(timeout=120)
-    assert second.returncode == 0, screen
+    last = start(command, **environment)
+    screen, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, screen
     assert weights(out) == weights(undisturbed)
     assert steps(out) == steps(undisturbed)
     run_id = json.loads((out / "run.json").read_text())["id"]
@@ -97,8 +107,8 @@ def test_sigterm_to_the_launcher_then_the_same_command(
         assert len(accumulator.Scalars(f"train/system/rank_{rank}/allocated_gib")) == STEPS
     devices = accumulator.Tensors("devices/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "rank_0: " in devices and "rank_1: " in devices
-    runs = [path.name.rpartition("-")[2] for path in (out / "wandb").glob("offline-run-*")]
-    assert runs == [run_id, run_id]  # two files, which `wandb sync` puts into one run
+    runs = {path.name.rpartition("-")[2] for path in (out / "wandb").glob("offline-run-*")}
+    assert runs == {run_id}  # a file per start, which `wandb sync` puts into one run
 
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as trackio:
@@ -106,6 +116,7 @@ def test_sigterm_to_the_launcher_then_the_same_command(
     assert names == {f"out-{run_id[:8]}"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_started_again(
     tmp_path: Path, undisturbed: Path, tiny_model: Path, tiny_data: Path, cache: Path
 ):
@@ -123,6 +134,7 @@ def test_a_rank_that_dies_is_started_again(
     assert steps(out) == steps(undisturbed)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path, tiny_model: Path, tiny_data: Path, cache: Path):
     """Else they would go on writing beside the same command's new ones."""
     out = tmp_path / "out"
