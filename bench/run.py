@@ -1,7 +1,8 @@
 """Tandem beside stock TRL: the same model, pairs, order and seed, each in a process of its own, interleaved.
 
-    make bench                                            # about 30 minutes
+    make bench                                                # about 30 minutes on two cores
     python bench/run.py --settings full_hh_8 --repeats 3
+    python bench/run.py --device cuda                         # random-weight Llamas of 1B and 8B in bfloat16
 
 Prints ratios of medians as a Markdown table, and beside each the ratio that arithmetic alone allows.
 """
@@ -9,6 +10,7 @@ Prints ratios of medians as a Markdown table, and beside each the ratio that ari
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -21,44 +23,62 @@ SHARED = HERE.parent.parent / "shared" / "data"
 HH = SHARED / "hh_harmless_base_test_part1.jsonl.gz"
 SHAREGPT = SHARED / "sharegpt_dpo_en_demo.json.gz"
 
+# What each side adds to the worker's command line
+SIDES = {
+    "trl": "--side trl",
+    "trl_precompute": "--side trl_precompute",
+    "packed": "--side packed",
+    "cold": "--side shared",
+    "warm": "--side shared --warm",
+}
+
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison: `sides` are run in turn, and the ratio is the last one's to the first one's."""
+    """Runs on the same pairs, one of each side in turn, and the comparisons (base, ours) made of them."""
 
     flags: str
-    sides: tuple[str, str] = ("trl", "shared")
+    comparisons: tuple[tuple[str, str], ...] = (("trl", "cold"),)
     data: Path = HH
     pairs: int = 24
-    warm: bool = False
+
+    @property
+    def sides(self) -> list[str]:
+        return list(dict.fromkeys(side for comparison in self.comparisons for side in comparison))
 
 
-SETTINGS = {
-    "full_hh_8_cold": Setting("--batch 8"),
-    "full_hh_8_warm": Setting("--batch 8", warm=True),
-    "lora_hh_8_cold": Setting("--batch 8 --lora"),
-    "lora_hh_8_warm": Setting("--batch 8 --lora", warm=True),
-    "full_hh_4_cold": Setting("--batch 4"),
-    "full_sharegpt_4_cold": Setting("--batch 4", data=SHAREGPT, pairs=16),
-    "bf16_full_hh_8_cold": Setting("--batch 8 --bf16"),
-    "full_hh_8_cold_trl_precompute": Setting("--batch 8", sides=("trl_precompute", "shared")),
-    "packed_shared_hh_8": Setting("--batch 8", sides=("packed", "shared")),
+CPU = {
+    "full_hh_8": Setting(
+        "--batch 8", (("trl", "cold"), ("trl", "warm"), ("trl_precompute", "cold"), ("packed", "cold"))
+    ),
+    "lora_hh_8": Setting("--batch 8 --lora", (("trl", "cold"), ("trl", "warm"))),
+    "full_hh_4": Setting("--batch 4"),
+    "full_sharegpt_4": Setting("--batch 4", data=SHAREGPT, pairs=16),
+    "bf16_full_hh_8": Setting("--batch 8 --bf16"),
 }
+CUDA = {
+    f"{size}_{name}": Setting(f"--device cuda --random {size} --bf16 --max_length 1024 {flags}", pairs=pairs)
+    for size, pairs in (("1B", 256), ("8B", 64))
+    for name, flags in (("plain", "--batch 8"), ("checkpointing", "--batch 8 --checkpointing"))
+}
+COLUMNS = (
+    "setting|base pairs/s|Tandem pairs/s|ratio|FLOPs allow|CPU s|peak memory|of matmul rate (base)|monitor|loss diff"
+)
 
 
 def measure(setting: Setting, side: str, model: str) -> dict[str, Any]:
     from tandem.data.sample import sample_path
 
     data = setting.data if setting.data.exists() else sample_path("train")
-    # Stock TRL computes the reference in every step: warm is a thing of ours, or of its precomputation
-    warm = ["--warm"] if setting.warm and side != "trl" else []
-    command = [sys.executable, str(HERE / "worker.py"), "--side", side, "--model", model, "--data", str(data)]
-    command += ["--pairs", str(setting.pairs), *setting.flags.split(), *warm]
+    flags = f"{SIDES[side]} {setting.flags} --pairs {setting.pairs}"
+    command = [sys.executable, str(HERE / "worker.py"), *shlex.split(flags), "--model", model, "--data", str(data)]
+    # On the machine's own terms: no test runner's or launcher's thread count
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        command, capture_output=True, text=True, check=False, env=environment | {"HF_HUB_OFFLINE": "1"}
     )
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -66,8 +86,13 @@ def median(runs: list[dict[str, Any]], name: str) -> float:
     return statistics.median(run[name] for run in runs)
 
 
+def of_matmul(runs: list[dict[str, Any]]) -> float:
+    return statistics.median(run["flop_rate"] / run["matmul_rate"] for run in runs)
+
+
 def row(name: str, base: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
     loss = max(abs(a - b) for a, b in zip(base[0]["losses"], ours[0]["losses"], strict=True))
+    # The base may itself be one of our layouts
     allowed = ours[0]["flops_allow"] / base[0]["flops_allow"]
     memory = median(base, "peak_gb"), median(ours, "peak_gb")
     cells = [
@@ -78,7 +103,8 @@ def row(name: str, base: list[dict[str, Any]], ours: list[dict[str, Any]]) -> st
         f"{allowed:.2f}",
         f"{median(base, 'cpu_s') / median(ours, 'cpu_s'):.2f}",
         f"{memory[0]:.1f} → {memory[1]:.1f} GB ({memory[1] / memory[0]:.2f})",
-        f"{median(ours, 'flop_rate') / median(ours, 'matmul_rate'):.0%}",
+        f"{of_matmul(ours):.0%} ({of_matmul(base):.0%})",
+        f"{median(ours, 'monitor_share'):.2%}",
         f"{loss:.1e}",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -86,24 +112,34 @@ def row(name: str, base: list[dict[str, Any]], ours: list[dict[str, Any]]) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="NAME", help=", ".join(SETTINGS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    names = f"cpu: {', '.join(CPU)}; cuda: {', '.join(CUDA)}"
+    parser.add_argument("--settings", nargs="+", choices=[*CPU, *CUDA], metavar="NAME", help=names)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--model", default=None, help="model folder; unset: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--raw", type=Path, help="file for one JSON line a run")
     options = parser.parse_args()
+    settings = CUDA if options.device == "cuda" else CPU
+    unknown = set(options.settings or ()) - set(settings)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: not a setting of --device {options.device}")
     model = options.model
     if model is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "SmolLM2-135M-Instruct"
         subprocess.run([sys.executable, "-m", "tandem.demo", str(folder)], check=True)
         model = str(folder)
-    columns = "setting|base pairs/s|Tandem pairs/s|ratio|FLOPs allow|CPU s|peak memory|of matmul rate|loss diff"
-    print(f"|{columns}|\n" + "|---" * (columns.count("|") + 1) + "|")
-    for name in options.settings:
-        setting = SETTINGS[name]
+    print(f"|{COLUMNS}|\n" + "|---" * (COLUMNS.count("|") + 1) + "|", flush=True)
+    for name in options.settings or settings:
+        setting = settings[name]
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in setting.sides}
         for _ in range(options.repeats):
             for side in setting.sides:
                 runs[side].append(measure(setting, side, model))
-        print(row(name, *runs.values()), flush=True)
+                if options.raw:
+                    with options.raw.open("a") as file:
+                        file.write(json.dumps({"setting": name, "side": side} | runs[side][-1]) + "\n")
+        for base, ours in setting.comparisons:
+            print(row(f"{name}: {ours} to {base}", runs[base], runs[ours]), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from arithmetic import Shape, step
 from datasets import Dataset
-from transformers.trainer_callback import PrinterCallback
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from tandem.data.options import DataOptions
@@ -28,6 +30,13 @@ from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, LoraOptions, ModelOptions
 from tandem.trainers.trl import TandemDPOTrainer
 
+# Llama's shapes: hidden, intermediate, layers, heads, key-value heads. `tiny` only shows that the mode runs.
+LLAMAS = {
+    "tiny": (64, 128, 2, 4, 2),
+    "1B": (2048, 8192, 16, 32, 8),
+    "8B": (4096, 14336, 32, 32, 8),
+}
+
 
 class StockTrainer(DPOTrainer):
     """TRL's trainer as it is, on the same tokens."""
@@ -36,7 +45,24 @@ class StockTrainer(DPOTrainer):
         return dataset
 
 
-def timed(function: Any, clock: dict[str, float]) -> Any:
+class StepClock(TrainerCallback):
+    """When each optimizer step ended. What lies between two of them is a step without the cost of first touching
+    memory, which a short run pays in its first step and a real one never again."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[..., Any], clock: dict[str, float]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
         try:
@@ -48,61 +74,95 @@ def timed(function: Any, clock: dict[str, float]) -> Any:
     return run
 
 
-def matmul_rate(shape: Shape, tokens: int, dtype: torch.dtype) -> float:
+def matmul_rate(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> float:
     """FLOP/s of plain matrix products of the layers' shapes, measured here and now."""
-    products = [(torch.randn(tokens, i, dtype=dtype), torch.randn(i, o, dtype=dtype)) for i, o in shape.matrices]
+    products = [
+        (torch.randn(tokens, i, dtype=dtype, device=device), torch.randn(i, o, dtype=dtype, device=device))
+        for i, o in shape.matrices
+    ]
     for left, right in products:
         left @ right
+    synchronize()
     flops = 2 * tokens * sum(i * o for i, o in shape.matrices)
     started, repeats = time.perf_counter(), 0
     while time.perf_counter() - started < 2:
         for left, right in products:
             left @ right
+        synchronize()
         repeats += 1
     return repeats * flops / (time.perf_counter() - started)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--side", choices=("trl", "trl_precompute", "shared", "packed", "padded"), required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="folder: its weights, or only its tokenizer with --random")
+    parser.add_argument("--random", choices=tuple(LLAMAS), help="a Llama of this size with random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", required=True)
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--warm", action="store_true", help="score the reference before the clock starts")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse()
     source = ModelOptions(model_name_or_path=options.model)
-    tokenizer, model = load_tokenizer(source), load_model(source)
+    tokenizer = load_tokenizer(source)
+    model = random_llama(options, tokenizer) if options.random else load_model(source)
     model.config.use_cache = False
     rows = load_pairs(DataOptions(dataset_name=options.data, max_bad_rows=1000), "train")
     pairs = [
         tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows[: 4 * options.pairs]
     ]
     pairs = [pair for pair in pairs if len(pair["prompt_ids"]) < options.max_length][: options.pairs]
-
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, model, tokenizer, Dataset.from_list(pairs), folder)
-    print(json.dumps(result))
+        trainer, clock, monitoring, steps = run(options, model, tokenizer, Dataset.from_list(pairs), folder)
+    lengths = [_lengths(pair, options.max_length) for pair in pairs]
+    print(json.dumps(figures(options, trainer, [lengths[i] for i in _order(trainer)], clock, monitoring, steps)))
 
 
-def measure(options: argparse.Namespace, model: Any, tokenizer: Any, dataset: Dataset, folder: str) -> dict[str, Any]:
+def random_llama(options: argparse.Namespace, tokenizer: Any) -> Any:
+    hidden, intermediate, layers, heads, kv_heads = LLAMAS[options.random]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if options.bf16 else torch.float32)
+
+
+def run(
+    options: argparse.Namespace, model: Any, tokenizer: Any, dataset: Dataset, folder: str
+) -> tuple[Any, dict[str, float], dict[str, float], StepClock]:
+    """Train for one epoch; the trainer, the clock of reference and training, the monitor's own, and the steps'."""
     ours = options.side in ("shared", "packed", "padded")
     cls = TandemDPOTrainer if ours else StockTrainer
-    clock = {"wall": 0.0, "cpu": 0.0}
+    clock, monitoring = {"wall": 0.0, "cpu": 0.0}, {"wall": 0.0, "cpu": 0.0}
     if not options.warm:
-        cls._precompute_ref_logps = timed(cls._precompute_ref_logps, clock)
+        cls._precompute_ref_logps = timed(cls._precompute_ref_logps, clock)  # type: ignore[method-assign]
     arguments = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=options.batch,
         max_length=options.max_length,
+        num_train_epochs=1,
         learning_rate=1e-6,
         bf16=options.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
+        use_cpu=options.device == "cpu",
+        gradient_checkpointing=options.checkpointing,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -118,41 +178,59 @@ def measure(options: argparse.Namespace, model: Any, tokenizer: Any, dataset: Da
     else:
         dataset = dataset.remove_columns("pair_id")
     lora = lora_config(LoraOptions(use_peft=True)) if options.lora else None
-    trainer = cls(
+    trainer: Any = cls(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **keywords
     )
     trainer.remove_callback(PrinterCallback)
+    steps = StepClock()
+    trainer.add_callback(steps)
+    if ours:
+        trainer._feed_monitor = timed(trainer._feed_monitor, monitoring)
+        for name in ("collect", "end_step", "interval_logs"):
+            setattr(trainer.monitor, name, timed(getattr(trainer.monitor, name), monitoring))
     timed(trainer.train, clock)()
+    return trainer, clock, monitoring, steps
 
-    shape = Shape.of(model.config)
-    lengths = [_lengths(pair, options.max_length) for pair in dataset]
-    order = [lengths[index] for index in _order(trainer)]
+
+def figures(
+    options: argparse.Namespace,
+    trainer: Any,
+    order: list[tuple[int, int, int]],
+    clock: dict[str, float],
+    monitoring: dict[str, float],
+    steps: StepClock,
+) -> dict[str, Any]:
+    shape = Shape.of(trainer.model.config)
     batches = [order[start : start + options.batch] for start in range(0, len(order), options.batch)]
-    layout = options.side if ours else "padded"
-    flops = sum(step(shape, batch, layout, lora=options.lora, reference=not options.warm) for batch in batches)
-    allowed = {
-        name: sum(step(shape, batch, name, lora=options.lora, reference=not options.warm) for batch in batches)
-        for name in ("padded", "packed", "shared")
-    }
-    tokens = sum(map(sum, order)) // len(batches)
-    rate = matmul_rate(shape, tokens, torch.bfloat16 if options.bf16 else torch.float32)
+    layout = options.side if options.side in ("shared", "packed") else "padded"
+
+    def flops(chosen: list[Any], layout: str, reference: bool) -> float:
+        return sum(step(shape, batch, layout, lora=options.lora, reference=reference) for batch in chosen)
+
+    # Stock TRL forwards the reference within each step; otherwise it is scored before the first
+    steady = flops(batches[1:], layout, options.side == "trl") / (steps.ends[-1] - steps.ends[0])
+    cold = not options.warm
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    on_cuda = options.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "pairs_per_s": len(order) / clock["wall"],
         "cpu_s": clock["cpu"],
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gb": peak / 2**30,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "flops_allow": allowed["padded"] / allowed[layout],
-        "flop_rate": flops / clock["wall"],
-        "matmul_rate": rate,
+        "flops_allow": flops(batches, "padded", cold) / flops(batches, layout, cold),
+        "flop_rate": steady,
+        "matmul_rate": matmul_rate(shape, sum(map(sum, order)) // len(batches), dtype, options.device),
+        "monitor_share": monitoring["wall"] / clock["wall"],
         "unique_tokens": sum(map(sum, order)),
         "wall_s": clock["wall"],
-        "pairs": len(order),
     }
 
 
 def _lengths(pair: dict[str, list[int]], longest: int) -> tuple[int, int, int]:
     prompt = len(pair["prompt_ids"])
-    return prompt, *(min(len(pair[side]), longest - prompt) for side in ("chosen_ids", "rejected_ids"))
+    chosen, rejected = (min(len(pair[side]), longest - prompt) for side in ("chosen_ids", "rejected_ids"))
+    return prompt, chosen, rejected
 
 
 def _order(trainer: Any) -> list[int]:

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-# Logits of one chunk: 16 MiB in float32, which the allocator still takes from its heap instead of from fresh pages.
+# Logits of one chunk: 32 MiB in float32. Measured on CPU: half of it slows the head by a fifth, twice it gains nothing.
 # Four times as many in half precision, where each chunk also adds a whole weight gradient to the float32 sum.
-_CHUNK_LOGITS = 1 << 22
+_CHUNK_LOGITS = 1 << 23
 # Fewer tokens than this make slow matrix products, however large the vocabulary
 _MIN_CHUNK_TOKENS = 64
 # Words of one tile of TRL's kernel, as TRL itself calls it
