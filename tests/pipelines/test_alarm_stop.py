@@ -1,6 +1,8 @@
-"""A pair that turns to NaN in the real trainer: the pipeline stops in that very step, and says so."""
+"""A pair that turns to NaN in the real trainer: training, and the pipeline, stop in that very step and say so."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tandem.errors import AlarmStop
+from tandem.models import load_model
 from tandem.monitor.margins import read_margins, read_margins_log
+from tandem.options import ModelOptions
 from tandem.runs import checkpoints, damage, read_jsonl
 from tests import tiny
 from tests.pipelines.test_pipeline import Pipeline, write_recipe
@@ -30,13 +35,57 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_nan_stops_the_pipeline_in_its_step(tmp_path: Path, model: Path):
-    data = tmp_path / "data"
-    data.mkdir()
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
     rows = tiny.hh_rows(30)
     rows[17]["rejected"] += f" {RARE}"  # of the answer that SFT does not see
-    tiny.save_pairs(data / "train.jsonl", rows)
-    tiny.save_pairs(data / "test.jsonl", tiny.hh_rows(10, start=30))
+    tiny.save_pairs(folder / "train.jsonl", rows)
+    tiny.save_pairs(folder / "test.jsonl", tiny.hh_rows(10, start=30))
+    return folder
+
+
+def check_stop(out: Path, said: str) -> None:
+    """It came in the step that dealt the pair, which is named; what was before is kept, and is good."""
+    (alarm,) = read_jsonl(out / "logs" / "alarms.jsonl")
+    step = alarm["step"]
+    assert step > 2  # so that there was a checkpoint before
+    records, _ = read_margins_log(out / "logs" / "margins")
+    assert [record["step"] for record in records] == list(range(1, step))
+    arrays = [read_margins(out / "logs" / "margins" / record["npy"]) for record in records]
+    before = {str(pair) for array in arrays for pair in array["pair_id"]}
+    assert len(alarm["pair_ids"]) == 1 and alarm["pair_ids"][0] not in before
+    assert f"stopped in step {step}: margin is nan (pairs {alarm['pair_ids'][0]}); " in said
+    with safe_open(out / "logs" / alarm["batches"][0], "pt") as batch:
+        ids = batch.get_tensor("input_ids")
+        assert alarm["pair_ids"][0] in batch.metadata()["pair_ids"]
+    assert tiny.tokenizer().convert_tokens_to_ids(RARE) in ids
+    last = checkpoints(out)[-1]
+    assert last.name == f"checkpoint-{step - 1}"
+    assert damage(last) is None
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
+    load_model(ModelOptions(str(last)))
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_a_nan_stops_the_training_in_its_step(
+    tmp_path: Path, model: Path, data: Path, script: Callable[[str], ModuleType]
+):
+    options = (
+        f"--model_name_or_path {model} --dataset_name {data} --ref_cache {tmp_path}/cache --use_peft --bf16 false "
+    )
+    options += (
+        f"--output_dir {tmp_path}/out --per_device_train_batch_size 4 --save_steps 2 --gradient_checkpointing false"
+    )
+    with pytest.raises(AlarmStop) as stop:
+        script("dpo").main(options.split())
+    check_stop(tmp_path / "out", str(stop.value))
+    assert stop.value.exit_code == 3
+
+
+@pytest.mark.slow
+def test_a_nan_stops_the_pipeline_in_its_step(tmp_path: Path, model: Path, data: Path):
     pipeline = Pipeline(tmp_path, model, data, "http://127.0.0.1:1/v1")
     del pipeline.environment["MOUNT_DIR"]
     write_recipe(pipeline.recipe, dpo={"ref_cache": str(tmp_path / "cache"), "save_steps": 2}, sft={"max_steps": 1})
@@ -47,24 +96,4 @@ def test_a_nan_stops_the_pipeline_in_its_step(tmp_path: Path, model: Path):
         f"== dpo was stopped by an alarm: see {out}/logs/alarms.jsonl (exit code 3). "
         f"Log: {pipeline.run}/dpo_pipeline_sanity.log. The same command goes on from here."
     )
-
-    (alarm,) = read_jsonl(out / "logs" / "alarms.jsonl")
-    step = alarm["step"]
-    assert step > 2  # so that there was a checkpoint before
-    records, _ = read_margins_log(out / "logs" / "margins")
-    assert [record["step"] for record in records] == list(range(1, step))
-    before = {
-        str(pair) for record in records for pair in read_margins(out / "logs" / "margins" / record["npy"])["pair_id"]
-    }
-    assert len(alarm["pair_ids"]) == 1 and alarm["pair_ids"][0] not in before
-    assert f"stopped in step {step}: margin is nan (pairs {alarm['pair_ids'][0]}); " in screen
-    with safe_open(out / "logs" / alarm["batches"][0], "pt") as batch:
-        ids = batch.get_tensor("input_ids")
-        assert alarm["pair_ids"][0] in batch.metadata()["pair_ids"]
-    assert tiny.tokenizer().convert_tokens_to_ids(RARE) in ids
-
-    last = checkpoints(out)[-1]
-    assert last.name == f"checkpoint-{step - 1}"
-    assert damage(last) is None
-    assert all(tensor.isfinite().all() for tensor in load_file(last / "adapter_model.safetensors").values())
-    assert not (out / "adapter_model.safetensors").exists()
+    check_stop(out, screen)
