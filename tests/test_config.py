@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.config import REQUIRED, opt, parse, resolved, to_yaml
+from tandem.config import REQUIRED, opt, parse, refuse, resolved, to_yaml
 from tandem.errors import UserError
 
 
@@ -163,6 +163,70 @@ def test_print_config_replays(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert "count: 7  # command line\n" in text
     assert "rate: 0.5  # default\n" in text
+
+
+def test_all_mistakes_are_named_together(tmp_path: Path):
+    file = config(tmp_path, "nmae: a\ncount: x\n")
+    assert refusal("--config", file, "--ratee", "1", "--wet", "maybe", "stray") == (
+        "command line: unknown option ratee; did you mean rate?; "
+        f"--config {file}: unknown option nmae; did you mean name?; "
+        f"--config {file}: count must be a whole number, not 'x'; "
+        "command line: wet must be true or false, not 'maybe'"
+    )
+
+
+def test_refusals_of_several_groups_and_of_their_combination():
+    @dataclasses.dataclass
+    class Dry:
+        """Dry."""
+
+        hours: int = opt(1, "how long")
+
+        def __post_init__(self) -> None:
+            refuse([f"{self.hours} hours"] if self.hours > 1 else [])
+
+    @dataclasses.dataclass
+    class Wet:
+        """Wet."""
+
+        litres: int = opt(1, "how much")
+
+        def __post_init__(self) -> None:
+            refuse([f"{self.litres} litres"] if self.litres > 1 else [])
+
+    def check(dry: Dry, wet: Wet) -> None:
+        refuse(["nothing at all"] if not dry.hours and not wet.litres else [])
+
+    def read_both(*argv: str) -> tuple[Dry, Wet]:
+        return parse(argv, (Dry, Wet), prog="p", check=check)  # type: ignore[return-value]
+
+    with pytest.raises(UserError, match=r"^2 hours; 3 litres$"):
+        read_both("--hours", "2", "--litres", "3")
+    with pytest.raises(UserError, match=r"^nothing at all$"):
+        read_both("--hours", "0", "--litres", "0")
+    assert read_both("--hours", "0") == (Dry(0), Wet(1))
+
+
+def test_print_config_tells_the_sources_and_the_environment_without_its_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_TOKEN", "geheim")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://user:geheim@host")
+    monkeypatch.setenv("TANDEM_TRAINERS", "trl")
+    monkeypatch.setenv("UNRELATED", "1")
+    file = config(tmp_path, "name: a\ncount: 4\n")
+    with pytest.raises(SystemExit):
+        read("--config", file, "--wet", "--print_config")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"count: 4  # --config {file}" in lines
+    assert "wet: true  # command line" in lines
+    assert "rate: 0.5  # default" in lines
+    assert "# TANDEM_TRAINERS=trl  # environment" in lines
+    assert "# HF_TOKEN=(set, not shown)  # environment" in lines
+    assert "# WANDB_BASE_URL=https://[hidden]@host  # environment" in lines
+    assert not any("geheim" in line or "UNRELATED" in line for line in lines)
+    (tmp_path / "printed.yaml").write_text("\n".join(lines))
+    assert read("--config", str(tmp_path / "printed.yaml")) == Colours(name="a", count=4, wet=True)
 
 
 floats = st.floats(allow_nan=False, allow_infinity=False)

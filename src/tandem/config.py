@@ -337,4 +337,16 @@ def save(path: str | Path, *instances: Any) -> None:
 
 def to_yaml(values: dict[str, Any]) -> str:
     """`values` as a YAML document that `parse` reads back to the same options."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which a line break that only Unicode knows is read back as what it was: escaped."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
