@@ -143,6 +143,8 @@ def test_flash_attention_reaches_the_model(tiny_model: Path, gemma: Path, data: 
             mine.train()
         assert seen
         assert all(seen)
+    with pytest.raises(UserError, match="window of 8 tokens would be lost"):
+        mine._prepare_forward(GaudiOptions(use_flash_attention=True, flash_attention_causal_mask=True), 64)
 
 
 def test_lazy_mode_with_checkpointing(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
