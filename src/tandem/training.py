@@ -32,7 +32,7 @@ from tandem.options import (
 from tandem.session import open_session
 from tandem.trainers import select
 from tandem.trainers.gaudi_settings import is_lazy
-from tandem.trainers.topology import check_launch, start_processes
+from tandem.trainers.topology import check_launch
 
 
 def run_sft(
@@ -53,7 +53,7 @@ def run_sft(
             return
         tokenizer = load_tokenizer(model)
         splits = _splits(data, text, train, tokenizer)
-        start_processes(arguments)
+        builders.start_processes(arguments)
         policy = _trainable(model, lora, train.tp_size)
         session.start(splits["train_dataset"])
         examples = {name: _examples(rows) for name, rows in splits.items()}
@@ -84,7 +84,7 @@ def run_dpo(
         tokenizer = load_tokenizer(model)
         rendered = _splits(data, text, train, tokenizer)
         splits = {name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in rendered.items()}
-        start_processes(arguments)
+        builders.start_processes(arguments)
         policy = _trainable(model, lora, train.tp_size)
         reference = None
         if dpo.reference_model:

@@ -8,7 +8,7 @@ the monitor.
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,9 @@ class Builders:
     """`sft_trainer` and `dpo_trainer` as in `trainers.trl`, on Gaudi."""
 
     gaudi: GaudiOptions
+
+    def start_processes(self, arguments: Mapping[str, Any]) -> None:
+        """Nothing: optimum-habana's arguments do it when a trainer is built, and each card loads the whole model."""
 
     def sft_trainer(
         self,

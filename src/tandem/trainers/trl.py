@@ -19,6 +19,7 @@ from tandem.models import has_hpu, lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, LoraOptions, TextOptions
 from tandem.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
+from tandem.trainers import topology
 from tandem.trainers.common import PairTrainer
 from tandem.trainers.deferred import DeferredGather, Promise
 from tandem.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
@@ -162,6 +163,11 @@ class TandemSFTTrainer(ContinuedLogs, CompleteCheckpoints, Sharded, SFTTrainer):
     """TRL's SFTTrainer."""
 
     unit = "examples"
+
+
+def start_processes(arguments: Mapping[str, Any]) -> None:
+    """Bring the processes of this run together. Before a model is loaded."""
+    topology.start_processes(arguments)
 
 
 def sft_trainer(
