@@ -32,3 +32,14 @@ def test_several_processes(tmp_path: Path, code: int, monkeypatch: pytest.Monkey
     name = script(tmp_path, f"import os, sys; sys.exit({code} if os.environ['RANK'] == '1' else 0)")
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     assert main([*launch, "--dynamo_backend", "no", "--main_process_port", "0", name]) == code
+
+
+def test_a_launch_that_cannot_start_is_answered_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--config_file", str(tmp_path / "gone.yaml"), "script.py"]) == 2
+    typo = tmp_path / "typo.yaml"
+    typo.write_text(Path(CPU).read_text() + "num_procesess: 2\n")
+    assert main(["--config_file", str(typo), "script.py"]) == 2
+    missing, unknown = capsys.readouterr().err.splitlines()
+    assert missing.startswith("UserError: the launch cannot start: ")
+    assert "gone.yaml" in missing
+    assert "num_procesess" in unknown

@@ -18,7 +18,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from tandem.errors import Preempted
+from tandem.errors import Preempted, UserError
 from tandem.lifeline import be_launcher
 
 _SAVING_SECONDS = 120  # for a checkpoint, and for the others when a rank has died in the midst of a collective
@@ -35,6 +35,9 @@ def main(argv: list[str]) -> int:
             torchrun.main(argv[1:])
         else:
             launch_command(launch_command_parser().parse_args(argv))
+    except (FileNotFoundError, ValueError, ImportError) as error:  # of the config file, or an engine that is missing
+        print(f"UserError: the launch cannot start: {' '.join(str(error).split())}", file=sys.stderr)
+        return UserError.exit_code
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:

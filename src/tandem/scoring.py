@@ -1,6 +1,7 @@
 """Log-probabilities of pairs under a model, and samples from it: what evaluate, generate and compare share."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ class Scorer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, bf16: bool | None = None
     ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "evaluate, generate and compare run as one process: on several, each would do all of the work and "
+                "write the same files"
+            )
         self.device = (torch.accelerator.current_accelerator() if has_accelerator() else None) or torch.device("cpu")
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer

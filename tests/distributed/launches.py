@@ -15,9 +15,9 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "MASTER_ADDR": "127.0.0.1",
 }
-# On a CPU: what the process is told (see `run_script.py`), its environment, its flags. By accelerate config
+# By accelerate config, on a CPU: what the process is told (see `run_script.py`), its environment, its flags
 ENGINES: dict[str, tuple[str, dict[str, str], str]] = {
-    "ddp": ("gpu", {}, ""),
+    "ddp": ("cpu", {}, "--use_cpu true"),
     "fsdp": ("gpu", {}, ""),
     "fsdp_multi_node": ("gpu", {}, ""),
     "fsdp_offload": ("gpu", {}, ""),
@@ -26,16 +26,17 @@ ENGINES: dict[str, tuple[str, dict[str, str], str]] = {
 }
 
 
-def run(config: str, processes: int, *runs: list[str]) -> str:
+def run(config: str, processes: int, *runs: list[str], kind: str | None = None) -> str:
     """Launch scripts by an accelerate config, one after the other in the same processes; returns their stderr.
 
     Args:
         runs: a script of scripts/ and its command line, each.
+        kind: what the process is told, where it is not the config's own.
     """
-    kind, variables, own = ENGINES[config]
-    command = [*launcher(config, processes), str(RUN_SCRIPT), kind]
+    own_kind, variables, own = ENGINES[config]
+    command = [*launcher(config, processes), str(RUN_SCRIPT), kind or own_kind]
     for each in runs:
-        command += [*each, *own.split(), "++"]
+        command += [*each, *(own.split() if kind is None else []), "++"]
     done = start(command, variables | {"LOCAL_SIZE": str(processes)})
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr
@@ -55,7 +56,12 @@ def start(command: list[str], environment: dict[str, str]) -> subprocess.Complet
     )
 
 
+def log_history(folder: Path) -> list[dict[str, Any]]:
+    """What the run logged."""
+    history: list[dict[str, Any]] = json.loads((folder / "training_metrics.json").read_text())["log_history"]
+    return history
+
+
 def steps(folder: Path) -> list[dict[str, Any]]:
     """What the run logged of each step."""
-    history = json.loads((folder / "training_metrics.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return [entry for entry in log_history(folder) if "loss" in entry]

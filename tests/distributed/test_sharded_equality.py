@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.monitor.margins import read_margins, read_margins_log
 from tests import tiny
-from tests.distributed.launches import run, steps
+from tests.distributed.launches import log_history, run, steps
 
 STEPS = 4
 GLOBAL_BATCH = 8
 ACCUMULATION = 2
-VARIANTS = {"full": "", "lora": "--use_peft"}
+VARIANTS = {"full": "", "lora": "--use_peft true"}
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
 
 
@@ -30,7 +31,8 @@ def flags(model: Path, data: Path, folder: Path, cache: Path, processes: int, va
         --max_steps {STEPS} --logging_steps 1 --learning_rate 1e-3 --save_strategy no
         --per_device_train_batch_size {pairs} --gradient_accumulation_steps {ACCUMULATION}
     """
-    return [*common.split(), *variant.split()]
+    options = dict(option.split(maxsplit=1) for option in f"{common} {variant}".split("--") if option.strip())
+    return [part for name, value in options.items() for part in (f"--{name}", *value.split())]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,57 @@ def test_several_processes_train_as_one(
 def test_tensor_parallelism_trains_as_one(alone: dict[str, Path], tiny_model: Path, tiny_data: Path, tmp_path: Path):
     """Both processes have the same pairs, and half of each matrix."""
     own = flags(tiny_model, tiny_data, tmp_path / "tp", tmp_path / "cache", 1, "--tp_size 2")
-    said = run("ddp", 2, ["dpo.py", *own])
+    said = run("ddp", 2, ["dpo.py", *own], kind="gpu")
     assert f"global batch  {GLOBAL_BATCH} pairs = 4 pairs × 2 accumulation × 2 processes / 2 alike" in said
     check_equal(alone["full"], tmp_path / "tp")
     check_saved(alone["full"], tmp_path / "tp", tiny_model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        "fsdp",
+        "fsdp_multi_node",
+        pytest.param("deepspeed_zero2", marks=needs_deepspeed),
+        pytest.param("deepspeed_zero3", marks=needs_deepspeed),
+    ],
+)
+def test_evaluated_and_resumed(
+    script: Callable[[str], ModuleType], tiny_model: Path, tiny_data: Path, tmp_path: Path, config: str
+):
+    """The cache is emptied before the resumed run, which scores the reference with the policy's first weights and then
+    loads the checkpoint's: none of the first may be left."""
+    more = "--save_strategy steps --save_steps 2 --eval_strategy steps --eval_steps 2"
+    one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
+    script("dpo").main(flags(tiny_model, tiny_data, one, tmp_path / "own_cache", 1, more))
+    again = ["dpo.py", *flags(tiny_model, tiny_data, two, cache, 2, more)]
+    run(config, 2, again)
+    check_equal(one, two)
+    first = trained(two, tiny_model)
+    for file in ("manifest.json", "training_metrics.json", "model.safetensors"):
+        (two / file).unlink()
+    shutil.rmtree(two / "checkpoint-4")
+    shutil.rmtree(cache)
+    assert "resuming from" in run(config, 2, again)
+    check_equal(one, two)
+    check_saved(one, two, tiny_model)
+    for name, weight in trained(two, tiny_model).items():
+        assert torch.equal(weight, first[name]), name
+    ours, theirs = (
+        [entry["eval_loss"] for entry in log_history(folder) if "eval_loss" in entry] for folder in (two, one)
+    )
+    assert len(ours) == 2
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_trains_on(
+    script: Callable[[str], ModuleType], alone: dict[str, Path], tiny_model: Path, tiny_data: Path, tmp_path: Path
+):
+    """Its reference is the adapter it began with, a second one on the same sharded base."""
+    begun = alone["lora"]
+    script("dpo").main(flags(begun, tiny_data, tmp_path / "one", tmp_path / "own_cache", 1, ""))
+    run("fsdp", 2, ["dpo.py", *flags(begun, tiny_data, tmp_path / "two", tmp_path / "cache", 2, "")])
+    check_equal(tmp_path / "one", tmp_path / "two")
+    check_saved(tmp_path / "one", tmp_path / "two", tiny_model)
