@@ -45,7 +45,8 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "no model": BadConfig(
         "dpo",
         "",
-        "--model_name_or_path is required: model folder or Hub name; an adapter's folder goes on training it",
+        "--model_name_or_path is required: model folder or Hub name; an adapter's folder goes on training it; "
+        "--dataset_name is required: Hub name; …",
     ),
     "no data": BadConfig(
         "sft", "--model_name_or_path {model}", "--dataset_name is required: Hub name; or a .json, .jsonl, .csv …"
@@ -55,7 +56,11 @@ BAD_CONFIGS: dict[str, BadConfig] = {
         "--model_name_or_path {model} --dataset_name {data}",
         "--output_dir is required: folder for checkpoints, logs and the trained model",
     ),
-    "a word that is no option": dpo("beta 0.2", "command line: unexpected argument beta (options start with --)"),
+    "a word that is no option": dpo(
+        "beta 0.2",
+        "command line: unexpected argument beta (options start with --); "
+        "command line: unexpected argument 0.2 (options start with --)",
+    ),
     "an abbreviation": dpo("--learning 1", "command line: unknown option learning; did you mean learning_rate?"),
     "a typo": dpo("--lora_rank 8", "command line: unknown option lora_rank; did you mean lora_r?"),
     "an option of TRL's": dpo(
@@ -112,7 +117,7 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "no steps": dpo("--max_steps 0", "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
     "no epochs": dpo("--num_train_epochs 0", "--num_train_epochs must be above 0, not 0.0"),
     "an empty batch": dpo("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1, not 0"),
-    "a negative learning rate": dpo("--learning_rate -1e-5", "--learning_rate must not be negative, got -1e-05"),
+    "a negative learning rate": dpo("--learning_rate -0.1", "--learning_rate must not be negative, got -0.1"),
     "all prompts held out": dpo("--val_ratio 1", "--val_ratio must be at least 0 and below 1, not 1.0"),
     "a prompt as long as the sequence": dpo(
         "--max_length 64 --max_prompt_length 64",
@@ -197,7 +202,8 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     ),
     "weights elsewhere": dpo(
         "--model_name_or_path {tmp}/elsewhere",
-        "{tmp}/elsewhere/model.safetensors.index.json: names '../../secret.bin', which is no safetensors file beside it",
+        "{tmp}/elsewhere/model.safetensors.index.json: names '../../secret.bin', "
+        "which is no safetensors file beside it",
     ),
     "code in a model's repository": sft(
         "--model_name_or_path {tmp}/with_code", "{tmp}/with_code: cannot be loaded as a model: …"
@@ -208,7 +214,7 @@ BAD_CONFIGS: dict[str, BadConfig] = {
         "object is unsafe.",
     ),
     "output below a file": BadConfig(
-        "dpo", HERE.replace("{tmp}/out", "{tmp}/file/out"), "--output_dir {tmp}/file/out: cannot …"
+        "dpo", HERE.replace("{tmp}/out", "{tmp}/file/out"), "{tmp}/file/out/run.json cannot be read …"
     ),
     # Other scripts
     "a merge of no adapter": BadConfig(
@@ -230,7 +236,7 @@ BAD_CONFIGS: dict[str, BadConfig] = {
         "evaluate", EVALUATE + " --output_file {tmp}/out/r.txt", "--output_file {tmp}/out/r.txt: must end in .json"
     ),
     "a comparison with no model": BadConfig(
-        "compare", COMPARE + " --base_model {tmp}/gone", "{tmp}/gone: no such model folder"
+        "compare", COMPARE + " --base_model {tmp}/gone --finetuned_model {tmp}/gone", "{tmp}/gone: no such model folder"
     ),
     "a comparison with itself": BadConfig(
         "compare", COMPARE + " --policy base", "--policy and --against are both base: nothing to compare"

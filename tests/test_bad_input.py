@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tandem.errors import AlarmStop, Preempted, TandemExit, UserError, script_main
-from tandem.runs import sha256_file
+from tandem.runs import MANIFEST, sha256_file, write_manifest
 from tests import tiny
 from tests.bad_configs import BAD_CONFIGS
 from tests.bad_files import BAD_FILES, FORMATS, GOOD, SUFFIXES, lines
@@ -195,6 +195,34 @@ def test_a_finished_run_survives_bad_input(finished: tuple[Path, list[str]], say
     starting_over = [] if change == "--beta 3" else ["--resume_from_checkpoint", "no"]
     assert say("dpo", *argv, *change.split(), *starting_over)
     assert contents(folder) == before
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    tmp_path_factory: pytest.TempPathFactory, script, tiny_model: Path, tiny_data: Path
+) -> tuple[Path, list[str]]:
+    """A run's folder as if it had been stopped after its first step, and its command line."""
+    folder = tmp_path_factory.mktemp("stopped")
+    argv = f"--model_name_or_path {tiny_model} --dataset_name {tiny_data} --output_dir {folder}/out --max_steps 2"
+    argv += f" --ref_cache {folder}/reference --per_device_train_batch_size 4 --save_steps 1"
+    script("dpo").main(argv.split())
+    shutil.rmtree(folder / "out" / "checkpoint-2")
+    (folder / "out" / MANIFEST).unlink()
+    return folder, argv.split()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_runs_no_code(stopped: tuple[Path, list[str]], script, name: str):
+    folder, argv = stopped
+    checkpoint = folder / "out" / "checkpoint-1"
+    before = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(pickle.dumps(_Boom(folder / "boom")))
+    write_manifest(checkpoint)
+    with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
+        script("dpo").main(argv)
+    assert not (folder / "boom").exists()
+    (checkpoint / name).write_bytes(before)
+    write_manifest(checkpoint)
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError, 2), (AlarmStop, 3), (Preempted, 75)])

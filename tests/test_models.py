@@ -1,5 +1,8 @@
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +167,18 @@ def test_lora_options_reach_peft():
     every = lora_config(LoraOptions(use_peft=True))
     assert every is not None
     assert every.target_modules == "all-linear"
+
+
+def test_the_way_out_of_a_pickle(tmp_path: Path, tiny_model: Path):
+    """The lines of SECURITY.md, as they stand there."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    pickled("model.safetensors", "pytorch_model.bin")(folder)
+    text = (Path(__file__).parents[1] / "SECURITY.md").read_text()
+    lines = text.split("    python - FOLDER <<'END'\n")[1].split("    END\n")[0]
+    program = textwrap.dedent(lines)
+    subprocess.run([sys.executable, "-", str(folder)], input=program, text=True, check=True)
+    (folder / "pytorch_model.bin").unlink()
+    converted = load_model(ModelOptions(model_name_or_path=str(folder))).state_dict()
+    for name, weights in load_model(ModelOptions(model_name_or_path=str(tiny_model))).state_dict().items():
+        assert torch.equal(converted[name], weights)

@@ -74,6 +74,8 @@ def _source(options: DataOptions, entry: Any, where: str) -> Source:
     weight = values.pop("weight", 1.0)
     if weight <= 0:
         raise UserError(f"{where}: weight must be above 0, not {weight}; leave the source out instead")
+    if not options.val_ratio:
+        values["data_seed"] = DataOptions.data_seed  # it shuffles the mixture, and does nothing to one source
     values["dataset_name"] = _beside(Path(options.dataset_name), values["dataset_name"])
     try:
         source = dataclasses.replace(options, **values)
