@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from tandem.config import parse
 from tandem.data.options import DataOptions
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
@@ -20,6 +21,7 @@ from tandem.options import (
     EngineOptions,
     LoraOptions,
     ModelOptions,
+    PlanOptions,
     SFTOptions,
     TextOptions,
     TrainOptions,
@@ -103,6 +105,38 @@ TRAIN = {"output_dir": "out"}
         (TrainOptions, TRAIN | {"report_to": ["none", "wandb"]}, "--report_to none excludes other trackers"),
         (TrainOptions, TRAIN | {"mount_dir": "out/mirror"}, "--mount_dir out/mirror is inside of --output_dir"),
         (TrainOptions, TRAIN | {"optim": "adamw_8bit"}, "--optim adamw_8bit needs bitsandbytes: pip install"),
+        (LoraOptions, {"lora_r": 8}, "--lora_r has no effect without --use_peft true"),
+        (TrainOptions, TRAIN | {"per_device_eval_batch_size": 3}, "--per_device_eval_batch_size has no effect without"),
+        (
+            TrainOptions,
+            TRAIN | {"save_strategy": "epoch", "save_steps": 3},
+            "--save_steps has no effect without --save",
+        ),
+        (TrainOptions, TRAIN | {"save_strategy": "no", "save_total_limit": 1}, "--save_total_limit has no effect with"),
+        (
+            TrainOptions,
+            TRAIN | {"max_steps": 3, "num_train_epochs": 2.0},
+            "--num_train_epochs has no effect with --max",
+        ),
+        (TrainOptions, TRAIN | {"lr_scheduler_type": "constant", "warmup_steps": 3.0}, "--warmup_steps has no effect"),
+        (TrainOptions, TRAIN | {"run_name": "a"}, "--run_name has no effect without --report_to"),
+        (
+            TrainOptions,
+            TRAIN | {"debug": True, "max_steps": 5},
+            "--max_steps has no effect with --debug, which sets it",
+        ),
+        (
+            TrainOptions,
+            TRAIN | {"global_batch_size": 8, "gradient_accumulation_steps": 2},
+            "--gradient_accumulation_st",
+        ),
+        (
+            DPOOptions,
+            {"loss_type": ["sft"], "f_divergence_type": "forward_kl"},
+            "--f_divergence_type has no effect wit",
+        ),
+        (PlanOptions, {"device_memory_gib": 8.0}, "--device_memory_gib has no effect without --plan"),
+        (DataOptions, {"dataset_name": "a/b", "data_seed": 1}, "--data_seed has no effect without --val_ratio or a mi"),
         (DPOOptions, {"beta": 0.0}, "--beta must be above 0, not 0.0"),
         (DPOOptions, {"loss_weights": [1.0, 2.0]}, "--loss_weights has 2 values for 1 --loss_type"),
         (DPOOptions, {"label_smoothing": 0.5}, "--label_smoothing must be at least 0 and below 0.5, not 0.5"),
@@ -167,12 +201,41 @@ def test_options_across_classes(tmp_path: Path):
     model, train = ModelOptions("gpt2"), TrainOptions("out")
     check_training(model, LoraOptions(), train)
     check_training(ModelOptions(str(adapter)), LoraOptions(), train)
-    with pytest.raises(UserError, match="--lora_r has no effect without --use_peft true"):
-        check_training(model, LoraOptions(lora_r=8), train)
+    with pytest.raises(UserError, match=r"--model_revision has no effect: .*adapter is a folder"):
+        check_training(ModelOptions(str(adapter), model_revision="main"), LoraOptions(), train)
+    with pytest.raises(UserError, match="--fp16 needs an accelerator"):
+        check_training(model, LoraOptions(), TrainOptions("out", fp16=True, use_cpu=True))
     with pytest.raises(UserError, match="would add an adapter to the adapter"):
         check_training(ModelOptions(str(adapter)), LoraOptions(use_peft=True), train)
-    with pytest.raises(UserError, match=r"--lora_alpha has no effect .*; --debug sets --max_steps itself"):
-        check_training(model, LoraOptions(lora_alpha=8), TrainOptions("out", debug=True, max_steps=5))
+    dropped_out = LoraOptions(use_peft=True, lora_dropout=0.1)
+    check_training(model, dropped_out, train)
+    check_training(model, dropped_out, train, DPOOptions(disable_dropout=False))
+    with pytest.raises(UserError, match=r"would add .*; --lora_dropout has no effect without --disable_dropout false"):
+        check_training(ModelOptions(str(adapter)), dropped_out, train, DPOOptions())
+
+
+def test_conflicts_are_named_together():
+    argv = ["--output_dir", "out", "--lora_r", "8", "--lora_alpha", "4", "--max_eval_samples", "3", "--save_steps", "5"]
+    argv += ["--save_strategy", "no", "--loss_type", "sft", "--beta", "0.2", "--ld_alpha", "0.5"]
+    with pytest.raises(UserError) as error:
+        parse(argv, (LoraOptions, TrainOptions, DPOOptions), prog="dpo.py")
+    assert str(error.value) == (
+        "--lora_r, --lora_alpha have no effect without --use_peft true; "
+        "--max_eval_samples has no effect without --eval_strategy; "
+        "--save_steps has no effect without --save_strategy steps; "
+        "--beta, --ld_alpha have no effect with --loss_type sft, which has no reference"
+    )
+
+
+def test_the_global_batch_is_what_all_processes_take_in_a_step():
+    train = TrainOptions("out", per_device_train_batch_size=4, global_batch_size=32)
+    assert [train.accumulation(processes) for processes in (1, 2, 8)] == [8, 4, 1]
+    assert TrainOptions("out", gradient_accumulation_steps=3).accumulation(5) == 3
+    with pytest.raises(UserError) as error:
+        train.accumulation(3)
+    assert str(error.value) == (
+        "--global_batch_size 32 is not a multiple of 12: --per_device_train_batch_size 4 on 3 processes"
+    )
 
 
 def test_sft_differs_from_training_in_its_learning_rate_only():

@@ -6,10 +6,11 @@ passed on: `explain_unknown` says so.
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.config import REQUIRED, opt
+from tandem.config import REQUIRED, opt, options_of, refuse
 from tandem.errors import UserError
 
 LOSS_TYPES = (
@@ -51,12 +52,17 @@ class LoraOptions:
     load_in_4bit: bool = opt(False, "QLoRA: hold the base model in 4 bits (CUDA, extra: quantization)")
 
     def __post_init__(self) -> None:
+        problems = []
         if self.lora_r < 1:
-            raise UserError(f"--lora_r must be at least 1, not {self.lora_r}")
+            problems.append(f"--lora_r must be at least 1, not {self.lora_r}")
         if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+            problems.append(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
         if self.load_in_4bit and not self.use_peft:
-            raise UserError("--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves")
+            problems.append("--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves")
+        without_effect = [name for name in changed(self) if name not in ("use_peft", "load_in_4bit")]
+        if without_effect and not self.use_peft:
+            problems.append(f"{_flags(without_effect)} no effect without --use_peft true")
+        refuse(problems)
 
 
 @dataclasses.dataclass
@@ -80,6 +86,7 @@ class TextOptions:
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
     "eval_steps", "save_steps", "save_total_limit", "max_train_samples", "max_eval_samples", "tp_size",
+    "global_batch_size",
 )  # fmt: skip
 
 
@@ -93,6 +100,9 @@ class TrainOptions:
     per_device_train_batch_size: int = opt(8, "pairs (SFT: examples) per device and micro-batch")
     per_device_eval_batch_size: int = opt(8, "the same in evaluation")
     gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step")
+    global_batch_size: int | None = opt(
+        None, "pairs per optimizer step over all processes, instead of --gradient_accumulation_steps"
+    )
     learning_rate: float = opt(1e-6, "peak learning rate")
     lr_scheduler_type: str = opt("linear", "learning rate schedule", choices=SCHEDULES)
     warmup_steps: float = opt(0.0, "steps of warm-up; below 1: as a share of all steps")
@@ -124,33 +134,78 @@ class TrainOptions:
     debug: bool = opt(False, "32 pairs, 4 steps, every step logged, anomaly detection on")
 
     def __post_init__(self) -> None:
+        problems = self._without_effect()
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, not {value}")
+                problems.append(f"--{name} must be at least 1, not {value}")
         if self.max_steps < 1 and self.max_steps != -1:
-            raise UserError(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
+            problems.append(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
         if self.num_train_epochs <= 0:
-            raise UserError(f"--num_train_epochs must be above 0, not {self.num_train_epochs}")
+            problems.append(f"--num_train_epochs must be above 0, not {self.num_train_epochs}")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+                problems.append(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.bf16 and self.fp16:
-            raise UserError("--bf16 and --fp16 exclude each other")
+            problems.append("--bf16 and --fp16 exclude each other")
         if (self.eval_steps is not None) != (self.eval_strategy == "steps"):
-            raise UserError("--eval_steps and --eval_strategy steps need each other")
-        if self.eval_strategy == "no" and self.max_eval_samples is not None:
-            raise UserError("--max_eval_samples has no effect without --eval_strategy")
+            problems.append("--eval_steps and --eval_strategy steps need each other")
         if "none" in self.report_to and len(self.report_to) > 1:
-            raise UserError("--report_to none excludes other trackers")
+            problems.append("--report_to none excludes other trackers")
         if "8bit" in self.optim and importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(f"--optim {self.optim} needs bitsandbytes: pip install 'tandem[quantization]'")
+            problems.append(f"--optim {self.optim} needs bitsandbytes: pip install 'tandem[quantization]'")
         for name in ("output_dir", "mount_dir"):
             folder = getattr(self, name)
             if folder and Path(folder).is_file():
-                raise UserError(f"--{name} {folder}: is a file")
+                problems.append(f"--{name} {folder}: is a file")
         if self.mount_dir and Path(self.mount_dir).resolve().is_relative_to(Path(self.output_dir).resolve()):
-            raise UserError(f"--mount_dir {self.mount_dir} is inside of --output_dir, which would mirror the mirror")
+            problems.append(f"--mount_dir {self.mount_dir} is inside of --output_dir, which would mirror the mirror")
+        refuse(problems)
+
+    def _without_effect(self) -> list[str]:
+        given = changed(self)
+
+        def inert(names: Sequence[str], reason: str) -> list[str]:
+            found = [name for name in names if name in given]
+            return [f"{_flags(found)} no effect {reason}"] if found else []
+
+        problems = []
+        if self.eval_strategy == "no":
+            problems += inert(("max_eval_samples", "per_device_eval_batch_size"), "without --eval_strategy")
+        if self.save_strategy != "steps":
+            problems += inert(("save_steps",), "without --save_strategy steps")
+        if self.save_strategy == "no":
+            problems += inert(("save_total_limit",), "with --save_strategy no")
+        if self.max_steps != -1:
+            problems += inert(("num_train_epochs",), "with --max_steps, which says when to stop")
+        if self.lr_scheduler_type == "constant":
+            problems += inert(("warmup_steps",), "with --lr_scheduler_type constant; constant_with_warmup has one")
+        if self.report_to == ["none"]:
+            problems += inert(("run_name",), "without --report_to")
+        if self.debug:
+            fixed = (
+                "max_steps", "num_train_epochs", "max_train_samples", "logging_steps", "save_strategy", "save_steps",
+            )  # fmt: skip
+            problems += inert(fixed, "with --debug, which sets it itself")
+        if self.global_batch_size is not None:
+            problems += inert(("gradient_accumulation_steps",), "with --global_batch_size, which it follows from")
+        return problems
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches per optimizer step on each of so many data-parallel processes.
+
+        Raises:
+            UserError: `global_batch_size` is not a multiple of what they forward at a time.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        at_a_time = self.per_device_train_batch_size * processes
+        if self.global_batch_size % at_a_time:
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} is not a multiple of {at_a_time}: "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} on {processes} processes"
+            )
+        return self.global_batch_size // at_a_time
 
 
 @dataclasses.dataclass
@@ -177,35 +232,40 @@ class DPOOptions:
     reference_model: str | None = opt(None, "reference model folder or Hub name; unset: the policy before training")
 
     def __post_init__(self) -> None:
+        problems = []
         if self.beta <= 0:
-            raise UserError(f"--beta must be above 0, not {self.beta}")
+            problems.append(f"--beta must be above 0, not {self.beta}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise UserError(f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type")
+            problems.append(f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type")
         if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+            problems.append(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
         if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
-            raise UserError(
+            problems.append(
                 f"--label_smoothing has no effect with --loss_type {' '.join(self.loss_type)}; "
                 f"it has with {', '.join(SMOOTHED_LOSSES)}"
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
-            raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
+            problems.append("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
         if self.f_divergence_type != "reverse_kl" and not set(self.loss_type) <= set(F_DIVERGENCE_LOSSES):
-            raise UserError(
+            problems.append(
                 f"--f_divergence_type {self.f_divergence_type} goes with {', '.join(F_DIVERGENCE_LOSSES)}, "
                 f"not with --loss_type {' '.join(self.loss_type)}"
             )
         alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
         if alpha_given and self.f_divergence_type != "alpha_divergence":
-            raise UserError("--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence")
+            problems.append("--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence")
         if self.discopop_tau <= 0:
-            raise UserError(f"--discopop_tau must be above 0, not {self.discopop_tau}")
+            problems.append(f"--discopop_tau must be above 0, not {self.discopop_tau}")
         if self.discopop_tau != type(self).discopop_tau and "discopop" not in self.loss_type:
-            raise UserError("--discopop_tau has no effect without --loss_type discopop")
+            problems.append("--discopop_tau has no effect without --loss_type discopop")
         if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
-            raise UserError("--use_weighting cannot weight the losses aot and aot_unpaired: they sort the pairs apart")
+            problems.append("--use_weighting cannot weight the losses aot and aot_unpaired: they sort the pairs apart")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise UserError(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
+            problems.append(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
+        inert = [name for name in ("beta", "f_divergence_type", "ld_alpha", "reference_model") if name in changed(self)]
+        if inert and set(self.loss_type) == {"sft"}:
+            problems.append(f"{_flags(inert)} no effect with --loss_type sft, which has no reference")
+        refuse(problems)
 
     @property
     def trl_losses(self) -> tuple[list[str], list[float]]:
@@ -253,6 +313,24 @@ class GaudiOptions:
         return [field.name for field in dataclasses.fields(self) if getattr(self, field.name)]
 
 
+@dataclasses.dataclass
+class PlanOptions:
+    """Plan."""
+
+    plan: bool = opt(False, "print parameters, peak memory by part, steps, tokens and time, and train nothing")
+    accelerate_config: str | None = opt(None, "with --plan: the accelerate config to plan for; unset: this process")
+    device_memory_gib: float | None = opt(None, "with --plan: memory of a device in GiB; unset: this machine's")
+
+    def __post_init__(self) -> None:
+        problems = []
+        without_effect = [name for name in changed(self) if name != "plan"]
+        if without_effect and not self.plan:
+            problems.append(f"{_flags(without_effect)} no effect without --plan")
+        if self.device_memory_gib is not None and self.device_memory_gib <= 0:
+            problems.append(f"--device_memory_gib must be above 0, not {self.device_memory_gib}")
+        refuse(problems)
+
+
 def explain_unknown(name: str) -> str | None:
     """Why an option is unknown, if TRL or transformers has it. Imports TRL: only a wrong command line pays."""
     import trl
@@ -264,33 +342,42 @@ def explain_unknown(name: str) -> str | None:
     return None
 
 
-def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions) -> None:
+def changed(options: Any) -> list[str]:
+    """Names of the options of a dataclass whose values are not their defaults."""
+    return [option.name for option in options_of(type(options)) if getattr(options, option.name) != option.default]
+
+
+def _flags(names: Sequence[str]) -> str:
+    return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'}"
+
+
+def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, dpo: DPOOptions | None = None) -> None:
     """Refuse combinations across classes in which an option would have no effect.
 
     Raises:
         UserError: naming all of them together.
     """
     problems = []
-    lora_given = [f for f in dataclasses.fields(LoraOptions) if getattr(lora, f.name) != _default(f)]
-    if not lora.use_peft and lora_given:
-        problems.append(f"--{lora_given[0].name} has no effect without --use_peft true")
     if lora.use_peft and is_adapter(model.model_name_or_path):
         problems.append(
             f"--use_peft would add an adapter to the adapter {model.model_name_or_path}: "
             "leave it out to go on training that one, or merge it first"
         )
-    if train.tp_size > 1 and (lora.use_peft or is_adapter(model.model_name_or_path)):
-        problems.append("--tp_size cuts whole models only: PEFT's adapters do not fit the cut matrices")
-    if train.debug and train.max_steps != -1:
-        problems.append("--debug sets --max_steps itself")
-    if problems:
-        raise UserError("; ".join(problems))
+    if dpo is not None and lora.lora_dropout and dpo.disable_dropout:
+        problems.append("--lora_dropout has no effect without --disable_dropout false")
+    if model.model_revision is not None and Path(model.model_name_or_path).is_dir():
+        problems.append(f"--model_revision has no effect: {model.model_name_or_path} is a folder")
+    if train.fp16 and not _accelerator_for(train):
+        problems.append("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
+    refuse(problems)
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+def _accelerator_for(train: TrainOptions) -> bool:
+    if train.use_cpu:
+        return False
+    import torch  # seconds, which only --fp16 pays
+
+    return torch.accelerator.is_available()
 
 
 def is_adapter(name: str) -> bool:

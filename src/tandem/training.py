@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
@@ -73,7 +75,7 @@ def run_dpo(
     gaudi: GaudiOptions,
 ) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
-    check_training(model, lora, train)
+    check_training(model, lora, train, dpo)
     monitor.check_beta(dpo.beta)
     arguments = _arguments(train, model)
     builders = select.builders(model, lora, train, gaudi, dpo)
@@ -85,13 +87,7 @@ def run_dpo(
         rendered = _splits(data, text, train, tokenizer)
         splits = {name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in rendered.items()}
         builders.start_processes(arguments)
-        policy = _trainable(model, lora, train.tp_size)
-        reference = None
-        if dpo.reference_model:
-            reference = load_model(
-                dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None),
-                tp_size=train.tp_size,
-            )
+        policy, reference = _trainable(model, lora, train.tp_size), _reference(model, dpo, train.tp_size)
         session.start(rendered["train_dataset"])
         trainer = builders.dpo_trainer(
             policy,
@@ -109,6 +105,65 @@ def run_dpo(
         session.train(trainer)
 
 
+def training_pairs(
+    text: TextOptions, data: DataOptions, train: TrainOptions, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """The tokenized pairs that a DPO run trains on."""
+    return _tokenized_pairs(_splits(data, text, train, tokenizer)["train_dataset"], tokenizer, text.max_length)
+
+
+def fill_reference_cache(
+    model: ModelOptions,
+    lora: LoraOptions,
+    text: TextOptions,
+    data: DataOptions,
+    train: TrainOptions,
+    dpo: DPOOptions,
+    engine: EngineOptions,
+    monitor: MonitorOptions,
+    gaudi: GaudiOptions,
+    *,
+    part: int,
+    parts: int,
+) -> None:
+    """Score every `parts`-th pair of a DPO run, from `part` on, with its reference, into the cache that it will read.
+
+    One process alone, beside others with other parts; nothing is trained, and `output_dir` is left as it is.
+    """
+    arguments = _arguments(train, model)
+    builders = select.builders(model, lora, train, gaudi, dpo)
+    tokenizer = load_tokenizer(model)
+    splits = {
+        name: _tokenized_pairs(rows[part::parts], tokenizer, text.max_length)
+        for name, rows in _splits(data, text, train, tokenizer).items()
+        if rows[part::parts]
+    }
+    if "train_dataset" not in splits:
+        return
+    # A trainer scores what its cache lacks when it is built
+    with tempfile.TemporaryDirectory() as folder:
+        builders.dpo_trainer(
+            _trainable(model, lora, tp_size=1),
+            _reference(model, dpo, tp_size=1),
+            tokenizer,
+            arguments | {"output_dir": folder, "report_to": ["none"]},
+            text,
+            lora,
+            dpo,
+            engine,
+            monitor,
+            logs_dir=Path(folder),
+            splits=splits,
+        )
+
+
+def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
+    if not dpo.reference_model:
+        return None
+    own = dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
+    return load_model(own, tp_size=tp_size)
+
+
 def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
     loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
     loaded.config.use_cache = False
@@ -118,14 +173,14 @@ def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
 def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
     own = {"max_train_samples", "max_eval_samples", "mount_dir", "debug", "resume_from_checkpoint", "allow_changed"}
-    own |= {"tp_size"}
+    own |= {"tp_size", "global_batch_size"}
     arguments = {
         field.name: getattr(train, field.name) for field in dataclasses.fields(TrainOptions) if field.name not in own
     }
     on_cpu = train.use_cpu or not has_accelerator()
-    if on_cpu and train.fp16:
-        raise UserError("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
     arguments["use_cpu"] = on_cpu
+    processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size
+    arguments["gradient_accumulation_steps"] = train.accumulation(max(processes, 1))
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
     check_launch(os.environ, arguments, cpu_asked=train.use_cpu, tp_size=train.tp_size)
     if train.gradient_checkpointing is None:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 
-from tandem.config import REQUIRED, opt
+from tandem.config import REQUIRED, opt, refuse
 from tandem.data.formats import FORMATS
 from tandem.errors import UserError
 
@@ -48,12 +48,21 @@ class DataOptions:
                 f"--chosen_key and --rejected_key both name {self.chosen_key}: no pair would prefer anything"
             )
         if not self.is_mixture:
+            self._refuse_without_effect()
             return
         for field in dataclasses.fields(self):
             if field.name in SOURCE_OPTIONS[1:] and getattr(self, field.name) != field.default:
                 raise UserError(
                     f"--{field.name} has no effect with a mixture: give it to a source in {self.dataset_name}"
                 )
+
+    def _refuse_without_effect(self) -> None:
+        problems = []
+        if self.data_seed != type(self).data_seed and not self.val_ratio:
+            problems.append("--data_seed has no effect without --val_ratio or a mixture")
+        if self.dataset_test_split != type(self).dataset_test_split and self.val_ratio:
+            problems.append("--dataset_test_split has no effect with --val_ratio, which holds pairs out instead")
+        refuse(problems)
 
     @property
     def is_mixture(self) -> bool:
