@@ -3,7 +3,9 @@
 import contextlib
 import gzip
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 from tandem.data.files import SUFFIXES
 from tandem.data.formats import FORMATS
@@ -12,25 +14,23 @@ from tandem.data.sources import load_splits
 from tandem.errors import UserError, one_line
 from tests.bad_files import ANSWER, BAD_FILES, GOOD, USER, lines, parquet
 
-_ANSWERS = {"chosen": [ANSWER], "rejected": [ANSWER]}
+GOOD_ROWS: tuple[dict[str, Any], ...] = (
+    GOOD | {"system": "s"},
+    {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    GOOD | {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]},
+    {"instruction": "i", "input": "j", "chosen": "a", "rejected": "b"},
+    {"question": "q", "system": "s", "chosen": "a", "rejected": "b"},
+    {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+)
 GOOD_FILES = (
-    ("a.jsonl", lines(GOOD, GOOD | {"prompt": "r", "system": "s"})),
-    ("a.jsonl", lines({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"})),
-    ("a.json", b"[" + lines(GOOD | {"prompt": [USER]} | _ANSWERS).strip() + b"]"),
-    ("a.jsonl", lines({"instruction": "i", "input": "j", "chosen": "a", "rejected": "b"})),
-    ("a.jsonl", lines({"question": "q", "system": "s", "chosen": "a", "rejected": "b"})),
-    (
-        "a.jsonl",
-        lines(
-            {
-                "conversations": [{"from": "human", "value": "q"}],
-                "chosen": {"from": "gpt", "value": "a"},
-                "rejected": {"from": "gpt", "value": "b"},
-            }
-        ),
-    ),
+    *(("a.jsonl", lines(row)) for row in GOOD_ROWS),
+    ("a.json", json.dumps([GOOD_ROWS[2]] * 2).encode()),
     ("a.csv", b'prompt,chosen,rejected\n"q ""x""\n",a,b\n'),
-    ("a.parquet", parquet([GOOD | {"prompt": [USER]} | _ANSWERS] * 3)),
+    ("a.parquet", parquet([GOOD_ROWS[2]] * 3)),
 )
 
 

@@ -1,5 +1,6 @@
 """Any file at all, through the reader: pairs, or a UserError of one line. `make fuzz` looks longer and deeper."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.files import SUFFIXES
-from tests.fuzz.reader import GOOD_FILES, read, seeds
+from tests.bad_files import lines
+from tests.fuzz.reader import GOOD_FILES, GOOD_ROWS, read, seeds
 
 texts = st.one_of(
     st.text(max_size=8),
@@ -30,12 +32,26 @@ documents = st.lists(rows, max_size=4).flatmap(
         [json.dumps(found).encode(), b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in found)]
     )
 )
+
+
+@st.composite
+def spoiled(draw: st.DrawFn) -> bytes:
+    """A good row, with another value somewhere in it."""
+    row = node = copy.deepcopy(draw(st.sampled_from(GOOD_ROWS)))
+    while True:
+        key = draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or draw(st.integers(0, 3)) == 0:
+            node[key] = draw(values)
+            return bytes([SUFFIXES.index(".jsonl"), 0]) + lines(row)
+        node = node[key]
+
+
 headers = st.tuples(st.integers(0, len(SUFFIXES) - 1), st.integers(0, 255)).map(bytes)
 damaged = st.tuples(st.sampled_from(seeds()), st.integers(0, 4096), st.integers(0, 20), st.binary(max_size=8)).map(
     lambda parts: parts[0][: parts[1]] + parts[3] + parts[0][parts[1] + parts[2] :]
 )
 inputs = st.one_of(
-    damaged, st.builds(bytes.__add__, headers, documents), st.builds(bytes.__add__, headers, st.binary())
+    spoiled(), damaged, st.builds(bytes.__add__, headers, documents), st.builds(bytes.__add__, headers, st.binary())
 )
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
