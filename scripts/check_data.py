@@ -13,10 +13,11 @@ def main(argv: list[str]) -> None:
     options, text, data = parse(
         argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__
     )
-    train, held_out = load_splits(data)
+    skipped: list[str] = []
+    train, held_out = load_splits(data, skipped)
     from tandem.data.check import run_check  # its libraries take a second to import
 
-    run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})})
+    run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})}, skipped)
     if options.report:
         save(Path(options.report).with_suffix(".yaml"), options, text, data)
 

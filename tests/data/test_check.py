@@ -120,3 +120,25 @@ def test_the_shipped_sample_has_no_errors(tiny_model: Path):
     folder = str(Path(str(sample_path("train"))).parent)
     train, held_out = load_splits(DataOptions(folder))
     run_check(CheckOptions(str(tiny_model)), TextOptions(), {"train": train, "held-out": held_out})
+
+
+def test_rows_that_cannot_be_read_are_in_the_report(
+    tmp_path: Path, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+):
+    rows = tiny.hh_rows(4)
+    rows[1]["chosen"] = rows[1]["chosen"].rpartition("Assistant:")[0] + "Assistant:"
+    data, report = tiny.save_pairs(tmp_path / "a.jsonl", rows), tmp_path / "data_report.json"
+    script("check_data").main(["--dataset_name", str(data), "--max_bad_rows", "1", "--report", str(report)])
+    (finding,) = (each for each in json.loads(report.read_text())["findings"] if each["name"] == "unreadable")
+    assert finding["message"] == "all: 1 of 4 rows cannot be read and are left out, as --max_bad_rows allows"
+    assert finding["examples"] == [{"found": f"{data} row 2: field 'chosen': the completion is empty"}]
+    assert capsys.readouterr().err.startswith("skipped ")
+
+
+def test_mended_data_of_several_kinds_can_be_read(tmp_path: Path):
+    spoken = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yes"}]
+    rows = [pair("q", "a", "b", 1), pair(*spoken, [{"role": "assistant", "content": "no"}], 2), pair("p", "c", "c", 3)]
+    options = CheckOptions(fix=["drop_identical"], fixed_dir=str(tmp_path / "mended"))
+    run_check(options, TextOptions(), {"train": rows})
+    train, _ = load_splits(DataOptions(str(tmp_path / "mended")))
+    assert [row["chosen"][0]["content"] for row in train] == ["a", "yes"]

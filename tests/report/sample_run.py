@@ -12,6 +12,7 @@ import numpy as np
 from tandem.config import resolved, to_yaml
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
+from tandem.estimates import estimate
 from tandem.evaluate import HeldOut, Samples, kl_metrics, summarize
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
@@ -117,16 +118,43 @@ def write_margins(folder: Path, steps: int = 16) -> None:
 
 
 def write_data(folder: Path) -> None:
-    split = {"pairs": 400, "prompts": 372, "sources": {"sample": 400}, "chosen_longer": 0.495}
+    split = {
+        "pairs": 400,
+        "prompts": 372,
+        "formats": {"hh": 400},
+        "sources": {"sample": 400},
+        "languages": {"en": 400},
+        "fingerprint": "5f2d9c41aa07b3e6",
+        "chosen_longer": 0.495,
+        "bag_of_words": estimate(0.61, 0.58, 0.64, 400),
+    }
     tokens = {
         name: {"median": size, "max": 80} for name, size in (("prompt", 41.0), ("chosen", 24.5), ("rejected", 24.0))
     }
+    example = {"file": "sample", "row": 7, "found": f"as {HOSTILE}", "prompt": HOSTILE, "chosen": "a", "rejected": "b"}
+    finding = {"name": "duplicates", "level": "warning", "split": "train", "count": 3, "share": 0.0075}
+    pair = {"file": "sample", "row": 1, "split": "train", "pair_id": "0011223344556677"}
     write_json(
         folder / "data_report.json",
         {
             "splits": {"train": split | {"tokens": tokens}, "test": split | {"pairs": 100, "prompts": 96}},
-            "shared_prompts": 0,
-            "findings": ["train: 3 of 400 pairs are there more than once", f"train: {HOSTILE}"],
+            "findings": [
+                finding | {"message": "train: 3 of 400 pairs are there more than once", "examples": [example]},
+                finding | {"message": f"train: {HOSTILE}", "examples": []},
+            ],
+            "shown": [
+                pair
+                | {
+                    "prompt": [["<|user|>", "template"], [HOSTILE, "user"], ["</s>", "template"]],
+                    "chosen": [["Yes", "assistant"], [".", "assistant"], ["</s>", "template"]],
+                    "rejected": [["Yes", "assistant"], ["!", "assistant"], ["</s>", "template"]],
+                    "lengths": {"prompt": 3, "chosen": 3, "rejected": 3},
+                    "room": 2,
+                    "differs_at": 1,
+                    "problems": {"answer_cut": f"prompt {HOSTILE}"},
+                },
+                pair | {"refused": f"No. {HOSTILE}"},
+            ],
         },
     )
 

@@ -88,6 +88,8 @@ def test_whole_run_is_told(whole_page: Parsed) -> None:
     assert "On 60 pairs labelled by people the judge agrees with them in 90.0%" in text
     assert "the DPO model prefers the chosen answer in 98.0% (93.0% to 99.4%)" in text
     assert "train: 3 of 400 pairs are there more than once" in text
+    assert "Chosen: 2 tokens trained, 1 cut at max_length" in text
+    assert "The chat template refuses it: No." in text
     assert "learning_rate 2e-05 1e-06" in text
     assert "trl 1.16.0" in text
     assert "scripts/dpo.py --config" in text

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.formats import Row
-from tandem.data.lint import HELD_OUT, LEVELS, Finding, lint
+from tandem.data.lint import HELD_OUT, LEVELS, Finding, lint, unreadable
 from tandem.data.options import CheckOptions
 from tandem.data.show import print_pair, show_pairs
+from tandem.data.texts import render
 from tandem.errors import UserError
 from tandem.options import TextOptions
 from tandem.runs import write_atomic, write_json
@@ -21,8 +22,12 @@ _FILES = {HELD_OUT: "test.jsonl"}  # what data.sources reads as a folder's held-
 _PLACES = 3  # shown of a finding
 
 
-def run_check(options: CheckOptions, text: TextOptions, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Print what was found, write the report, the mended data.
+def run_check(
+    options: CheckOptions, text: TextOptions, splits: Mapping[str, Sequence[Row]], skipped: Sequence[str] = ()
+) -> None:
+    """Print what was found, write the report and the mended data.
+
+    `skipped` says of each row that the reader left out where it is and why.
 
     Raises:
         UserError: a finding of the level `fail_on`; nothing to train on; a folder for mended data that is taken.
@@ -35,6 +40,8 @@ def run_check(options: CheckOptions, text: TextOptions, splits: Mapping[str, Seq
 
         tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
     figures, findings = lint(splits, tokenizer, text)
+    if skipped:
+        findings.insert(0, unreadable(skipped, sum(map(len, splits.values()))))
     shown = [
         pair | {"split": name}
         for name, pairs in splits.items()
@@ -142,6 +149,8 @@ def write_fixed(folder: Path, splits: Mapping[str, Sequence[Row]], fixed: Mappin
     """The mended splits as files that `data.sources` reads to the same pairs."""
     for split, pairs in fixed.items():
         file = folder / _FILES.get(split, f"{split}.jsonl")
+        if len({isinstance(pair["prompt"], str) for pair in pairs}) > 1:  # a mixture; a file has one format
+            pairs = [render(pair, use_chat_template=True) for pair in pairs]
         lines = (json.dumps({part: pair[part] for part in ("prompt", "chosen", "rejected")}) for pair in pairs)
         write_atomic(file, "".join(line + "\n" for line in lines))
         print(f"{file}: {len(pairs)} of {len(splits[split])} pairs")

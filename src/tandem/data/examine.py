@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from tandem.data.formats import Row
+from tandem.data.formats import Row, prompt_id
 from tandem.data.near import shingles, signatures
 from tandem.data.row_checks import answer_text, check_row, language, texts
 from tandem.data.tokens import check_seen, see, special_ids, special_texts
@@ -35,6 +35,7 @@ class Examined:
         tokens: int64 (n, 3) of prompt, chosen and rejected; −1 where they were not counted
         sizes: int64 (n, 2), characters of chosen and rejected
         languages: n codes, None where the text does not tell
+        prompt_ids: n
     """
 
     found: dict[str, dict[int, str]]
@@ -45,6 +46,7 @@ class Examined:
     tokens: np.ndarray
     sizes: np.ndarray
     languages: list[str | None]
+    prompt_ids: list[str]
 
     def parts(self, row: int) -> list[np.ndarray]:
         """Shingles of prompt, chosen and rejected of a row; views."""
@@ -72,12 +74,17 @@ def _merge(parts: Sequence[Examined]) -> Examined:
             found[name] |= {row + index: text for index, text in rows.items()}
         ends.append(part.ends + shingle)
         row, shingle = row + len(part.sizes), shingle + len(part.shingles)
-    arrays = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("shingles", "pair_signatures", "prompt_signatures", "tokens", "sizes")
-    }
-    languages = [code for part in parts for code in part.languages]
-    return Examined(found=dict(found), ends=np.concatenate(ends), languages=languages, **arrays)
+    return Examined(
+        found=dict(found),
+        shingles=np.concatenate([part.shingles for part in parts]),
+        ends=np.concatenate(ends),
+        pair_signatures=np.concatenate([part.pair_signatures for part in parts]),
+        prompt_signatures=np.concatenate([part.prompt_signatures for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        sizes=np.concatenate([part.sizes for part in parts]),
+        languages=[code for part in parts for code in part.languages],
+        prompt_ids=[each for part in parts for each in part.prompt_ids],
+    )
 
 
 class _Reader:
@@ -107,6 +114,7 @@ class _Reader:
             tokens=tokens,
             sizes=np.array([[len(answer_text(pair[side])) for side in ("chosen", "rejected")] for pair in pairs]),
             languages=[language(pair) for pair in pairs],
+            prompt_ids=[prompt_id(pair["prompt"]) for pair in pairs],
         )
 
     def _examine_tokens(
@@ -121,7 +129,7 @@ class _Reader:
                 found["template_refuses"][row] = seen
                 continue
             tokens[row] = [len(seen.prompt_ids), len(seen.chosen_ids), len(seen.rejected_ids)]
-            for name, what in check_seen(seen, self.text, self.special_ids).items():
+            for name, what in check_seen(seen, tokenizer, self.text, self.special_ids).items():
                 found[name][row] = what
             if special := next((hit for _, part in texts(pair) if (hit := self.special_texts.search(part))), None):
                 found["special_tokens"][row] = special.group()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tandem.data.examine import Examined, examine
-from tandem.data.formats import Row, as_messages, prompt_id
-from tandem.data.near import SIMILAR, Candidates, jaccard
+from tandem.data.formats import Row, as_messages
+from tandem.data.near import CROWD, SIMILAR, Candidates, jaccard
 from tandem.data.row_checks import answer_text
 from tandem.data.shortcuts import bag_of_words, pick_longer
 from tandem.options import TextOptions
@@ -25,12 +25,12 @@ TRAIN = "train"
 HELD_OUT = "held-out"
 EXAMPLES = 5
 _EXCERPT = 160  # characters of an example
-_CROWD = 30  # candidates from which a neighbourhood is too crowded to add to, or boilerplate would cost n² comparisons
 _LONGER = (0.4, 0.6)  # accuracy of "pick the longer" that is taken for harmless
 _KEYWORDS = 0.75  # accuracy of a bag of words from which the pairs teach words
 
 # Every finding: its level, and what is said of so many of so many pairs, in the order of a report
 KINDS: dict[str, tuple[str, str]] = {
+    "unreadable": ("warning", "rows cannot be read and are left out, as --max_bad_rows allows"),
     "template_refuses": ("error", "pairs are refused by the chat template"),
     "template_trains_user": (
         "error",
@@ -123,10 +123,16 @@ def lint(
         findings += [_finding(kind, name, pairs, rows) for kind, rows in seen.found.items() if rows]
         findings += _shortcuts(name, figures[name])
     if {TRAIN, HELD_OUT} <= splits.keys():
-        leaks = _leaks(splits[TRAIN], examined[TRAIN], splits[HELD_OUT], examined[HELD_OUT])
+        leaks = _leaks(examined[TRAIN], splits[HELD_OUT], examined[HELD_OUT])
         findings += [_finding(kind, TRAIN, splits[TRAIN], rows) for kind, rows in leaks.items() if rows]
     order = {kind: number for number, kind in enumerate(KINDS)}
     return figures, sorted(findings, key=lambda finding: order[finding.name])
+
+
+def unreadable(skipped: Sequence[str], kept: int) -> Finding:
+    """Rows that the reader left out, each said as place and reason, beside the `kept` ones."""
+    examples = [{"found": line} for line in skipped[:EXAMPLES]]
+    return Finding("unreadable", "all", len(skipped), kept + len(skipped), examples=examples)
 
 
 def _finding(kind: str, split: str, pairs: Sequence[Row], found: Mapping[int, str]) -> Finding:
@@ -148,7 +154,7 @@ def _describe(pairs: Sequence[Row], seen: Examined, has_tokens: bool) -> Json:
     """Counts of a split; `fingerprint` is of its pairs in any order."""
     figures: Json = {
         "pairs": len(pairs),
-        "prompts": len({prompt_id(pair["prompt"]) for pair in pairs}),
+        "prompts": len(set(seen.prompt_ids)),
         "formats": dict(Counter(pair["format"] for pair in pairs).most_common()),
         "sources": dict(Counter(pair["source"] for pair in pairs)),
         "fingerprint": sha256_json(sorted(pair["pair_id"] for pair in pairs)),
@@ -182,27 +188,40 @@ def _repeats(pairs: Sequence[Row], seen: Examined) -> dict[str, dict[int, str]]:
     found: dict[str, dict[int, str]] = {
         name: {} for name in ("duplicates", "contradictory", "near_duplicates", "repeated_prompts", "near_prompts")
     }
-    first_pair: dict[str, int] = {}
+    first_pair: dict[tuple[str, str, str], int] = {}
     first_prompt: dict[str, int] = {}
     near_pairs, near_prompts = Candidates(), Candidates()
+
+    def add(kind: str, row: int, other: int) -> None:
+        found[kind].setdefault(row, f"as {_place(pairs[other])}")
+
     for row, pair in enumerate(pairs):
-        if (earlier := first_pair.setdefault(pair["pair_id"], row)) != row:
-            found["duplicates"][row] = f"as {_place(pairs[earlier])}"
+        prompt, chosen, rejected = seen.prompt_ids[row], answer_text(pair["chosen"]), answer_text(pair["rejected"])
+        turned = first_pair.get((prompt, rejected, chosen)) if chosen != rejected else None
+        earlier = first_pair.setdefault((prompt, chosen, rejected), row)
+        if turned is not None:
+            add("contradictory", row, turned)
+            add("contradictory", turned, row)
+        if earlier != row:
+            add("duplicates", row, earlier)
             continue
-        for kind, earlier in _near_pairs(row, seen, near_pairs):
-            found[kind][row] = f"as {_place(pairs[earlier])}"
+        for kind, like in _near_pairs(row, seen, near_pairs):
+            add(kind, row, like)
             if kind == "contradictory":
-                found[kind].setdefault(earlier, f"as {_place(pair)}")
-        if (earlier := first_prompt.setdefault(prompt_id(pair["prompt"]), row)) != row:
-            found["repeated_prompts"][row] = f"as {_place(pairs[earlier])}"
-        elif (near := _near_prompt(seen, row, seen, near_prompts)) is not None:
-            found["near_prompts"][row] = f"as {_place(pairs[near])}"
-        else:
-            _add_prompt(row, seen, near_prompts)
-    # Copies of a row that is there both ways round are so as well
+                add(kind, like, row)
+        if (earlier := first_prompt.setdefault(prompt, row)) != row:
+            add("repeated_prompts", row, earlier)
+            continue
+        candidates = near_prompts.like(seen.prompt_signatures[row])
+        if (near := _near_prompt(row, seen, seen, candidates)) is not None:
+            add("near_prompts", row, near)
+        elif len(candidates) < CROWD:
+            near_prompts.add(row, seen.prompt_signatures[row])
+    # A copy from before its opposite came is there both ways round as well
     for row in found["duplicates"]:
-        if (reason := found["contradictory"].get(first_pair[pairs[row]["pair_id"]])) is not None:
-            found["contradictory"][row] = reason
+        first = first_pair[seen.prompt_ids[row], answer_text(pairs[row]["chosen"]), answer_text(pairs[row]["rejected"])]
+        if first in found["contradictory"]:
+            found["contradictory"].setdefault(row, found["contradictory"][first])
     return found | {"other_language": _other_language(seen.languages)}
 
 
@@ -218,7 +237,7 @@ def _near_pairs(row: int, seen: Examined, index: Candidates) -> Iterator[tuple[s
     candidates = index.like(seen.pair_signatures[row])
     prompt, chosen, rejected = seen.parts(row)
     relations: dict[str, int] = {}
-    for earlier in candidates[:_CROWD]:
+    for earlier in candidates:
         its_prompt, its_chosen, its_rejected = seen.parts(earlier)
         if not _alike((prompt, its_prompt)):
             continue
@@ -226,7 +245,7 @@ def _near_pairs(row: int, seen: Examined, index: Candidates) -> Iterator[tuple[s
             relations.setdefault("near_duplicates", earlier)
         elif _alike((chosen, its_rejected), (rejected, its_chosen)):
             relations.setdefault("contradictory", earlier)
-    if "near_duplicates" not in relations and len(candidates) < _CROWD:
+    if "near_duplicates" not in relations and len(candidates) < CROWD:
         index.add(row, seen.pair_signatures[row])
     return iter(relations.items())
 
@@ -235,34 +254,27 @@ def _alike(*couples: tuple[np.ndarray, np.ndarray]) -> bool:
     return all(jaccard(left, right) >= SIMILAR for left, right in couples)
 
 
-def _near_prompt(seen: Examined, row: int, others: Examined, index: Candidates) -> int | None:
-    """The first prompt of the index, whose rows are of `others`, that is nearly `row`'s."""
+def _near_prompt(row: int, seen: Examined, others: Examined, candidates: Sequence[int]) -> int | None:
+    """The first of the `candidates`, rows of `others`, whose prompt is nearly `row`'s."""
     prompt = seen.parts(row)[0]
-    candidates = index.like(seen.prompt_signatures[row])[:_CROWD]
     return next((other for other in candidates if _alike((prompt, others.parts(other)[0]))), None)
 
 
-def _leaks(
-    pairs: Sequence[Row], seen: Examined, held_out: Sequence[Row], others: Examined
-) -> dict[str, dict[int, str]]:
-    """Training pairs whose prompt is held out as well, or nearly so."""
+def _leaks(seen: Examined, held_out: Sequence[Row], others: Examined) -> dict[str, dict[int, str]]:
+    """Training pairs, examined as `seen`, whose prompt is held out as well, or nearly so."""
     first: dict[str, int] = {}
     index = Candidates()
-    for row, pair in enumerate(held_out):
-        if first.setdefault(prompt_id(pair["prompt"]), row) == row:
-            _add_prompt(row, others, index)
+    for row, prompt in enumerate(others.prompt_ids):
+        signature = others.prompt_signatures[row]
+        if first.setdefault(prompt, row) == row and len(index.like(signature)) < CROWD:
+            index.add(row, signature)
     found: dict[str, dict[int, str]] = {"leaked_prompts": {}, "near_leaked_prompts": {}}
-    for row, pair in enumerate(pairs):
-        if (same := first.get(prompt_id(pair["prompt"]))) is not None:
+    for row, prompt in enumerate(seen.prompt_ids):
+        if (same := first.get(prompt)) is not None:
             found["leaked_prompts"][row] = f"as {_place(held_out[same])}"
-        elif (near := _near_prompt(seen, row, others, index)) is not None:
+        elif (near := _near_prompt(row, seen, others, index.like(seen.prompt_signatures[row]))) is not None:
             found["near_leaked_prompts"][row] = f"as {_place(held_out[near])}"
     return found
-
-
-def _add_prompt(row: int, seen: Examined, index: Candidates) -> None:
-    if len(index.like(seen.prompt_signatures[row])) < _CROWD:
-        index.add(row, seen.prompt_signatures[row])
 
 
 def _other_language(languages: Sequence[str | None]) -> dict[int, str]:

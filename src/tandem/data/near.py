@@ -10,6 +10,7 @@ from datasketch import LeanMinHash, MinHash, MinHashLSH
 SIMILAR = 0.8  # Jaccard similarity from which two texts are near duplicates
 _SHINGLE = 3  # words
 _MOST = 10_000  # shingles kept of a text, the smallest: a bottom-k sketch of a book, and all of anything else
+CROWD = 30  # candidates looked at; where there are as many, no more are added, or boilerplate would cost n² comparisons
 _BANDS, _ROWS = 10, 5  # texts at SIMILAR are missed in 1 - (1 - (1 - 0.8**5)**10) = 2% of cases, at 0.9 in 0.01%
 _SCHEME = "affine32"
 _SEED = 1
@@ -52,8 +53,8 @@ class Candidates:
         self._lsh.insert(key, self._minhash(signature), check_duplication=False)
 
     def like(self, signature: np.ndarray) -> list[int]:
-        """Keys of the sets that share a band with `signature`, in ascending order."""
-        return sorted(self._lsh.query(self._minhash(signature)))
+        """The first CROWD keys, in ascending order, of sets that share a band with `signature`."""
+        return sorted(self._lsh.query(self._minhash(signature)))[:CROWD]
 
     @staticmethod
     def _minhash(signature: np.ndarray) -> LeanMinHash:

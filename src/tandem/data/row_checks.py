@@ -115,14 +115,15 @@ def _not_text(row: Row) -> str | None:
 
 
 def _personal_data(row: Row) -> str | None:
-    found = sorted({f"{kind} {mask(text)}" for _, part in texts(row) for kind, text in personal_data(part)})
+    whole = "\n\n".join(text for _, text in texts(row))
+    found = sorted({f"{kind} {mask(text)}" for kind, text in personal_data(whole)})
     return ", ".join(found[:5]) or None
 
 
 def personal_data(text: str) -> Iterator[tuple[str, str]]:
     """Kind and text of each thing in `text` that looks like it is of one person, or a secret."""
     for kind, (pattern, needs, is_real) in _PERSONAL.items():
-        if needs is None or needs.search(text):
+        if needs.search(text):
             yield from ((kind, found.group()) for found in pattern.finditer(text) if is_real(found.group()))
 
 
@@ -159,15 +160,15 @@ def _always(text: str) -> bool:
 
 _DIGITS = re.compile(r"\d\d")
 # Kind → what finds it, what a text must have for the search to be worth it, what tells it from other numbers
-_PERSONAL: dict[str, tuple[re.Pattern[str], re.Pattern[str] | None, Callable[[str], bool]]] = {
+_PERSONAL: dict[str, tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool]]] = {
     "email": (_EMAIL, re.compile("@"), _always),
     "phone": (_PHONE, _DIGITS, _always),
     "payment card": (_CARD, _DIGITS, passes_luhn),
-    "IPv4 address": (_IPV4, _DIGITS, _is_public_address),
+    "IPv4 address": (_IPV4, re.compile(r"\d\.\d"), _is_public_address),
     "IPv6 address": (_IPV6, re.compile(":[0-9A-Fa-f]{0,4}:"), _is_public_address),
     "IBAN": (_IBAN, re.compile(r"[A-Z]{2}\d\d"), is_iban),
     "social security number": (_SSN, _DIGITS, _always),
-    "secret key": (_SECRET, None, _always),
+    "secret key": (_SECRET, re.compile("[-_A][A-Za-z0-9_-]{9}"), _always),
 }
 
 ROW_CHECKS: dict[str, Callable[[Row], str | None]] = {
@@ -192,9 +193,9 @@ def _identifier() -> Any:
 def language(row: Row) -> str | None:
     """ISO 639-1 code of the language of the answers, or None where they are too short or too mixed to tell.
 
-    py3langid (Lui & Baldwin 2012), on the first 300 characters of each answer.
+    py3langid (Lui & Baldwin 2012), on the first 200 characters of each answer.
     """
-    text = " ".join(answer_text(row[side])[:300] for side in ("chosen", "rejected"))
+    text = " ".join(answer_text(row[side])[:200] for side in ("chosen", "rejected"))
     if sum(char.isalpha() for char in text) < 60:
         return None
     code, probability = _identifier().classify(text)

@@ -1,36 +1,33 @@
 """Ways to tell chosen from rejected without reading: what a model could learn from the pairs instead of the task."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from tandem.data.formats import Row, prompt_id
 from tandem.data.row_checks import answer_text
+from tandem.estimates import Estimate, wilson
 
 FEWEST = 100  # pairs from which a classifier is worth fitting
 _MOST = 10_000  # pairs it is fitted on: the accuracy is then known to 1%
 _FOLDS = 5
 _WORDS_SHOWN = 8
 
-Json = dict[str, Any]
+
+def pick_longer(sizes: np.ndarray) -> Estimate:
+    """Accuracy of naming the longer answer, ½ where they are equal.
+
+    Args:
+        sizes: (pairs, 2) of chosen and rejected, in any unit
+    """
+    return _accuracy((np.sign(sizes[:, 0] - sizes[:, 1]) + 1) / 2)
 
 
-def accuracy(right: np.ndarray) -> Json:
-    """The mean of scores in [0, 1] (½ for a tie), with Wilson's 95% interval, as `value`, `low`, `high`, `n`."""
-    from scipy.stats import binomtest
-
-    count = len(right)
-    interval = binomtest(round(float(right.sum())), count).proportion_ci(method="wilson")
-    return {"value": float(right.mean()), "low": interval.low, "high": interval.high, "n": count}
+def _accuracy(right: np.ndarray) -> Estimate:
+    return wilson(float(right.sum()), len(right), "there are no pairs")
 
 
-def pick_longer(sizes: np.ndarray) -> Json:
-    """Accuracy of naming the longer answer, from sizes of shape (pairs, 2): chosen, rejected."""
-    return accuracy((np.sign(sizes[:, 0] - sizes[:, 1]) + 1) / 2)
-
-
-def bag_of_words(pairs: Sequence[Row], seed: int = 0) -> Json | None:
+def bag_of_words(pairs: Sequence[Row], seed: int = 0) -> Estimate | None:
     """Held-out accuracy of a logistic regression on which words are in which answer; None for too few pairs.
 
     Cross-validated with whole prompts held out. The features are word counts of chosen less those of rejected, cut to
@@ -59,7 +56,7 @@ def bag_of_words(pairs: Sequence[Row], seed: int = 0) -> Json | None:
     predicted = cross_val_predict(model, features, sides, groups=groups, cv=GroupKFold(_FOLDS))
     weights = model.fit(features, sides).coef_[0]
     names, order = vectorizer.get_feature_names_out(), np.argsort(weights)
-    return accuracy(predicted == sides) | {
+    return _accuracy(predicted == sides) | {
         "chosen_words": [str(names[index]) for index in order[::-1][:_WORDS_SHOWN]],
         "rejected_words": [str(names[index]) for index in order[:_WORDS_SHOWN]],
     }

@@ -41,7 +41,7 @@ def show_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", text: 
 def _show(seen: Seen, tokenizer: "PreTrainedTokenizerBase", text: TextOptions, specials: frozenset[int]) -> Json:
     prompt_length, room = len(seen.prompt_ids), seen.room(text)
     answers = {
-        side: _pieces(whole, seen.prompt_ids + ids, _spans(seen, side, whole), tokenizer)
+        side: _pieces(whole, seen.prompt_ids + ids, _spans(seen, side, whole, tokenizer), tokenizer)
         for side, whole, ids in seen.sides
     }
     return {
@@ -50,14 +50,14 @@ def _show(seen: Seen, tokenizer: "PreTrainedTokenizerBase", text: TextOptions, s
         "lengths": {"prompt": prompt_length, "chosen": len(seen.chosen_ids), "rejected": len(seen.rejected_ids)},
         "room": room,
         "differs_at": seen.first_difference(),
-        "problems": check_seen(seen, text, specials),
+        "problems": check_seen(seen, tokenizer, text, specials),
     }
 
 
-def _spans(seen: Seen, side: str, whole: str) -> list[Span]:
+def _spans(seen: Seen, side: str, whole: str, tokenizer: "PreTrainedTokenizerBase") -> list[Span]:
     prompt, answer = seen.row["prompt"], seen.row[side]
     if not isinstance(prompt, str):
-        return role_spans(whole, prompt + answer)
+        return role_spans(whole, prompt + answer, tokenizer)
     return [(0, len(prompt), "user"), (len(prompt), len(prompt) + len(answer), "assistant")]
 
 
@@ -108,7 +108,7 @@ def print_pair(pair: Json, console: Console) -> None:
         return
     lengths = pair["lengths"]
     console.print(Text(f"prompt: {lengths['prompt']} tokens, shared by both answers, not trained"))
-    console.print(_line(pair["prompt"], trained=0))
+    console.print(_line(pair["prompt"]))
     for side in ("chosen", "rejected"):
         trained = min(lengths[side], pair["room"])
         cut = "" if trained == lengths[side] else f", {lengths[side] - trained} cut at --max_length"
@@ -119,14 +119,15 @@ def print_pair(pair: Json, console: Console) -> None:
     console.print()
 
 
-def _line(pieces: Sequence[tuple[str, str]], trained: int, differs_at: int | None = None) -> Text:
+def _line(pieces: Sequence[tuple[str, str]], trained: int | None = None, differs_at: int | None = None) -> Text:
+    """Tokens with marks where they are cut and where the answers differ; `trained` is None for a prompt."""
     line = Text()
     for index, (piece, role) in enumerate(pieces):
-        if index == trained and trained:
+        if index == trained:
             line.append(" [cut at --max_length] ", style="bold red")
         if index == differs_at:
             line.append(" [differs from here] ", style="bold yellow")
-        style = _STYLES[role] + (" underline" if index < trained else "")
+        style = _STYLES[role] + (" underline" if trained is not None and index < trained else "")
         line.append(piece, style=style)
         line.append("|", style="bright_black")
     return line.append("\n")

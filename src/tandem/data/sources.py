@@ -17,11 +17,12 @@ _SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "eval", "valid", "dev")
 Located = tuple[str, int, Row | RowError]  # source, row number, row or what is wrong with it
 
 
-def load_pairs(options: DataOptions, split: str) -> list[Row]:
+def load_pairs(options: DataOptions, split: str, skipped: list[str] | None = None) -> list[Row]:
     """Canonical rows of one split of `options.dataset_name`, which is no mixture.
 
     `split` is a split's name with an optional slice (`train[:5%]`). A local file is all `train`; a folder's files
-    belong to the split their names begin with, or all to `train`.
+    belong to the split their names begin with, or all to `train`. Rows left out as `options.max_bad_rows` allows are
+    told on stderr, and added to `skipped`.
 
     Raises:
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
@@ -48,6 +49,8 @@ def load_pairs(options: DataOptions, split: str) -> list[Row]:
             _good((source, number, error), options.max_bad_rows, bad)
     for line in bad:
         print(f"skipped {one_line(line)}", file=sys.stderr)
+    if skipped is not None:
+        skipped += bad
     if not pairs:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
     return pairs
@@ -73,7 +76,7 @@ def _place(source: str, number: int) -> str:
     return f"{source} row {number}"
 
 
-def load_splits(options: DataOptions) -> tuple[list[Row], list[Row]]:
+def load_splits(options: DataOptions, skipped: list[str] | None = None) -> tuple[list[Row], list[Row]]:
     """Training and held-out pairs; with `val_ratio` no prompt is in both.
 
     With `val_ratio` the held-out pairs are drawn from the training split, whole prompts at a time and from each source
@@ -82,14 +85,14 @@ def load_splits(options: DataOptions) -> tuple[list[Row], list[Row]]:
     """
     sources = sources_of(options)
     if options.val_ratio:
-        halves = [_halves(source.options) for source in sources]
+        halves = [_halves(source.options, skipped) for source in sources]
         held_out = [pair for _, half in halves for pair in half]
         # A prompt that one source holds out may be another's training prompt
         prompts = {prompt_id(pair["prompt"]) for pair in held_out}
         parts = [[pair for pair in train if prompt_id(pair["prompt"]) not in prompts] for train, _ in halves]
     else:
-        parts = [load_pairs(source.options, source.options.dataset_train_split) for source in sources]
-        held_out = [pair for source in sources for pair in _test_split(source.options)]
+        parts = [load_pairs(source.options, source.options.dataset_train_split, skipped) for source in sources]
+        held_out = [pair for source in sources for pair in _test_split(source.options, skipped)]
     return mix(sources, parts, options.data_seed), _shuffled(held_out, sources, options.data_seed)
 
 
@@ -118,15 +121,15 @@ def load_held_out(options: DataOptions) -> list[Row]:
     return _shuffled(pairs, sources, options.data_seed)
 
 
-def _halves(options: DataOptions) -> tuple[list[Row], list[Row]]:
-    pairs = load_pairs(options, options.dataset_train_split)
+def _halves(options: DataOptions, skipped: list[str] | None) -> tuple[list[Row], list[Row]]:
+    pairs = load_pairs(options, options.dataset_train_split, skipped)
     return split_by_prompt(pairs, options.val_ratio, options.data_seed)
 
 
-def _test_split(options: DataOptions) -> list[Row]:
+def _test_split(options: DataOptions, skipped: list[str] | None = None) -> list[Row]:
     """Pairs of the test split; none where a local source has no such split."""
     name, split = options.dataset_name, options.dataset_test_split
-    return [] if is_local(name) and _base(split) not in local_splits(name) else load_pairs(options, split)
+    return [] if is_local(name) and _base(split) not in local_splits(name) else load_pairs(options, split, skipped)
 
 
 def _shuffled(pairs: list[Row], sources: Sequence[Source], seed: int) -> list[Row]:

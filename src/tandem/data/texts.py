@@ -1,7 +1,7 @@
 """Canonical rows → what a tokenizer reads: templates, transcripts, and prompts cut to length."""
 
-import os
 import re
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +121,14 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, l
     """
     prompt = prompt_ids(row["prompt"], tokenizer)
     whole = [_whole_ids(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")]
-    shared = min(len(os.path.commonprefix([prompt, ids])) for ids in whole)
+    shared = min(common_length(prompt, ids) for ids in whole)
     return {"prompt_ids": prompt[:shared], "chosen_ids": whole[0][shared:], "rejected_ids": whole[1][shared:]}
+
+
+def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How long a beginning two sequences share."""
+    differ = (index for index, (one, other) in enumerate(zip(left, right, strict=False)) if one != other)
+    return next(differ, min(len(left), len(right)))
 
 
 def _whole_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from tandem.data.formats import Row, as_messages
-from tandem.data.texts import closed, render, tokenize_pair, trim_prompt
+from tandem.data.formats import Message, Row
+from tandem.data.texts import closed, common_length, render, tokenize_pair, trim_prompt
 from tandem.options import TextOptions
 
 if TYPE_CHECKING:
@@ -50,12 +50,6 @@ class Seen:
         if self.chosen_ids == self.rejected_ids:
             return None
         return common_length(self.chosen_ids, self.rejected_ids)
-
-
-def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """How long a beginning two sequences share."""
-    differ = (index for index, (one, other) in enumerate(zip(left, right, strict=False)) if one != other)
-    return next(differ, min(len(left), len(right)))
 
 
 def see(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> list[Seen | str]:
@@ -129,14 +123,16 @@ def special_texts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def check_seen(seen: Seen, text: TextOptions, specials: frozenset[int]) -> dict[str, str]:
-    """Findings of one pair as it is trained: name → what was found."""
-    found = _check_lengths(seen, text) | _check_template(seen)
+def check_seen(
+    seen: Seen, tokenizer: "PreTrainedTokenizerBase", text: TextOptions, specials: frozenset[int]
+) -> dict[str, str]:
+    """Findings of one pair as it is trained: name → what was found. `specials` are the tokenizer's `special_ids`."""
+    found = _check_lengths(seen, text) | _check_template(seen, tokenizer)
     for side, whole, ids in seen.sides:
         if not specials.intersection(ids[-_END:]):
-            found["template_no_end"] = f"{side} ends {whole[-60:]!r}"
+            found.setdefault("template_no_end", f"{side} ends {whole[-60:]!r}")
         if sum(id not in specials for id in ids) == 1:
-            found["single_token"] = side
+            found.setdefault("single_token", side)
     return found
 
 
@@ -155,7 +151,7 @@ def _check_lengths(seen: Seen, text: TextOptions) -> dict[str, str]:
     return found
 
 
-def _check_template(seen: Seen) -> dict[str, str]:
+def _check_template(seen: Seen, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     """What the template makes of the prompt when an answer follows."""
     for side, whole, _ in seen.sides:
         if whole.startswith(seen.prompt):
@@ -163,20 +159,46 @@ def _check_template(seen: Seen) -> dict[str, str]:
         shared = common_length(whole, seen.prompt)
         alone, before = seen.prompt[max(0, shared - 20) :][:80], whole[max(0, shared - 20) :][:80]
         found = {"template_prompt_differs": f"alone it reads {alone!r}, before {side} it reads {before!r}"}
-        turns = [span for span in role_spans(whole, as_messages(seen.row["prompt"])) if span[2] == "user"]
+        spans = role_spans(whole, seen.row["prompt"] + seen.row[side], tokenizer)
+        turns = [span for span in spans[: len(seen.row["prompt"])] if span[2] == "user"]
         if turns and turns[-1][1] > shared:
             found["template_trains_user"] = f"trained with {side}: {whole[shared : turns[-1][1]][:80]!r}"
         return found
     return {}
 
 
-def role_spans(text: str, messages: Sequence[dict[str, str]]) -> list[Span]:
-    """Where in a rendered text the messages stand; one that the template has changed is left out."""
+def role_spans(text: str, messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[Span]:
+    """Where in their rendered text the messages stand; one that the template has rewritten is left out.
+
+    Rendering marks in place of the words gives what the template puts between them, so that a word is not found in
+    the name of a role or of a special token.
+    """
+    between = _between(messages, tokenizer)
     spans, cursor = [], 0
-    for message in messages:
-        content = message["content"].strip()
-        start = text.find(content, cursor)
+    for index, message in enumerate(messages):
+        contents = (message["content"], message["content"].strip())
+        if between is not None and text.startswith(between[index], cursor):
+            start = cursor + len(between[index])
+            content = next((each for each in contents if text.startswith(each + between[index + 1], start)), None)
+        else:
+            content = None
+        if content is None:
+            content = contents[1]
+            start = text.find(content, cursor)
         if start >= 0:
             cursor = start + len(content)
             spans.append((start, cursor, message["role"]))
     return spans
+
+
+def _between(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[str] | None:
+    """What the chat template puts before, between and after the words of `messages`; None if it changes any words."""
+    mark = "\ue000"  # private use: in no template
+    marked = [{**message, "content": f"{mark}{index}{mark}"} for index, message in enumerate(messages)]
+    try:
+        rendered = _templated([marked], tokenizer)[0]
+    except TemplateError:
+        return None
+    pieces = rendered.split(mark)
+    numbers = [str(index) for index in range(len(messages))]
+    return pieces[::2] if pieces[1::2] == numbers else None

@@ -416,17 +416,19 @@ def spent(run: Run) -> str | None:
 
 
 def data_table(run: Run) -> Json | None:
-    """`splits`, a list of texts for each, and `findings`."""
+    """`splits`, `findings` and the pairs `shown` of the data check, with what the page needs of each."""
     if run.data is None:
         return None
+    counts = ("pairs", "prompts", "chosen_longer", "bag_of_words", "formats", "sources", "languages", "fingerprint")
+    parts = ("name", "level", "message", "count", "examples")
     with as_written(run.folder / "data_report.json"):
-        rows = []
-        for name, split in run.data["splits"].items():
-            medians = [number(tokens["median"]) for tokens in split.get("tokens", {}).values()]
-            longer = "–" if split["chosen_longer"] is None else percent(split["chosen_longer"])
-            counts = [number(split["pairs"]), number(split["prompts"]), longer]
-            rows.append((name, [*counts, ", ".join(medians) or "not counted"], split.get("fingerprint")))
-        return {"splits": rows, "findings": run.data["findings"]}
+        splits = [
+            {name: split[name] for name in counts}
+            | {"name": title, "tokens": [number(each["median"]) for each in split.get("tokens", {}).values()]}
+            for title, split in run.data["splits"].items()
+        ]
+        findings = [{part: finding[part] for part in parts} for finding in run.data["findings"]]
+        return {"splits": splits, "findings": findings, "shown": run.data["shown"]}
 
 
 def statistics_table(run: Run) -> Json | None:
