@@ -2,6 +2,8 @@
 # The CUDA libraries come with torch's wheel; the host brings the driver.
 FROM python:3.11-slim-bookworm
 
+# Debian keeps one version of git: a pin would break the build at its next security fix
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git \
     && rm -rf /var/lib/apt/lists/*

@@ -75,17 +75,23 @@ audit: setup ## the installed packages against PyPI's advisories
 	$(BIN)/pip install -q pip-audit==2.10.1
 	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-IMAGE ?= tandem
+DEVICE ?= cuda
+IMAGE ?= $(if $(filter gaudi,$(DEVICE)),tandem-gaudi,tandem)
+DOCKERFILE := $(if $(filter gaudi,$(DEVICE)),Dockerfile.gaudi,Dockerfile)
 # Passed by name, so that a value is on no command line
-RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG JUDGE_MODEL JUDGE_BASE_URL
+RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG JUDGE_MODEL \
+	JUDGE_BASE_URL PT_HPU_LAZY_MODE
 export $(RUN_VARIABLES)
+GAUDI_FLAGS := --runtime=habana -e HABANA_VISIBLE_DEVICES=$(or $(CARDS),all) \
+	-e OMPI_MCA_btl_vader_single_copy_mechanism=none --cap-add=sys_nice --net=host --ipc=host
 
-build: ## the container image
-	docker build -t $(IMAGE) .
+build: ## the container image: make build [DEVICE=gaudi BASE=…]
+	docker build -t $(IMAGE) -f $(DOCKERFILE) $(if $(BASE),--build-arg BASE=$(BASE)) .
 
-run: ## the sanity pipeline in the container: make run MODEL_NAME=… [HF_TOKEN=… DATASET=… GPUS=all]
+run: ## the sanity pipeline in the container: make run MODEL_NAME=… [HF_TOKEN=… DATASET=… GPUS=all | DEVICE=gaudi]
 	@mkdir -p runs
-	docker run --rm $(if $(GPUS),--gpus $(GPUS)) $(foreach name,$(RUN_VARIABLES),$(if $($(name)),-e $(name))) \
+	docker run --rm $(if $(filter gaudi,$(DEVICE)),$(GAUDI_FLAGS),$(if $(GPUS),--gpus $(GPUS))) \
+		$(foreach name,$(RUN_VARIABLES),$(if $($(name)),-e $(name))) \
 		-v tandem-cache:/home/tandem/.cache -v $(CURDIR)/runs:/opt/tandem/runs $(IMAGE)
 
 clean: ## remove the virtual environment, run folders and caches
