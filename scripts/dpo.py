@@ -10,6 +10,7 @@ from tandem.options import (
     GaudiOptions,
     LoraOptions,
     ModelOptions,
+    PlanOptions,
     TextOptions,
     TrainOptions,
     explain_unknown,
@@ -29,7 +30,14 @@ OPTIONS = (
 
 
 def main(argv: list[str]) -> None:
-    options = parse(argv, OPTIONS, prog="dpo.py", description=__doc__, explain_unknown=explain_unknown)
+    *options, plan = parse(
+        argv, (*OPTIONS, PlanOptions), prog="dpo.py", description=__doc__, explain_unknown=explain_unknown
+    )
+    if plan.plan:
+        from tandem.plan import plan_dpo
+
+        print(plan_dpo(*options[:7], plan))
+        return
     from tandem.training import run_dpo  # after the options: importing TRL takes seconds
 
     run_dpo(*options)

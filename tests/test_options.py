@@ -176,7 +176,7 @@ def test_f_divergence_losses_are_those_trl_accepts():
     accepted = ast.literal_eval(source[start : source.index("}", start) + 1])
     for name in LOSS_TYPES:
         given: dict[str, object] = {
-            "loss_type": [name],
+            "loss_type": [name, "hinge"],  # beside another: sft alone has no divergence
             "f_divergence_type": "js_divergence",
             "label_smoothing": 0.1 * (name == "exo_pair"),
         }

@@ -161,6 +161,21 @@ def pair_engine(
         dpo_trainer.add_fused_lm_head = original
 
 
+def forward_plan(
+    model: PreTrainedModel, plan: PairPlan, input_ids: Tensor, labels: Tensor, outputs: tuple[str, ...]
+) -> FusedCausalLMOutput:
+    """One forward of a plan that was made elsewhere, without a probe: for counting on tensors that hold no values.
+
+    Args:
+        model: without adapters around it; they may be in its layers.
+        plan: of the batch, its tensors of the same kind as the model's.
+        input_ids, labels: (2B, S) int64, as in `add_pair_forward`.
+        outputs: as in `add_pair_forward`.
+    """
+    engine = _PairEngine(model, model.forward, 1.0, False, outputs, "shared", "auto", probe.DEFAULT_CACHE)
+    return engine.forward(model, plan, input_ids=input_ids, labels=labels)
+
+
 class _Unserved(Exception):
     """This batch is one for the padded forward; the message says why."""
 
