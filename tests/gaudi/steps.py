@@ -43,7 +43,7 @@ class Case:
 def build(trainer: str, case: Case) -> Any:
     """The trainer of a case, as `tandem.training` builds it, its micro-batches recorded in `trainer.steps`."""
     model = ModelOptions(model_name_or_path=case.model)
-    lora = LoraOptions(use_peft=case.use_peft, lora_r=4)
+    lora = LoraOptions(use_peft=True, lora_r=4) if case.use_peft else LoraOptions()
     text = TextOptions(max_length=case.max_length)
     of_training = {field.name for field in dataclasses.fields(TrainOptions)}
     training = {
