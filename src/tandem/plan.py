@@ -348,7 +348,7 @@ class _Run:
             return 1.0
         return _HEAP_LORA if self.lora.use_peft or is_adapter(self.model.model_name_or_path) else _HEAP_ALL
 
-    def _saved_by_4_bits(self, model: nn.Module) -> int:
+    def _saved_by_4_bits(self, model: PreTrainedModel) -> int:
         """Bytes that the linear layers take less in 4 bits."""
         if not self.lora.load_in_4bit:
             return 0
@@ -569,7 +569,8 @@ def _move(model: nn.Module, make: Any) -> None:
     """Put `make(tensor)` in the place of every parameter and buffer; tied ones stay tied."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
