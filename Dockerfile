@@ -20,7 +20,7 @@ RUN pip install --no-cache-dir --no-deps -e . \
     && mkdir -p /opt/tandem/runs /home/tandem/.cache \
     && chown -R tandem /opt/tandem/runs /home/tandem
 
-USER tandem
+USER 1000
 ENV PYTHONUNBUFFERED=1 HF_HOME=/home/tandem/.cache/huggingface HF_HUB_DISABLE_TELEMETRY=1
 VOLUME ["/home/tandem/.cache", "/opt/tandem/runs"]
 CMD ["./pipelines/dpo_pipeline_sanity.sh"]

@@ -52,11 +52,12 @@ train: setup ## train one stage: make train CONFIG=pipelines/recipes/gpt2/dpo.ya
 	$(BIN)/python -m tandem.launch --config_file $(or $(ACCELERATE_CONFIG),accelerate_configs/cpu.yaml) \
 		scripts/$(basename $(notdir $(CONFIG))).py --config $(CONFIG) $(ARGS)
 
-lint: setup ## ruff, mypy and shellcheck
+lint: setup ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x pipelines/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile Dockerfile.gaudi
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
