@@ -22,7 +22,8 @@ class DataOptions:
         REQUIRED,
         "Hub name; or a .json, .jsonl, .csv (.gz too) or .parquet file, or a folder of them; or a .yaml mixture: a "
         "list of sources, each with dataset_name, weight and, where wanted, its own splits, format and keys; a weight "
-        "over the sum of weights is the source's share of the training pairs, in the largest mixture that repeats no pair",
+        "over the sum of weights is the source's share of the training pairs, in the largest mixture that repeats no "
+        "pair",
     )
     dataset_config: str | None = opt(None, "configuration of a Hub dataset")
     dataset_revision: str | None = opt(None, "branch, tag or commit of a Hub dataset")
