@@ -144,16 +144,10 @@ def test_every_loss_takes_a_step(tmp_path: Path, train: Train, other_model: Path
     steps = {}
     for smoothing in (0.1, 0.2) if loss in SMOOTHED_LOSSES else (0.0,):
         out = tmp_path / str(smoothing)
-        metrics = train(
-            "dpo",
-            out,
-            max_steps=1,
-            max_train_samples=4,
-            reference_model=other_model,
-            loss_type=loss,
-            label_smoothing=smoothing,
-            beta=1.0,
-        )
+        # The loss sft has no reference
+        against = {} if loss == "sft" else {"reference_model": other_model, "beta": 1.0}
+        common: dict[str, Any] = {"max_steps": 1, "max_train_samples": 4, "label_smoothing": smoothing}
+        metrics = train("dpo", out, loss_type=loss, **common, **against)
         steps[smoothing] = losses(metrics)[0]
         assert math.isfinite(steps[smoothing])
         assert weights(out) != weights(tiny_model)
@@ -161,8 +155,10 @@ def test_every_loss_takes_a_step(tmp_path: Path, train: Train, other_model: Path
 
 
 def test_weighted_losses_add_up(tmp_path: Path, train: Train, other_model: Path):
-    common = {"max_steps": 1, "max_train_samples": 4, "reference_model": other_model, "beta": 1.0}
-    one, two = (losses(train("dpo", tmp_path / name, loss_type=name, **common))[0] for name in ("sigmoid", "sft"))
+    steps: dict[str, Any] = {"max_steps": 1, "max_train_samples": 4}
+    common = steps | {"reference_model": other_model, "beta": 1.0}
+    one = losses(train("dpo", tmp_path / "sigmoid", loss_type="sigmoid", **common))[0]
+    two = losses(train("dpo", tmp_path / "sft", loss_type="sft", **steps))[0]  # which has no reference
     both = train("dpo", tmp_path / "both", loss_type=["sigmoid", "sft"], loss_weights=[0.5, 2.0], **common)
     assert losses(both)[0] == pytest.approx(0.5 * one + 2 * two, abs=1e-3)
 
@@ -433,6 +429,7 @@ def test_logs_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path, tr
             train(name, tmp_path / name, **options)
         resumed = train(name, tmp_path / name, **options)
         assert [entry["step"] for entry in resumed["log_history"]] == [3, 6, 8]
+        assert all(entry["system/rank_0/allocated_gib"] > 0 for entry in resumed["log_history"][:2])
         assert comparable(resumed) == [pytest.approx(entry, rel=1e-12) for entry in comparable(straight)]
 
 

@@ -66,50 +66,64 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny
     return out
 
 
+def told_step(screen: str) -> int:
+    told = re.search(r"Preempted: stopped by SIGTERM after step (\d+); the same command goes on there", screen)
+    assert told, screen
+    return int(told[1])
+
+
 def test_three_kills_and_a_sigterm(tmp_path: Path, undisturbed: Path, tiny_model: Path, tiny_data: Path, cache: Path):
     """Of a rank, of the launcher and of all; then a notice, to which both ranks save a checkpoint of the same step.
 
-    In the end there are the weights and logs of the run that nobody disturbed, and one run in each tracker.
+    In the end there are the weights and logs of the run that nobody disturbed, and TensorBoard has each step once.
     """
-    trackers = {"report_to": ["tensorboard", "wandb", "trackio"]}
     out = tmp_path / "out"
-    command = torchrun(script("dpo"), *options(tiny_model, tiny_data, cache, output_dir=out, **trackers))
-    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        run = Run(command, tmp_path, cache, seed=0)
-        run.killed(Kill("out", "step", "rank 1", nth=8))
-        run.killed(Kill("out", "save", "launcher"))
-        run.killed(Kill("out", "step", "everything", nth=4))
+    command = torchrun(script("dpo"), *options(tiny_model, tiny_data, cache, output_dir=out, report_to="tensorboard"))
+    run = Run(command, tmp_path, cache, seed=0)
+    run.killed(Kill("out", "step", "rank 1", nth=8))
+    run.killed(Kill("out", "save", "launcher"))
+    run.killed(Kill("out", "step", "everything", nth=4))
 
-    noticed = start(command, **environment)
+    noticed = start(command)
     wait_for_step(out, 16, noticed)
     noticed.send_signal(signal.SIGTERM)
     screen, _ = noticed.communicate(timeout=120)
     assert noticed.returncode == 75, screen
-    told = re.search(r"Preempted: stopped by SIGTERM after step (\d+); the same command goes on there", screen)
-    assert told, screen
-    assert checkpoints(out)[-1].name == f"checkpoint-{told[1]}"
+    assert checkpoints(out)[-1].name == f"checkpoint-{told_step(screen)}"
     assert is_complete(checkpoints(out)[-1])
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoints(out)[-1].iterdir()}
 
-    last = start(command, **environment)
-    screen, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, screen
+    run.finish()
     assert weights(out) == weights(undisturbed)
     assert steps(out) == steps(undisturbed)
-    run_id = json.loads((out / "run.json").read_text())["id"]
-
     accumulator = EventAccumulator(str(out / "logs" / "tensorboard")).Reload()
     assert [event.step for event in accumulator.Scalars("train/loss")] == list(range(1, STEPS + 1))
     for rank in (0, 1):
         assert len(accumulator.Scalars(f"train/system/rank_{rank}/allocated_gib")) == STEPS
     devices = accumulator.Tensors("devices/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "rank_0: " in devices and "rank_1: " in devices
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_in_the_same_tracker_runs(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, cache: Path
+):
+    out = tmp_path / "out"
+    command = torchrun(
+        script("dpo"), *options(tiny_model, tiny_data, cache, output_dir=out, report_to=["wandb", "trackio"])
+    )
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    first = start(command, **environment)
+    wait_for_step(out, 8, first)
+    first.send_signal(signal.SIGTERM)
+    screen, _ = first.communicate(timeout=120)
+    assert first.returncode == 75, screen
+    second = start(command, **environment)
+    screen, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, screen
+    run_id = json.loads((out / "run.json").read_text())["id"]
     runs = {path.name.rpartition("-")[2] for path in (out / "wandb").glob("offline-run-*")}
     assert runs == {run_id}  # a file per start, which `wandb sync` puts into one run
-
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as trackio:
         names = {name for (name,) in trackio.execute("SELECT DISTINCT run_name FROM metrics")}

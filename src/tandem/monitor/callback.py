@@ -242,11 +242,7 @@ class Monitor:
         if not self._accelerator.is_main_process:
             return {}
         self._call_out(memory.imbalance(usages))
-        return self._tail_logs(interval.tau0) | {
-            f"system/rank_{rank}/{name}": value
-            for rank, usage in enumerate(usages)
-            for name, value in usage.values().items()
-        }
+        return self._tail_logs(interval.tau0) | memory.by_rank([usage.values() for usage in usages])
 
     def _tail_logs(self, tau0: float | None) -> dict[str, float]:
         values = {"failures": self.state.failures, "tau0": tau0} | (self._record or {})

@@ -26,6 +26,10 @@ class Memory:
     peak: int | None
     """Greatest `allocated` so far."""
 
+    def values(self) -> dict[str, float]:
+        """Flat, in GiB."""
+        return {f"{name}_gib": size / GIB for name, size in dataclasses.asdict(self).items() if size is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
@@ -37,8 +41,7 @@ class Usage:
 
     def values(self) -> dict[str, float]:
         """Flat, memory in GiB."""
-        memory = dataclasses.asdict(self.memory)
-        return {f"{name}_gib": size / GIB for name, size in memory.items() if size is not None} | {
+        return self.memory.values() | {
             "pairs_per_second": self.pairs_per_second,
             "tokens_per_second": self.tokens_per_second,
         }
@@ -103,6 +106,11 @@ class Throughput:
         rates = self._pairs / seconds, self._tokens / seconds
         self._seconds, self._pairs, self._tokens = 0.0, 0, 0
         return rates
+
+
+def by_rank(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What the trackers get of all ranks: `system/rank_k/*`."""
+    return {f"system/rank_{rank}/{name}": value for rank, own in enumerate(values) for name, value in own.items()}
 
 
 def imbalance(usages: Sequence[Usage]) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -16,10 +17,11 @@ from tandem.engine.forward import pair_engine
 from tandem.engine.pairs import PairCollator, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models import has_hpu, lora_config
+from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, LoraOptions, TextOptions
-from tandem.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.trainers import topology
+from tandem.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.trainers.common import PairTrainer
 from tandem.trainers.deferred import DeferredGather, Promise
 from tandem.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
@@ -160,9 +162,14 @@ def _weights_hashed_by(function: Any) -> Iterator[None]:
 
 
 class TandemSFTTrainer(ContinuedLogs, CompleteCheckpoints, Sharded, SFTTrainer):
-    """TRL's SFTTrainer."""
+    """TRL's SFTTrainer, which also logs the memory of every rank."""
 
     unit = "examples"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(by_rank(gather_object([read_memory(self.accelerator.device).values()])))
+        super().log(logs, start_time)
 
 
 def start_processes(arguments: Mapping[str, Any]) -> None:
