@@ -74,14 +74,17 @@ def _see(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", text: TextOption
     ids = _encode([part for parts in texts for part in parts], tokenizer, isinstance(rows[0]["prompt"], str))
     for number, (row, parts) in enumerate(zip(rows, texts, strict=True)):
         prompt, *wholes = ids[3 * number : 3 * number + 3]
+        is_trimmed = False
         if limit is not None and len(prompt) > limit:
-            short = row | {"prompt": trim_prompt(row["prompt"], tokenizer, limit)}
-            parts = _texts([short], tokenizer)[0]
-            yield Seen(short, *parts, **tokenize_pair(short, tokenizer), is_trimmed=True)
-        elif all(whole[: len(prompt)] == prompt for whole in wholes):
-            yield Seen(row, *parts, prompt, *(whole[len(prompt) :] for whole in wholes), is_trimmed=False)
+            is_trimmed = True
+            row = row | {"prompt": trim_prompt(row["prompt"], tokenizer, limit)}
+            parts = _texts([row], tokenizer)[0]
+        if is_trimmed or any(whole[: len(prompt)] != prompt for whole in wholes):
+            split = tokenize_pair(row, tokenizer)
+            prompt, chosen, rejected = split["prompt_ids"], split["chosen_ids"], split["rejected_ids"]
         else:
-            yield Seen(row, *parts, **tokenize_pair(row, tokenizer), is_trimmed=False)
+            chosen, rejected = (whole[len(prompt) :] for whole in wholes)
+        yield Seen(row, *parts, prompt, chosen, rejected, is_trimmed)
 
 
 def _texts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str, str]]:
