@@ -51,7 +51,8 @@ class PairCollator:
 class ExampleCollator:
     """Tokenized examples of SFT → batches of one shape.
 
-    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` in its prompt. Keys: `input_ids`, `attention_mask`, `labels`, (size, max_length) int64. Rows without labels fill the batch up.
+    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` in its prompt. Keys: `input_ids`,
+    `attention_mask`, `labels`, (size, max_length) int64. Rows without labels fill the batch up.
     """
 
     pad_token_id: int
