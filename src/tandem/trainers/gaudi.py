@@ -101,6 +101,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
     """
 
     _stored_metrics: dict[str, dict[str, list[torch.Tensor]]]
+    eval_dataset: Any
 
     def __init__(
         self,

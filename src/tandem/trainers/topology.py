@@ -221,7 +221,7 @@ class Topology:
             UserError: it is not sharded as the table says.
         """
         found = {
-            "fsdp": isinstance(model, FSDPModule) and _all_dtensors(model) and _layers_sharded(model),
+            "fsdp": isinstance(model, FSDPModule) and _layers_sharded(model),
             "ddp": isinstance(model, DistributedDataParallel),
             "tp": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
             "single": True,
@@ -256,13 +256,11 @@ def _device_name(device: torch.device) -> str:
     return device.type
 
 
-def _all_dtensors(model: torch.nn.Module) -> bool:
+def _layers_sharded(model: Any) -> bool:
+    """Whether every weight is, and the repeated layers are units of their own: one would gather the whole model."""
     # 4-bit weights stay whole: accelerate cannot shard them
     weights = (parameter for parameter in model.parameters() if parameter.is_floating_point())
-    return all(isinstance(weight, DTensor) for weight in weights)
-
-
-def _layers_sharded(model: torch.nn.Module) -> bool:
-    """Whether the repeated layers are units of their own: one unit would gather the whole model at once."""
+    if not all(isinstance(weight, DTensor) for weight in weights):
+        return False
     lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     return any(isinstance(layer, FSDPModule) for layers in lists for layer in layers)

@@ -37,6 +37,7 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
 
     unit = "pairs"
     _signature_columns: list[str]
+    _precompute_engine: Any  # TRL's: the DeepSpeed engine that its precomputation has made
     _total_train_tokens: Any  # a promise of TRL's count while its metrics are deferred
 
     def __init__(
@@ -106,7 +107,8 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
         with self._metrics_deferred():
             loss = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
         logps = sequence_logps(per_token[0], inputs["completion_mask"][:, 1:], self.ld_alpha)
-        self._feed_monitor(pair_ids, inputs, *logps.chunk(2), loss)
+        chosen, rejected = logps.chunk(2)
+        self._feed_monitor(pair_ids, inputs, chosen, rejected, loss)
         return loss
 
     @contextlib.contextmanager
