@@ -45,8 +45,8 @@ from tandem.training import training_pairs
 _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 # Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.5 + 0.127 / 8
-# What glibc's heap holds over the activations' own size: holes between tensors that live and die. Fitted to the runs
-# of bench/RESULTS.md, of all weights and of LoRA, which makes and drops more tensors between those that are kept.
+# What the resident memory is over the activations' own size, probably holes in glibc's heap between tensors that live
+# and die. Fitted to the runs of bench/RESULTS.md: of all weights, and of LoRA, which drops more tensors in between.
 _HEAP_ALL, _HEAP_LORA = 1.27, 1.6
 # Layers of the two models whose steps are timed
 _PROBED_LAYERS = (1, 2)
