@@ -22,7 +22,7 @@ from tandem.data.sources import load_splits
 from tandem.data.texts import render, tokenize_pair
 from tandem.models import load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
-from tandem.options import DPOOptions, EngineOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions
+from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions
 from tandem.runs import is_complete
 from tandem.scoring import Scorer
 from tests import tiny
@@ -106,6 +106,7 @@ class Checks:
             DPOOptions(),
             EngineOptions(ref_cache=str(self.folder / "reference")),
             MonitorOptions(),
+            GaudiOptions(),
         )
 
 
