@@ -20,7 +20,7 @@ from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gau
 from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer, GaudiSFTConfig, GaudiSFTTrainer
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from tandem.data.texts import tokenize_pair
 from tandem.engine.layout import IGNORED_LABEL
@@ -346,6 +346,7 @@ class Builders:
         lora: LoraOptions,
         splits: dict[str, Dataset],
     ) -> TandemGaudiSFTTrainer:
+        set_seed(arguments["seed"])  # an adapter starts at random, and is made before the stock class sets a seed
         config = training_arguments(arguments, lazy=is_lazy(), graphs=True)
         return TandemGaudiSFTTrainer(
             model=policy,
@@ -375,6 +376,7 @@ class Builders:
         splits: dict[str, Dataset],
     ) -> TandemGaudiDPOTrainer:
         logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", text.max_length)
+        set_seed(arguments["seed"])  # as for SFT
         # A graph recorded with the adapter on could be replayed for the reference
         shared = reference is None and (lora.use_peft or isinstance(policy, PeftModel))
         config = training_arguments(arguments, lazy=is_lazy(), graphs=not shared)
