@@ -11,7 +11,9 @@ HAS_OPTIMUM_HABANA = importlib.util.find_spec("optimum") and importlib.util.find
 
 collect_ignore_glob = [] if HAS_OPTIMUM_HABANA else ["test_*.py"]
 
-os.environ["TANDEM_TRAINERS"] = "gaudi"
+# Read at collection, of the main suite too, whose trainers must stay TRL's
+if HAS_OPTIMUM_HABANA:
+    os.environ["TANDEM_TRAINERS"] = "gaudi"
 
 
 def save_gemma(folder: Path) -> Path:
