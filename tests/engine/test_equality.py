@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.engine.tiny_models import perturbed, random_pairs, tiny_model
+from tandem.engine.forward import add_pair_forward
+from tests.engine.tiny_models import collate, perturbed, random_pairs, tiny_model
 
 SERVED = [
     "Llama",
@@ -184,20 +185,32 @@ def test_layouts_agree(build_trainer, policy):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_bf16_starts_at_ln_2_and_stays_as_close_as_trl(build_trainer, lora):
+def test_bf16_starts_at_ln_2_and_learns(build_trainer, lora):
     model = tiny_model("Llama")
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None
-    logs = {}
-    for engine, bf16 in (("shared", True), (None, True), (None, False)):
-        trainer = build_trainer(
-            copy.deepcopy(model), None if lora else copy.deepcopy(model), engine=engine, bf16=bf16,
-            peft_config=peft_config, learning_rate=1e-2, num_train_epochs=4,
-        )  # fmt: skip
-        logs[engine, bf16] = [log["loss"] for log in train(trainer)[:-1]]
-    assert abs(logs["shared", True][0] - math.log(2)) < 1e-4
-    assert logs[None, False][-1] < 0.6, "the model learned something"
-    ours, trl = (
-        sum(abs(one - other) for one, other in zip(logs[engine, True], logs[None, False], strict=True))
-        for engine in ("shared", None)
-    )
-    assert ours <= 1.5 * trl + 1e-3
+    trainer = build_trainer(
+        model, None if lora else copy.deepcopy(model), bf16=True, peft_config=peft_config,
+        learning_rate=1e-2, num_train_epochs=4,
+    )  # fmt: skip
+    losses = [log["loss"] for log in train(trainer)[:-1]]
+    assert abs(losses[0] - math.log(2)) < 1e-4
+    assert losses[-1] < 0.6
+
+
+def test_bf16_log_probs_are_as_close_to_float32_as_trls():
+    """Root mean square over about 2,000 tokens; the two differ by a percent from draw to draw, either way."""
+    model, batch = tiny_model("Llama"), collate(random_pairs(100))
+
+    def log_probs(layout: str, bf16: bool) -> torch.Tensor:
+        forward = copy.deepcopy(model)
+        add_pair_forward(forward, layout=layout)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            output = forward(**batch, use_cache=False, fused_lm_head=True)
+        assert output.log_probs.dtype == torch.float32
+        return output.log_probs[batch["labels"][:, 1:] != -100]
+
+    exact = log_probs("padded", bf16=False)
+    trl, ours = ((log_probs(layout, bf16=True) - exact).square().mean().sqrt() for layout in ("padded", "shared"))
+    assert exact.numel() > 1500
+    assert trl > 1e-3, "bf16 was on"
+    assert ours <= 1.02 * trl
