@@ -450,11 +450,13 @@ class _Run:
         if not self.checkpoints:
             smaller = smaller | {"gradient_checkpointing": True}
             yield "--gradient_checkpointing true", self.changed({"gradient_checkpointing": True}, {})
+            if flags:
+                yield f"{flags} --gradient_checkpointing true", self.changed(smaller, {})
             flags = f"{flags} --gradient_checkpointing true".strip()
-            yield flags, self.changed(smaller, {})
         if not self.lora.use_peft and not is_adapter(self.model.model_name_or_path):
             yield "--use_peft true", self.changed({}, {"use_peft": True})
-            yield f"--use_peft true {flags}".strip(), self.changed(smaller, {"use_peft": True})
+            if flags:
+                yield f"--use_peft true {flags}", self.changed(smaller, {"use_peft": True})
 
 
 class _Storages(TorchDispatchMode):
