@@ -23,6 +23,7 @@ from tandem.data.texts import render, tokenize_pair
 from tandem.models import load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions
+from tandem.run_options import DPORun
 from tandem.runs import is_complete
 from tandem.scoring import Scorer
 from tests import tiny
@@ -89,7 +90,7 @@ class Checks:
         from tandem.training import run_dpo
 
         adapter = (Path(self.model) / "adapter_config.json").is_file()
-        run_dpo(
+        run = DPORun(
             ModelOptions(self.model),
             LoraOptions(use_peft=not adapter),
             TextOptions(),
@@ -108,6 +109,7 @@ class Checks:
             MonitorOptions(),
             GaudiOptions(),
         )
+        run_dpo(run)
 
 
 def main(argv: list[str]) -> int:

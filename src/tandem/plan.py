@@ -21,23 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tandem.config import StrictLoader
-from tandem.data.options import DataOptions
 from tandem.engine.forward import forward_plan
 from tandem.engine.layout import PairPlan, plan_pairs
 from tandem.errors import UserError
 from tandem.models import base_of_adapter, fast_bf16, has_accelerator, load_tokenizer, lora_config
 from tandem.monitor.memory import GIB, read_memory
-from tandem.options import (
-    DPOOptions,
-    EngineOptions,
-    LoraOptions,
-    ModelOptions,
-    PlanOptions,
-    TextOptions,
-    TrainOptions,
-    check_training,
-    is_adapter,
-)
+from tandem.options import PlanOptions, TrainOptions, check_training, is_adapter
+from tandem.run_options import DPORun
 from tandem.trainers.trl import PairCollator
 from tandem.training import training_pairs
 
@@ -128,29 +118,19 @@ def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
     )
 
 
-def plan_dpo(
-    model: ModelOptions,
-    lora: LoraOptions,
-    text: TextOptions,
-    data: DataOptions,
-    train: TrainOptions,
-    dpo: DPOOptions,
-    engine: EngineOptions,
-    options: PlanOptions,
-) -> str:
+def plan_dpo(run: DPORun, options: PlanOptions) -> str:
     """The plan of a DPO run as text, a line for each figure.
 
     Raises:
         UserError: options that do not go together, a model or data that cannot be read, or the padded layout.
     """
-    check_training(model, lora, train, dpo)
-    if engine.layout == "padded":
+    check_training(run.model, run.lora, run.train, run.dpo)
+    if run.engine.layout == "padded":
         raise UserError("--plan counts the layouts shared and packed, not TRL's own padded one")
-    hardware = read_hardware(options, train.use_cpu)
-    tokenizer = load_tokenizer(model)
-    pairs = list(training_pairs(text, data, train, tokenizer))
-    run = _Run(model, lora, text, train, dpo, engine, hardware, pairs, tokenizer.pad_token_id)
-    return "\n".join(run.lines())
+    hardware = read_hardware(options, run.train.use_cpu)
+    tokenizer = load_tokenizer(run.model)
+    pairs = list(training_pairs(run, tokenizer))
+    return "\n".join(_Run(run, hardware, pairs, tokenizer.pad_token_id).lines())
 
 
 class _Run:
@@ -158,18 +138,14 @@ class _Run:
 
     def __init__(
         self,
-        model: ModelOptions,
-        lora: LoraOptions,
-        text: TextOptions,
-        train: TrainOptions,
-        dpo: DPOOptions,
-        engine: EngineOptions,
+        run: DPORun,
         hardware: Hardware,
         pairs: Sequence[dict[str, list[int]]],
         pad_token_id: int,
     ) -> None:
-        self.model, self.lora, self.text, self.train = model, lora, text, train
-        self.dpo, self.engine, self.hardware = dpo, engine, hardware
+        self.model, self.lora, self.text, self.train = run.model, run.lora, run.text, run.train
+        self.dpo, self.engine, self.hardware = run.dpo, run.engine, hardware
+        train = run.train
         self.pairs, self.pad_token_id = pairs, pad_token_id
         self.accumulation = train.accumulation(hardware.processes)
         bf16 = fast_bf16() if hardware.is_here else True

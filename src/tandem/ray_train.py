@@ -17,9 +17,10 @@ from typing import Any
 from tandem.config import REQUIRED, opt, parse
 from tandem.errors import AlarmStop, Preempted, TandemExit, UserError
 from tandem.options import TrainOptions, explain_unknown
+from tandem.run_options import DPORun, SFTRun, classes
 from tandem.runs import RUN, checkpoints, is_complete
 
-_SCRIPTS = ("sft.py", "dpo.py")
+_RUNS = {"sft.py": SFTRun, "dpo.py": DPORun}
 _DESCRIPTION = "Train under Ray: ray_launch.py RAY OPTIONS… scripts/dpo.py ITS OPTIONS…, or scripts/sft.py"
 
 
@@ -55,15 +56,16 @@ def launch(argv: list[str]) -> None:
         UserError: a wrong command line, or Ray is not installed or not reached.
         TandemExit: what ended the training in its workers.
     """
-    at = next((index for index, argument in enumerate(argv) if Path(argument).name in _SCRIPTS), len(argv))
+    at = next((index for index, argument in enumerate(argv) if Path(argument).name in _RUNS), len(argv))
     (options,) = parse(argv[:at], (RayOptions,), prog="ray_launch.py", description=_DESCRIPTION)
     if at == len(argv):
         raise UserError("command line: name the script to run, scripts/sft.py or scripts/dpo.py, and its options")
+    if not Path(argv[at]).is_file():
+        raise UserError(f"{argv[at]}: no such script")
     job = _Job(str(Path(argv[at]).resolve()), argv[at + 1 :], os.getcwd())
-    is_dpo = Path(job.script).name == "dpo.py"
-    if options.reference_workers and not is_dpo:
+    if options.reference_workers and job.kind is not DPORun:
         raise UserError("--reference_workers has no effect with sft.py: it has no reference")
-    train = next(option for option in job.options() if isinstance(option, TrainOptions))
+    train = job.run().train
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed: pip install 'tandem[ray]'")
     _run(options, job, train)
@@ -79,16 +81,21 @@ class _Job:
 
     def module(self) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"tandem_{Path(self.script).stem}", self.script)
-        if spec is None or spec.loader is None or not Path(self.script).is_file():
-            raise UserError(f"{self.script}: no such script")
+        assert spec is not None and spec.loader is not None  # it ends in .py
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
-    def options(self) -> tuple[Any, ...]:
-        module = self.module()
+    @property
+    def kind(self) -> type[SFTRun] | type[DPORun]:
+        return _RUNS[Path(self.script).name]
+
+    def run(self) -> Any:
+        """The script's options: an instance of `kind`."""
         name = Path(self.script).name
-        return parse(self.argv, module.OPTIONS, prog=name, description="", explain_unknown=explain_unknown)
+        return self.kind(
+            *parse(self.argv, classes(self.kind), prog=name, description="", explain_unknown=explain_unknown)
+        )
 
 
 def _run(options: RayOptions, job: _Job, train: TrainOptions) -> None:
@@ -166,7 +173,7 @@ def _score(job: _Job, outcome: Any, part: int, parts: int) -> None:
     from tandem.training import fill_reference_cache
 
     try:
-        fill_reference_cache(*job.options(), part=part, parts=parts)
+        fill_reference_cache(job.run(), part=part, parts=parts)
     except TandemExit as stop:
         ray.get(outcome.set.remote(type(stop).__name__, str(stop)))
 

@@ -13,129 +13,84 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tandem.data.formats import Row
-from tandem.data.options import DataOptions
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer
-from tandem.monitor.options import MonitorOptions
-from tandem.options import (
-    DPOOptions,
-    EngineOptions,
-    GaudiOptions,
-    LoraOptions,
-    ModelOptions,
-    SFTOptions,
-    TextOptions,
-    TrainOptions,
-    check_training,
-)
+from tandem.options import DPOOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions, check_training
+from tandem.run_options import DPORun, SFTRun
 from tandem.session import open_session
 from tandem.trainers import select
 from tandem.trainers.gaudi_settings import is_lazy
 from tandem.trainers.topology import check_launch
 
 
-def run_sft(
-    model: ModelOptions,
-    lora: LoraOptions,
-    text: TextOptions,
-    data: DataOptions,
-    train: SFTOptions,
-    gaudi: GaudiOptions,
-) -> None:
+def run_sft(run: SFTRun) -> None:
     """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
-    check_training(model, lora, train)
-    arguments = _arguments(train, model)
-    builders = select.builders(model, lora, train, gaudi)
-    options = (model, lora, text, data, train, gaudi)
-    with open_session(train, options, "examples") as session:
+    check_training(run.model, run.lora, run.train)
+    arguments = _arguments(run.train, run.model)
+    builders = select.builders(run.model, run.lora, run.train, run.gaudi)
+    with open_session(run.train, run, "examples") as session:
         if session is None:
             return
-        tokenizer = load_tokenizer(model)
-        splits = _splits(data, text, train, tokenizer)
+        tokenizer = load_tokenizer(run.model)
+        splits = _splits(run, tokenizer)
         builders.start_processes(arguments)
-        policy = _trainable(model, lora, train.tp_size)
+        policy = _trainable(run.model, run.lora, run.train.tp_size)
         session.start(splits["train_dataset"])
         examples = {name: _examples(rows) for name, rows in splits.items()}
-        trainer = builders.sft_trainer(policy, tokenizer, arguments, text, lora, examples)
-        session.train(trainer)
+        session.train(builders.sft_trainer(policy, tokenizer, arguments, run.text, run.lora, examples))
 
 
-def run_dpo(
-    model: ModelOptions,
-    lora: LoraOptions,
-    text: TextOptions,
-    data: DataOptions,
-    train: TrainOptions,
-    dpo: DPOOptions,
-    engine: EngineOptions,
-    monitor: MonitorOptions,
-    gaudi: GaudiOptions,
-) -> None:
+def run_dpo(run: DPORun) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
-    check_training(model, lora, train, dpo)
-    monitor.check_beta(dpo.beta)
-    arguments = _arguments(train, model)
-    builders = select.builders(model, lora, train, gaudi, dpo)
-    options = (model, lora, text, data, train, dpo, engine, monitor, gaudi)
-    with open_session(train, options, "pairs") as session:
+    check_training(run.model, run.lora, run.train, run.dpo)
+    run.monitor.check_beta(run.dpo.beta)
+    arguments = _arguments(run.train, run.model)
+    builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
+    with open_session(run.train, run, "pairs") as session:
         if session is None:
             return
-        tokenizer = load_tokenizer(model)
-        rendered = _splits(data, text, train, tokenizer)
-        splits = {name: _tokenized_pairs(rows, tokenizer, text.max_length) for name, rows in rendered.items()}
+        tokenizer = load_tokenizer(run.model)
+        rendered = _splits(run, tokenizer)
+        splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         builders.start_processes(arguments)
-        policy, reference = _trainable(model, lora, train.tp_size), _reference(model, dpo, train.tp_size)
+        policy = _trainable(run.model, run.lora, run.train.tp_size)
+        reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"])
         trainer = builders.dpo_trainer(
             policy,
             reference,
             tokenizer,
             arguments,
-            text,
-            lora,
-            dpo,
-            engine,
-            monitor,
+            run.text,
+            run.lora,
+            run.dpo,
+            run.engine,
+            run.monitor,
             logs_dir=session.folder / "logs",
             splits=splits,
         )
         session.train(trainer)
 
 
-def training_pairs(
-    text: TextOptions, data: DataOptions, train: TrainOptions, tokenizer: PreTrainedTokenizerBase
-) -> Dataset:
+def training_pairs(run: DPORun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The tokenized pairs that a DPO run trains on."""
-    return _tokenized_pairs(_splits(data, text, train, tokenizer)["train_dataset"], tokenizer, text.max_length)
+    return _tokenized_pairs(_splits(run, tokenizer)["train_dataset"], tokenizer, run.text.max_length)
 
 
-def fill_reference_cache(
-    model: ModelOptions,
-    lora: LoraOptions,
-    text: TextOptions,
-    data: DataOptions,
-    train: TrainOptions,
-    dpo: DPOOptions,
-    engine: EngineOptions,
-    monitor: MonitorOptions,
-    gaudi: GaudiOptions,
-    *,
-    part: int,
-    parts: int,
-) -> None:
+def fill_reference_cache(run: DPORun, *, part: int, parts: int) -> None:
     """Score every `parts`-th pair of a DPO run, from `part` on, with its reference, into the cache that it will read.
 
     One process alone, beside others with other parts; nothing is trained, and `output_dir` is left as it is.
     """
-    arguments = _arguments(train, model)
-    builders = select.builders(model, lora, train, gaudi, dpo)
-    tokenizer = load_tokenizer(model)
+    arguments = _arguments(run.train, run.model)
+    builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
+    tokenizer = load_tokenizer(run.model)
     splits = {
-        name: _tokenized_pairs(rows[part::parts], tokenizer, text.max_length)
-        for name, rows in _splits(data, text, train, tokenizer).items()
+        name: _tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
+        for name, rows in _splits(run, tokenizer).items()
         if rows[part::parts]
     }
     if "train_dataset" not in splits:
@@ -143,15 +98,15 @@ def fill_reference_cache(
     # A trainer scores what its cache lacks when it is built
     with tempfile.TemporaryDirectory() as folder:
         builders.dpo_trainer(
-            _trainable(model, lora, tp_size=1),
-            _reference(model, dpo, tp_size=1),
+            _trainable(run.model, run.lora, tp_size=1),
+            _reference(run.model, run.dpo, tp_size=1),
             tokenizer,
             arguments | {"output_dir": folder, "report_to": ["none"]},
-            text,
-            lora,
-            dpo,
-            engine,
-            monitor,
+            run.text,
+            run.lora,
+            run.dpo,
+            run.engine,
+            run.monitor,
             logs_dir=Path(folder),
             splits=splits,
         )
@@ -194,14 +149,13 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     }
 
 
-def _splits(
-    data: DataOptions, text: TextOptions, train: TrainOptions, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[Row]]:
+def _splits(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
     """Rendered training pairs and, where the run evaluates, held-out pairs, under the trainer's argument names.
 
     Raises:
         UserError: an evaluation without held-out pairs, or no pair left to train on.
     """
+    data, text, train = run.data, run.text, run.train
     pairs, held_out = load_splits(data) if train.eval_strategy != "no" else (load_training(data), [])
     if train.eval_strategy != "no" and not held_out:
         raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")
