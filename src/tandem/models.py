@@ -1,6 +1,9 @@
 """Models and tokenizers loaded from a folder or the Hub, with the mistakes of doing so told in one line."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +116,8 @@ def load_model(
     options: ModelOptions, *, trainable_adapter: bool = False, quantize: bool = False, tp_size: int = 1
 ) -> PreTrainedModel:
     """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
-    adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism).
+    adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism), sharded over the processes
+    that have the same slice.
 
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
@@ -131,7 +135,8 @@ def load_model(
     if tp_size > 1:
         from transformers.distributed import DistributedConfig
 
-        keywords["distributed_config"] = DistributedConfig(tp_size=tp_size)
+        alike = int(os.environ["WORLD_SIZE"]) // tp_size
+        keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
     else:
         keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
     if options.attn_implementation:
@@ -177,10 +182,38 @@ def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False)
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+        with adapters_of_whole_layers():
+            return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except _LOADING_ERRORS as error:
         why = f"cannot be loaded as an adapter of {base.name_or_path}: {_first_line(error)}"
         raise UserError(f"{folder}: {why}") from error
+
+
+@contextlib.contextmanager
+def adapters_of_whole_layers() -> Iterator[None]:
+    """While PEFT makes an adapter: under tensor parallelism it begins as that of the whole layer, of which each process
+    keeps its part.
+
+    PEFT 0.21 makes it as wide as this process's part of the layer (`tuners_utils._get_in_out_features`): another start
+    than that of one process, and a width that transformers 5.23 then takes for the layer's.
+    """
+    from peft.tuners.lora import layer
+
+    if not hasattr(layer, "_get_in_out_features"):  # PEFT 0.17, of Gaudi's environment, which has no tensor parallelism
+        yield
+        return
+    width_of_part = layer._get_in_out_features
+
+    def width(module: torch.nn.Module) -> tuple[int, int] | tuple[None, None]:
+        if isinstance(module, torch.nn.Linear):
+            return module.in_features, module.out_features
+        return width_of_part(module)
+
+    layer._get_in_out_features = width
+    try:
+        yield
+    finally:
+        layer._get_in_out_features = width_of_part
 
 
 def lora_config(options: LoraOptions) -> "LoraConfig | None":

@@ -117,7 +117,9 @@ class TrainOptions:
         "recompute activations in the backward pass: slower, much less memory; unset: on, but in Gaudi's lazy mode",
     )
     use_cpu: bool = opt(False, "train on the CPU though there is an accelerator")
-    tp_size: int = opt(1, "tensor parallelism: cut each matrix over this many processes, which is all of them")
+    tp_size: int = opt(
+        1, "tensor parallelism: cut each matrix over this many processes; those with the same part shard it by FSDP"
+    )
     max_train_samples: int | None = opt(None, "use the first N training pairs")
     max_eval_samples: int | None = opt(None, "use the first N held-out pairs")
     logging_steps: int = opt(10, "optimizer steps between two logs")

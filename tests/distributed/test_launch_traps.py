@@ -72,6 +72,7 @@ def test_what_is_in_order_passes():
     check(BY_ACCELERATE | TWO, ON_GPU)
     check(BY_ACCELERATE | TWO, ON_CPU, cpu_asked=True)
     check(TWO, ON_GPU | {"save_strategy": "no"}, tp_size=2)
+    check(TWO | {"WORLD_SIZE": "4"}, ON_GPU | {"save_strategy": "no"}, tp_size=2)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +99,11 @@ def test_what_would_come_out_otherwise_is_refused(environment: dict[str, str], a
 @pytest.mark.parametrize(
     ("environment", "arguments", "said"),
     [
-        (FSDP2, ON_GPU | {"save_strategy": "no"}, "cannot be had with FSDP"),
-        (TWO | {"WORLD_SIZE": "4"}, ON_GPU | {"save_strategy": "no"}, "needs as many processes, not 4"),
+        (FSDP2, ON_GPU | {"save_strategy": "no"}, "cannot be had with an accelerate config of FSDP"),
+        (TWO | {"WORLD_SIZE": "3"}, ON_GPU | {"save_strategy": "no"}, "or a multiple of it, not 3"),
         (TWO, ON_GPU, "--save_strategy no"),
     ],
 )
-def test_tensor_parallelism_stands_alone(environment: dict[str, str], arguments: dict[str, Any], said: str):
+def test_tensor_parallelism_that_cannot_be_had(environment: dict[str, str], arguments: dict[str, Any], said: str):
     with pytest.raises(UserError, match=said):
         check(environment, arguments, tp_size=2)

@@ -10,12 +10,14 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.models import adapters_of_whole_layers
 from tandem.trainers.topology import Topology
 
 
@@ -30,6 +32,10 @@ class Sharded:
     topology: Topology
     unit: str
 
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        with adapters_of_whole_layers():
+            super().__init__(*arguments, **keywords)
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.is_fsdp_enabled:
@@ -38,6 +44,8 @@ class Sharded:
             if plugin.transformer_cls_names_to_wrap is None:
                 plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
         check_saves_whole(self.accelerator)
+        if getattr(self.model, "fsdp_size", None) not in (None, 1):
+            gather_tied_head(self.model)
         self.topology = Topology.of(self.accelerator, self.args, self.model)
         if self.accelerator.is_main_process:
             logger.info("%s", self.topology.table(self.unit, **self.table_rows()))
@@ -48,6 +56,8 @@ class Sharded:
 
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
         prepared = super()._prepare_for_training(*arguments, **keywords)  # type: ignore[misc]
+        if self.topology.engine == "tp_fsdp":
+            average_cut_adapter(self.model, self.accelerator)
         self.topology.verify(self.model_wrapped)
         return prepared
 
@@ -88,6 +98,42 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
     if not lists:
         raise UserError(f"{type(model).__name__} has no repeated layers that FSDP could shard one by one")
     return sorted({type(layer).__name__ for layer in max(lists, key=len)})
+
+
+def gather_tied_head(model: PreTrainedModel) -> None:
+    """Have FSDP gather a tied head with the embedding whose weight it is.
+
+    transformers 5.23 shards the embedding without its head (`distributed.fsdp._resolve_tied_embed_lm_head_plan`). The
+    head would keep the sharded weight, and its gradient would be that of this process's pairs alone.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for sharded in group.fsdp_params if group else ():
+            info = sharded._module_info
+            if info.module is embedding and head not in info.shared_modules:
+                info.shared_modules.append(head)
+                info.shared_param_names.append("weight")
+
+
+def average_cut_adapter(model: nn.Module, accelerator: Accelerator) -> None:
+    """Have the gradients of an adapter on cut layers averaged over the processes that have the same part of it.
+
+    transformers 5.23 does so for what is whole on each process (`Trainer._sync_replicated_trainable_parameters`), and
+    FSDP for what it shards; an adapter's part is neither.
+    """
+    alike = accelerator.torch_device_mesh["dp_shard"].get_group()
+
+    def average(parameter: torch.Tensor) -> None:
+        if accelerator.sync_gradients and isinstance(parameter.grad, DTensor):
+            torch.distributed.all_reduce(parameter.grad.to_local(), op=torch.distributed.ReduceOp.AVG, group=alike)
+
+    for parameter in model.parameters():
+        is_part = isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == ("tp",)
+        if parameter.requires_grad and is_part:
+            parameter.register_post_accumulate_grad_hook(average)
 
 
 def check_saves_whole(accelerator: Accelerator) -> None:

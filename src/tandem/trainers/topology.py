@@ -52,12 +52,11 @@ def check_launch(
     sharded = _is_on(environment, "ACCELERATE_USE_FSDP") or _is_on(environment, "ACCELERATE_USE_DEEPSPEED")
     if tp_size > 1 and sharded:
         raise UserError(
-            "--tp_size cannot be had with FSDP or DeepSpeed: use one of them, or an accelerate config of DDP"
+            "--tp_size cannot be had with an accelerate config of FSDP or DeepSpeed: use one of DDP; processes beyond "
+            "--tp_size shard by FSDP all the same"
         )
-    if tp_size > 1 and world != tp_size:
-        raise UserError(
-            f"--tp_size {tp_size} needs as many processes, not {world}: data parallelism beside it is refused"
-        )
+    if world % tp_size:
+        raise UserError(f"--tp_size {tp_size} needs as many processes, or a multiple of it, not {world}")
     if tp_size > 1 and arguments["save_strategy"] != "no":
         raise UserError("--tp_size needs --save_strategy no: transformers cannot resume a model cut when it was loaded")
 
@@ -137,7 +136,7 @@ class Topology:
     Attributes:
         processes, nodes: how many.
         device: what each process computes on.
-        engine: ddp, fsdp, zero1, zero2, zero3, tp or single.
+        engine: ddp, fsdp, zero1, zero2, zero3, tp, tp_fsdp or single.
         offloaded: sharded weights and the optimizer's state rest in host memory.
         precision: what the forward computes in, and what the weights are held in.
         pairs: per process and micro-batch.
@@ -172,7 +171,7 @@ class Topology:
             processes=asked,
             nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             device=_device_name(accelerator.device),
-            engine=_engine(accelerator, copies),
+            engine=_engine(accelerator, copies, getattr(model, "fsdp_size", None) or 1),
             offloaded=_is_offloaded(accelerator),
             precision=f"weights in {held}" + computed["bf16" if args.bf16 else "fp16" if args.fp16 else "no"],
             pairs=args.per_device_train_batch_size,
@@ -196,6 +195,8 @@ class Topology:
             "zero2": f"weights whole on each process, gradients and optimizer sharded {over} (ZeRO-2)",
             "zero3": f"weights, gradients and optimizer sharded {over} (ZeRO-3)",
             "tp": f"each matrix cut {over} (tensor parallelism)",
+            "tp_fsdp": f"each matrix cut over {self.copies} processes (tensor parallelism), the parts "
+            f"sharded per layer over {self.processes // self.copies} (FSDP 2)",
         }[self.engine]
         return line + (", resting in host memory" if self.offloaded else "")
 
@@ -223,7 +224,8 @@ class Topology:
         found = {
             "fsdp": isinstance(model, FSDPModule) and _layers_sharded(model),
             "ddp": isinstance(model, DistributedDataParallel),
-            "tp": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+            "tp": _is_cut(model),
+            "tp_fsdp": _is_cut(model) and any(isinstance(module, FSDPModule) for module in model.modules()),
             "single": True,
         }
         stage = f"zero{getattr(model, 'zero_optimization_stage', lambda: None)()}"
@@ -231,14 +233,14 @@ class Topology:
             raise UserError(f"the policy was to be {self.sharding()}, but it is a plain {type(model).__name__}")
 
 
-def _engine(accelerator: Accelerator, tp_size: int) -> str:
+def _engine(accelerator: Accelerator, tp_size: int, fsdp_size: int) -> str:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         return f"zero{plugin.zero_stage}"
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return "fsdp"
     if tp_size > 1:
-        return "tp"
+        return "tp_fsdp" if fsdp_size > 1 else "tp"
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
@@ -254,6 +256,11 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} each"
     return device.type
+
+
+def _is_cut(model: Any) -> bool:
+    meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes)
 
 
 def _layers_sharded(model: Any) -> bool:

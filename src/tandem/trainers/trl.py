@@ -73,8 +73,13 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
             yield ready
 
     def _gather_scores(self, logps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        # The ranks of a tensor-parallel group have the same pairs
-        return logps if self._tp_size > 1 else super()._gather_scores(logps)
+        if self._tp_size == 1:
+            return super()._gather_scores(logps)
+        # The ranks of a tensor-parallel group, neighbours, have the same pairs
+        chosen, rejected = (
+            self.accelerator.gather(side).view(-1, self._tp_size, len(side))[:, 0].flatten() for side in logps
+        )
+        return chosen, rejected
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
