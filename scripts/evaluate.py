@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tandem import processes
 from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
@@ -13,8 +14,11 @@ from tandem.options import TextOptions
 def main(argv: list[str]) -> None:
     classes = (EvaluateOptions, TextOptions, DataOptions)
     options, text, data = parse(argv, classes, prog="evaluate.py", description=__doc__)
-    print(to_markdown(evaluate(options, text, load_held_out(data))))
-    save(Path(options.output_file).with_suffix(".yaml"), options, text, data)
+    with processes.joined():
+        results = evaluate(options, text, load_held_out(data))
+    if processes.is_first():
+        print(to_markdown(results))
+        save(Path(options.output_file).with_suffix(".yaml"), options, text, data)
 
 
 if __name__ == "__main__":

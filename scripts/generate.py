@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tandem import processes
 from tandem.config import parse, save
 from tandem.data.held_out import held_out_prompts
 from tandem.data.options import DataOptions
@@ -17,8 +18,9 @@ def main(argv: list[str]) -> None:
     options, engine, sampling, data = parse(argv, classes, prog="generate.py", description=__doc__)
     prompts = held_out_prompts(load_held_out(data), sampling.max_prompts)
     files = generate(options.by_label, prompts, sampling, engine, Path(options.output_dir))
-    save(Path(options.output_dir) / "generate.yaml", options, engine, sampling, data)
-    print(*files.values(), sep="\n")
+    if processes.is_first():
+        save(Path(options.output_dir) / "generate.yaml", options, engine, sampling, data)
+        print(*files.values(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tandem.errors import UserError
 from tandem.models import load_model, load_tokenizer
 from tandem.options import ModelOptions
 from tandem.sampling import Sampling
@@ -84,9 +83,3 @@ def test_answers_end_with_their_end(tiny_model: Path, tmp_path: Path):
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [4, 5]}))
     assert scorer(folder).ends == {2, 4, 5}
-
-
-def test_several_processes_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="run as one process"):
-        scorer(tiny_model)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tandem import blind
+from tandem import blind, processes
 from tandem.config import REQUIRED, opt
 from tandem.data.formats import Row, prompt_id
 from tandem.data.held_out import CHOSEN, chosen_answers, held_out_prompts
@@ -58,6 +58,7 @@ def compare(
     Answers already in `output_dir` are used as they are. Beside the results: `side_by_side.html`, and with
     `--shuffle_ab` the files of `tandem.blind`.
     """
+    processes.refuse_several("compare")
     folder = Path(options.output_dir)
     prompts = held_out_prompts(pairs, sampling.max_prompts)
     files = generate(options.models, prompts, sampling, engine, folder)

@@ -1,11 +1,13 @@
 """Answers of models to held-out prompts, a line a prompt, resumable."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem import processes
 from tandem.config import REQUIRED, opt
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
@@ -58,8 +60,10 @@ def generate(
     """
     if options.engine == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
         raise UserError("--max_prompt_length has no effect with --engine openai: the server has the tokenizer")
+    if options.engine != "transformers":
+        processes.refuse_several(f"--engine {options.engine}")
     files = {label: folder / f"generations_{label}.jsonl" for label in models}
-    with locked(folder):
+    with processes.joined(), locked(folder) if processes.is_first() else contextlib.nullcontext():
         sources = {label: _source(model, sampling, options) for label, model in models.items()}
         done = {label: _answered(files[label], model, sources[label]) for label, model in models.items()}
         wanted = {
@@ -84,8 +88,11 @@ def _write_answers(
     from tqdm import tqdm
 
     done, tokens = len(prompts) - len(wanted), 0
-    with tqdm(total=len(prompts), initial=done, desc=f"answers of {label}", unit="prompt") as bar:
+    description, writes = f"answers of {label}", processes.is_first()
+    with tqdm(total=len(prompts), initial=done, desc=description, unit="prompt", disable=not writes) as bar:
         for index, answer in engine.answers(prompts, wanted):
+            if not writes:
+                continue
             identity = {"prompt_id": prompt_id(prompts[index]), "messages": prompts[index]}
             append_jsonl(file, identity | source | asdict(answer))
             tokens += answer.n_tokens or 0
