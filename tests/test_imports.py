@@ -17,7 +17,8 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 LAYERS = {
     **dict.fromkeys(("config", "credentials", "errors", "estimates", "log", "options", "runs", "sampling"), 0),
     **dict.fromkeys(("blind", "refusals", "servers"), 0),
-    **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "generation", "habana", "models", "processes", "scoring"), 1),
+    **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "generation", "models", "scoring"), 1),
+    **dict.fromkeys(("habana", "processes"), 1),
     "trainers": 2,
 }
 STAGE = 3

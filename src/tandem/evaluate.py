@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem import processes
 from tandem.config import REQUIRED, opt
 from tandem.data.formats import Row
 from tandem.errors import UserError
@@ -269,8 +270,9 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
         "n_pairs": len(fitting),
         "n_dropped": len(tokenized) - len(fitting),
     }
-    write_json(Path(options.output_file), results)
-    write_atomic(Path(options.output_file).with_suffix(".md"), to_markdown(results) + "\n")
+    if processes.is_first():
+        write_json(Path(options.output_file), results)
+        write_atomic(Path(options.output_file).with_suffix(".md"), to_markdown(results) + "\n")
     return results
 
 
@@ -287,14 +289,9 @@ def _dtype(options: EvaluateOptions) -> str:
 
 
 def _scorer(name: str, options: EvaluateOptions, dtype: str) -> Any:
-    from tandem.models import load_model, load_tokenizer
-    from tandem.options import ModelOptions
-    from tandem.scoring import Scorer
+    from tandem.scoring import load_scorer
 
-    source = ModelOptions(model_name_or_path=name, dtype=dtype)
-    return Scorer(
-        load_model(source), load_tokenizer(source), batch_size=options.eval_batch_size, bf16=options.eval_bf16
-    )
+    return load_scorer(name, dtype, batch_size=options.eval_batch_size, bf16=options.eval_bf16)
 
 
 def _score_policy(
@@ -306,14 +303,17 @@ def _score_policy(
     prompts = list(dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs))[: options.kl_prompts]
     prompts.sort(key=len)  # prompts of like length together: less padding
     own = Sampling(options.kl_max_new_tokens, temperature=1.0, top_p=1.0)
-    samples = []
-    for start in range(0, len(prompts), options.eval_batch_size):
+
+    def sample(start: int) -> list[dict[str, list[int]]]:
         batch = [list(prompt) for prompt in prompts[start : start + options.eval_batch_size]]
         answers = scorer.sample(batch * 2, own, options.eval_seed + start)
-        samples += [
+        return [
             {"prompt_ids": prompt, "chosen_ids": first, "rejected_ids": second}
             for prompt, first, second in zip(batch, answers, answers[len(batch) :], strict=False)
         ]
+
+    starts = range(0, len(prompts), options.eval_batch_size)
+    samples = list(itertools.chain.from_iterable(processes.in_turns(starts, sample)))
     return logps, Samples(samples, scorer.pair_logps(samples, None, f"samples of {label}"))
 
 

@@ -1,45 +1,58 @@
 """Log-probabilities of pairs under a model, and samples from it: what evaluate, generate and compare share."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.engine.forward import add_pair_forward
+from tandem import habana, processes
+from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.pairs import PairCollator, completion_logps, round_up
 from tandem.errors import UserError
-from tandem.models import fast_bf16, has_accelerator
+from tandem.models import fast_bf16, has_hpu, load_model, load_tokenizer
+from tandem.options import ModelOptions
 from tandem.sampling import Sampling
 
 TokenizedPair = dict[str, list[int]]
 
+# Columns between two lengths of rows where each shape is compiled
+_BUCKET = 128
+
+
+def load_scorer(name: str, dtype: str, *, batch_size: int, bf16: bool | None = None) -> "Scorer":
+    """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
+    habana.prepare()
+    source = ModelOptions(model_name_or_path=name, dtype=dtype)
+    return Scorer(load_model(source), load_tokenizer(source), batch_size=batch_size, bf16=bf16)
+
 
 class Scorer:
-    """A model ready to score and sample on the device at hand."""
+    """A model ready to score and sample on the device at hand.
+
+    On Gaudi, batches are filled up with copies, and rows to a multiple of 128 tokens: a program is compiled for every
+    shape. Elsewhere pairs go through the pair engine.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, bf16: bool | None = None
     ) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "evaluate, generate and compare run as one process: on several, each would do all of the work and "
-                "write the same files"
-            )
-        self.device = (torch.accelerator.current_accelerator() if has_accelerator() else None) or torch.device("cpu")
+        self.device = _device()
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.bf16 = fast_bf16() if bf16 is None else bf16
         self.ends = end_ids(model.generation_config.eos_token_id, tokenizer)
         # A repetition penalty or other filter that the model ships would make its answers another distribution's
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends) or None)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        add_pair_forward(base)
+        model.generation_config = type(model.generation_config)(eos_token_id=sorted(self.ends) or None)
+        self.few_shapes = habana.few_shapes()
+        if not self.few_shapes:
+            from tandem.engine.forward import add_pair_forward
+
+            add_pair_forward(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 where the device multiplies it fast; sums of log-probs stay in float32."""
@@ -54,16 +67,20 @@ class Scorer:
         Raises:
             UserError: one that is not finite: accuracies and margins made of them would mean nothing.
         """
-        collate = DataCollatorForPreference(pad_token_id=self.tokenizer.pad_token_id, max_length=max_length)
+        multiple, size = (_BUCKET, self.batch_size) if self.few_shapes else (1, None)
+        collate = PairCollator(self.tokenizer.pad_token_id, max_length, multiple=multiple, size=size)
         order = sorted(range(len(pairs)), key=lambda index: _tokens(pairs[index]))
+        batches = list(_batches(order, self.batch_size))
+
+        def score(batch: list[int]) -> np.ndarray:
+            logps = self._token_logps(collate([pairs[index] for index in batch])).sum(1).view(2, -1)
+            values: np.ndarray = logps[:, : len(batch)].T.double().cpu().numpy()
+            return values
+
         result = np.empty((len(pairs), 2))
-        for batch in tqdm(list(_batches(order, self.batch_size)), desc=f"scoring {label}".strip(), leave=False):
-            inputs = {key: value.to(self.device) for key, value in collate([pairs[i] for i in batch]).items()}
-            mask = inputs.pop("completion_mask")
-            labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-            with self.autocast():
-                output = self.model(**inputs, labels=labels, fused_lm_head=True, use_cache=False)
-            result[batch] = output.log_probs.float().sum(1).view(2, -1).T.double().cpu().numpy()
+        bar = tqdm(batches, desc=f"scoring {label}".strip(), leave=False, disable=not processes.is_first())
+        for batch, values in zip(bar, processes.in_turns(batches, score), strict=True):
+            result[batch] = values
         if not np.isfinite(result).all():
             raise UserError(
                 f"{self.model.name_or_path}: its log-probabilities are not finite: its training diverged, or "
@@ -71,19 +88,48 @@ class Scorer:
             )
         return result
 
+    def _token_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(2B, S − 1) float32 nats, zero outside of completions."""
+        ids, mask, completions = (
+            batch[name].to(self.device) for name in ("input_ids", "attention_mask", "completion_mask")
+        )
+        with self.autocast():
+            if self.few_shapes:
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                return completion_logps(logits, ids, completions)
+            labels = ids.masked_fill(completions == 0, IGNORED_LABEL)
+            output = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False)
+            log_probs: torch.Tensor = output.log_probs.float()
+            return log_probs
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         """One answer of token ids to each prompt of one batch, its end-of-sequence token included if it came."""
         torch.manual_seed(seed)
-        width = max(map(len, prompts))
+        rows, width = list(prompts), max(map(len, prompts))
+        if self.few_shapes:
+            rows += [rows[0]] * (-len(rows) % self.batch_size)
+            width = round_up(width, _BUCKET)
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in rows], device=self.device)
         # Without autocast: it would convert every weight again for every token, since it caches none without gradients
         output = self.model.generate(
-            input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **sampling.keywords()
+            input_ids=ids, attention_mask=mask, pad_token_id=pad, **self._cache(), **sampling.keywords()
         )
-        return [_until_end(answer, self.ends) for answer in output[:, width:].tolist()]
+        return [_until_end(answer, self.ends) for answer in output[: len(prompts), width:].tolist()]
+
+    def _cache(self) -> dict[str, Any]:
+        """Arguments of `generate`: keys and values of a fixed length where shapes count."""
+        if habana.has_optimum_habana():  # whose `generate` keeps to them by itself
+            return {"use_cache": True, "lazy_mode": habana.is_lazy()}
+        return {"use_cache": True} | ({"cache_implementation": "static"} if self.few_shapes else {})
+
+
+def _device() -> torch.device:
+    if has_hpu():
+        return torch.device("hpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _tokens(pair: TokenizedPair) -> int:

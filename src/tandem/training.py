@@ -16,13 +16,13 @@ from tandem.data.formats import Row
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.errors import UserError
+from tandem.habana import is_lazy
 from tandem.log import logger
 from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer
 from tandem.options import DPOOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions, check_training
 from tandem.run_options import DPORun, SFTRun
 from tandem.session import open_session
 from tandem.trainers import select
-from tandem.trainers.gaudi_settings import is_lazy
 from tandem.trainers.topology import check_launch
 
 

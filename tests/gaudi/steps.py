@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from tandem import habana
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
@@ -93,9 +94,9 @@ def build(trainer: str, case: Case) -> Any:
 
 def _builders(trainer: str) -> Any:
     if trainer == "gaudi":
+        habana.prepare()
         from tandem.trainers import gaudi
 
-        gaudi.prepare()
         return gaudi.Builders(GaudiOptions())
     from tandem.trainers import trl
 

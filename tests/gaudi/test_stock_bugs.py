@@ -15,9 +15,10 @@ from optimum.habana.transformers.modeling_attn_mask_utils import GaudiAttentionM
 from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tandem import habana
 from tandem.errors import UserError
 from tandem.options import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
-from tandem.trainers import gaudi, select
+from tandem.trainers import select
 from tests import tiny
 from tests.gaudi import steps
 from tests.gaudi.steps import Case
@@ -27,7 +28,7 @@ STOCK_MASK = GaudiAttentionMaskConverter._make_causal_mask
 
 @pytest.fixture(scope="module", autouse=True)
 def _adapted() -> None:
-    gaudi.prepare()
+    habana.prepare()
 
 
 @pytest.fixture(scope="module")

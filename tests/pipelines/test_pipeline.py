@@ -64,6 +64,8 @@ def write_recipe(folder: Path, **changes: dict[str, object]) -> Path:
 class Pipeline:
     """One run folder and the environment that its commands share."""
 
+    script = PIPELINE
+
     def __init__(self, folder: Path, model: Path, data: Path, judge: str) -> None:
         self.run = folder / "run"
         self.recipe = write_recipe(folder / "recipe", dpo={"ref_cache": str(folder / "reference")})
@@ -80,7 +82,7 @@ class Pipeline:
 
     def start(self, **changes: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [str(PIPELINE)],
+            [str(self.script)],
             env=self.environment | changes,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tandem import habana
 from tandem.errors import UserError
 from tandem.options import LOSS_TYPES, DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
 from tandem.trainers import gaudi_settings, select
@@ -45,7 +46,7 @@ def test_an_hpu_without_optimum_habana_is_trl_with_one_shape(
 
 def test_an_hpu_with_optimum_habana_is_gaudi(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "hpu", Hpu(), raising=False)
-    monkeypatch.setattr(select, "_has_optimum_habana", lambda: True)
+    monkeypatch.setattr(habana, "has_optimum_habana", lambda: True)
     with pytest.raises(ModuleNotFoundError, match="optimum"):  # it goes for the real one
         chosen()
 

@@ -20,15 +20,17 @@ class PairCollator:
 
     Attributes:
         pad_token_id: what fills rows up on the right.
-        max_length: longest row.
+        max_length: longest row, None for no limit.
         static: make every row `max_length` long, whatever the pairs.
+        multiple: make rows a multiple of this long, and no longer than `max_length`: few lengths instead of many.
         size: make every batch this many pairs, copies of its first one filling it up, and add `pair_weights`, (B,)
             float32: 0 for a copy, else 1.
     """
 
     pad_token_id: int
-    max_length: int
+    max_length: int | None
     static: bool = False
+    multiple: int = 1
     size: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -38,13 +40,18 @@ class PairCollator:
             for side in ("chosen_ids", "rejected_ids")
             for pair in filled
         ]
-        batch = _padded(rows, self.pad_token_id, self.max_length if self.static else None)
+        batch = _padded(rows, self.pad_token_id, self._width(max(len(ids) for ids, _ in rows)))
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in filled[0]:
                 batch[name] = torch.tensor([pair[name] for pair in filled])
         if self.size is not None:
             batch["pair_weights"] = (torch.arange(len(filled)) < len(examples)).float()
         return batch | {"pair_id": [pair.get("pair_id") for pair in filled]}
+
+    def _width(self, longest: int) -> int:
+        if self.max_length is None:
+            return round_up(longest, self.multiple)
+        return self.max_length if self.static else min(round_up(longest, self.multiple), self.max_length)
 
 
 @dataclass
@@ -68,9 +75,13 @@ class ExampleCollator:
         return batch
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], pad_token_id: int, width: int | None) -> dict[str, Any]:
-    """Rows of ids, each with the length of its prompt, as tensors of `width` columns or of the longest row's."""
-    width = width or max(len(ids) for ids, _ in rows)
+def round_up(length: int, multiple: int) -> int:
+    """The smallest multiple that is not below `length`."""
+    return -(-length // multiple) * multiple
+
+
+def _padded(rows: Sequence[tuple[list[int], int]], pad_token_id: int, width: int) -> dict[str, Any]:
+    """Rows of ids, each with the length of its prompt, as tensors of `width` columns."""
     batch = {
         "input_ids": torch.full((len(rows), width), pad_token_id),
         "attention_mask": torch.zeros(len(rows), width, dtype=torch.int64),

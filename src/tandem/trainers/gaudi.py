@@ -8,6 +8,7 @@ the monitor.
 import contextlib
 import dataclasses
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,39 +16,25 @@ from typing import Any
 import torch
 from datasets import Dataset
 from optimum.habana import GaudiConfig, GaudiTrainer
-from optimum.habana.transformers.modeling_attn_mask_utils import GaudiAttentionMaskConverter
-from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer, GaudiSFTConfig, GaudiSFTTrainer
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.utils import CONFIG_NAME
 
 from tandem.data.texts import tokenize_pair
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.errors import UserError
+from tandem.habana import is_lazy
 from tandem.log import logger
 from tandem.models import lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, TextOptions
+from tandem.runs import write_json
 from tandem.trainers.common import CompleteCheckpoints, PairTrainer
-from tandem.trainers.gaudi_settings import gaudi_config, is_lazy, model_flags, training_arguments
-
-
-def prepare() -> None:
-    """Put Intel's forwards into transformers' models. Before any model is loaded; once."""
-    adapt_transformers_to_gaudi()
-    stock = GaudiAttentionMaskConverter._make_causal_mask
-    if getattr(stock, "exact", False):
-        return
-
-    # Theirs leaves window + 1 keys to each query, where transformers and the models' authors mean `window`
-    def exact(*args: Any, sliding_window: int | None = None, **keywords: Any) -> torch.Tensor:
-        return stock(*args, sliding_window=None if sliding_window is None else sliding_window - 1, **keywords)
-
-    exact.exact = True  # type: ignore[attr-defined]
-    GaudiAttentionMaskConverter._make_causal_mask = staticmethod(exact)
+from tandem.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
 
 
 class _OnGaudi(CompleteCheckpoints):
@@ -86,6 +73,15 @@ class _OnGaudi(CompleteCheckpoints):
             return GaudiTrainer.get_eval_dataloader(self, eval_dataset)
         finally:
             self.data_collator = collator
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        file = Path(output_dir or self.args.output_dir) / CONFIG_NAME
+        if file.exists():
+            # It names Intel's class, which only this environment knows: other loaders, as vLLM, go by that name
+            config = json.loads(file.read_text())
+            config["architectures"] = [name.removeprefix("Gaudi") for name in config["architectures"]]
+            write_json(file, config)
 
     def end(self) -> None:
         """Finish the trackers and destroy the process group, as transformers 5 has it."""

@@ -1,6 +1,5 @@
 """What a run's options become on Intel Gaudi, and which of them have no meaning there. Imports no torch."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,6 @@ from tandem.options import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, 
 
 # Losses whose formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard")
-
-
-def is_lazy(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether Intel's plugin collects operations into graphs, its legacy mode, instead of running them eagerly."""
-    return environment.get("PT_HPU_LAZY_MODE") == "1"
 
 
 def check_gaudi(

@@ -1,13 +1,14 @@
 """Which trainers a run gets: TRL's, or optimum-habana's on Gaudi."""
 
-import importlib.util
 import os
 from typing import Any
 
+from tandem import habana
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.models import has_hpu
 from tandem.options import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
-from tandem.trainers.gaudi_settings import check_gaudi, is_lazy
+from tandem.trainers.gaudi_settings import check_gaudi
 
 VARIABLE = "TANDEM_TRAINERS"
 
@@ -28,12 +29,12 @@ def builders(
     if name not in ("gaudi", "trl"):
         raise UserError(f"{VARIABLE} must be gaudi or trl, not {name}")
     if name == "gaudi":
-        check_gaudi(model, lora, train, dpo, lazy=is_lazy())
-        if not _has_optimum_habana():
+        check_gaudi(model, lora, train, dpo, lazy=habana.is_lazy())
+        if not habana.has_optimum_habana():
             raise UserError(f"{VARIABLE}=gaudi needs optimum-habana: see requirements-gaudi.txt")
+        habana.prepare()
         from tandem.trainers import gaudi as on_gaudi
 
-        on_gaudi.prepare()
         return on_gaudi.Builders(gaudi)
     if asked := gaudi.asked():
         raise UserError(f"--{asked[0]} is of optimum-habana's trainers on Intel Gaudi, which this run does not use")
@@ -43,15 +44,9 @@ def builders(
 
 
 def _default() -> str:
-    from tandem.models import has_hpu
-
     if not has_hpu():
         return "trl"
-    if _has_optimum_habana():
+    if habana.has_optimum_habana():
         return "gaudi"
     logger.warning("HPU without optimum-habana: TRL's own trainers, static shapes; experimental (docs/gaudi.md)")
     return "trl"
-
-
-def _has_optimum_habana() -> bool:
-    return importlib.util.find_spec("optimum") is not None and importlib.util.find_spec("optimum.habana") is not None
