@@ -29,7 +29,8 @@ def hh_rlhf(train: list[dict[str, str]], test: list[dict[str, str]]) -> dict[str
 class StubHub:
     """Repositories by their path: `datasets/owner/name`, or `owner/name` for a model, each with its files.
 
-    `requests` collects every path asked for.
+    A path that ends in `@revision` gives that revision of the repository, others the main branch. `requests` collects
+    every path asked for.
     """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
@@ -79,20 +80,25 @@ class StubHub:
             handler.wfile.write(content)
 
     def _reply(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        for name, files in self.repositories.items():
+        for key, files in self.repositories.items():
+            name, _, revision = key.partition("@")
+            commit = _digest(revision.encode()) if revision else COMMIT
             api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
-            if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-                return self._json(_info(name, files))
-            if path.startswith(f"{api}/tree/"):
-                return self._json(_tree(files, path.removeprefix(f"{api}/tree/").partition("/")[2]))
-            if path.startswith(f"/{name}/resolve/"):
-                return self._file(files, path.removeprefix(f"/{name}/resolve/").partition("/")[2])
+            if path == api and not revision:
+                return self._json(_info(name, files, commit))
+            for known in (revision or "main", commit):
+                if path == f"{api}/revision/{known}":
+                    return self._json(_info(name, files, commit))
+                if f"{path}/".startswith(f"{api}/tree/{known}/"):
+                    return self._json(_tree(files, path.removeprefix(f"{api}/tree/{known}").removeprefix("/")))
+                if path.startswith(f"/{name}/resolve/{known}/"):
+                    return self._file(files, path.removeprefix(f"/{name}/resolve/{known}/"), commit)
         return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
 
-    def _file(self, files: dict[str, bytes], name: str) -> tuple[int, bytes, dict[str, str]]:
+    def _file(self, files: dict[str, bytes], name: str, commit: str) -> tuple[int, bytes, dict[str, str]]:
         if name not in files:
-            return 404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
-        return 200, files[name], {"ETag": f'"{_digest(files[name])}"', "X-Repo-Commit": COMMIT}
+            return 404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+        return 200, files[name], {"ETag": f'"{_digest(files[name])}"', "X-Repo-Commit": commit}
 
     def _json(self, value: object) -> tuple[int, bytes, dict[str, str]]:
         return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
@@ -102,11 +108,11 @@ def _digest(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-def _info(name: str, files: dict[str, bytes]) -> dict[str, object]:
+def _info(name: str, files: dict[str, bytes], commit: str) -> dict[str, object]:
     return {
         "_id": "1",
         "id": name.removeprefix("datasets/"),
-        "sha": COMMIT,
+        "sha": commit,
         "private": False,
         "gated": False,
         "disabled": False,

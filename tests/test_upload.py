@@ -252,3 +252,22 @@ def test_refusal_of_the_hub_is_one_line(model: Path, run_dir: Path, tmp_path: Pa
         assert done.stderr.strip().count("\n") == 0
         assert message in done.stderr
         assert TOKEN not in done.stderr
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_new_repository_is_as_private_as_was_asked(
+    private: bool,
+    model: Path,
+    hub: tuple[str, list[tuple[str, str | None, bytes]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, requests = hub
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    upload(options(model, private=private))
+    commits = [body for path, _, body in requests if path.endswith("/commit/main")]
+    assert b"model.safetensors" in commits[0]
+    (created,) = (json.loads(body) for path, _, body in requests if path.endswith("/repos/create"))
+    assert created["organization"] == "me"
+    assert created["visibility"] == ("private" if private else "public")

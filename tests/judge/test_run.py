@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -367,7 +368,7 @@ def test_two_judges_do_not_write_into_one_folder(tmp_path):
         while not (folder / "verdicts.jsonl").exists() and first.poll() is None:
             time.sleep(0.01)
         second = subprocess.run(**command_of(url, folder, 64) | {"stderr": subprocess.PIPE}, check=False)
-        holder = f"process {first.pid}" if Path("/proc/locks").exists() else "another process"
+        holder = f"process {first.pid} on {socket.gethostname()}"
         assert f"UserError: {folder}: {holder} is writing there" in second.stderr.decode().splitlines()[-1]
         assert second.returncode != 0 and first.poll() is None
         first.kill()
@@ -579,3 +580,13 @@ def test_generations_that_do_not_fit_are_refused(tmp_path):
 def test_nothing_to_judge_is_said(tmp_path):
     with pytest.raises(UserError, match="nothing to judge"):
         judge(options("http://localhost:1", str(tmp_path / "j")), [], [])
+
+
+def test_a_server_slower_than_the_timeout(tmp_path):
+    """The default timeout would have waited for it."""
+    with serving() as (server, url):
+        server.delay = 0.6
+        with pytest.raises(UserError, match="timed out"):
+            judge(options(url, str(tmp_path / "judge"), timeout=0.1, max_attempts=1), comparisons(2), [])
+        server.delay = 0.0
+        judge(options(url, str(tmp_path / "judge"), timeout=0.6, max_attempts=1), comparisons(2), [])

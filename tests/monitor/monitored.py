@@ -133,6 +133,7 @@ class MonitoredTrainer(DPOTrainer):
                 chosen,
                 rejected,
                 loss,
+                kl=0.25 * ((chosen - ref_chosen) ** 2 + (rejected - ref_rejected) ** 2),
                 tokens=inputs["attention_mask"].sum(),
                 batch=lambda: inputs,
             )
