@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,12 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.errors import UserError
 from tandem.runs import (
+    LOCK,
     MANIFEST,
     append_jsonl,
     checkpoints,
     damage,
     is_complete,
+    locked,
     read_jsonl,
     sha256_file,
     sha256_json,
@@ -198,3 +202,36 @@ def test_hashes(tmp_path: Path):
 @given(json_values)
 def test_sha256_json_depends_on_the_value_alone(value: object):
     assert sha256_json(value) == sha256_json(json.loads(json.dumps(value)))
+
+
+def holding(folder: Path, seconds: float) -> "subprocess.Popen[str]":
+    """A process that has locked `folder`, and lets go of it after a while."""
+    code = (
+        "import sys, time; from tandem.runs import locked\nwith locked(sys.argv[1]): print(flush=True); time.sleep(%f)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code % seconds, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def test_a_folder_is_held_until_its_process_is_gone(tmp_path: Path):
+    folder = tmp_path / "out"
+    holder = holding(folder, 60)
+    told = f"{folder}: process {holder.pid} on {socket.gethostname()} is writing there; wait for it, or end it"
+    with pytest.raises(UserError, match=told), locked(folder):
+        pass
+    holder.kill()
+    holder.communicate()
+    assert (folder / LOCK).exists()  # what a kill leaves is in nobody's way
+    with locked(folder):
+        (folder / "file").touch()
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_holder_that_goes_away_is_waited_for(tmp_path: Path):
+    holder = holding(tmp_path / "out", 0.5)
+    with locked(tmp_path / "out", patience=30):
+        assert (tmp_path / "out" / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    holder.communicate()
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from tandem import session
 from tandem.errors import UserError
 from tandem.monitor.margins import read_margins_log
-from tandem.runs import checkpoints, damage, is_complete, sha256_file
+from tandem.runs import LOCK, checkpoints, damage, is_complete, locked, sha256_file
 
 
 def mount(*arguments: str) -> None:
@@ -106,3 +107,14 @@ def test_a_read_only_output(disk: Path, train: Callable[[Path], None]):
     with pytest.raises(UserError, match=r"cannot write .*out: Read-only file system; no checkpoint was saved yet"):
         train(disk / "out")
     assert not is_complete(disk / "out")
+
+
+def test_a_folder_in_use_is_left_alone(train: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "_GOING_AWAY", 0.2)
+    out = tmp_path / "out"
+    with locked(out):
+        with pytest.raises(UserError, match=f"{out}: process {os.getpid()} on .+ is writing there"):
+            train(out)
+        assert [path.name for path in out.iterdir()] == [LOCK]
+    train(out)
+    assert is_complete(out) and LOCK not in (out / "manifest.json").read_text()

@@ -1,11 +1,14 @@
 """What a run leaves on disk: files that are whole or absent, and folders that say when they are complete."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from tandem.errors import UserError
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+LOCK = ".lock"
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOT_OF_THE_MODEL = (MANIFEST, RUN, "training_metrics.json", "trainer_state.json")
 
 
@@ -100,40 +105,63 @@ def staged_dir(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for this process; the kernel lets go of it however the process ends.
+def locked(folder: str | Path, patience: float = 0) -> Iterator[None]:
+    """Hold a folder for this process by a lock on a file in it; the kernel lets go of it however the process ends.
 
-    A missing folder is made, and removed again if nothing comes into it.
+    On NFS the server does so, which keeps other machines out as well, unless the mount has `nolock` or `local_lock`. A
+    file system without locks (some FUSE mounts) is written to without one. A missing folder is made, and removed again
+    if nothing comes into it.
+
+    Args:
+        patience: seconds to wait for a holder that may be going away.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, which is named.
     """
-    is_new = not Path(folder).exists()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    folder = Path(folder)
+    is_new = not folder.exists()
+    deadline = time.monotonic() + patience
+    while (handle := _lock(folder / LOCK)) is None:
+        if time.monotonic() >= deadline:
+            holder = ""
+            with contextlib.suppress(FileNotFoundError):  # it has let go of it just now
+                holder = (folder / LOCK).read_text().strip()
+            raise UserError(f"{folder}: {holder or 'another process'} is writing there; wait for it, or end it")
+        time.sleep(0.1)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: {_holder(handle)} is writing there; wait for it, or end it") from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
+        (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
         if is_new:
             with contextlib.suppress(OSError):  # it holds something
                 os.rmdir(folder)
 
 
-def _holder(handle: int) -> str:
-    """The process that holds the lock of an open folder, as far as the kernel tells: Linux does, macOS does not."""
-    status = os.fstat(handle)
-    inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():  # as: 1: FLOCK ADVISORY WRITE 4711 fe:00:99 0 EOF
-            fields = line.split()
-            if len(fields) == 8 and fields[5] == inode:
-                return f"process {fields[4]}"
-    return "another process"
+def _lock(path: Path) -> int | None:
+    """The open file at `path` with the lock on it; None while another process has that."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what is open for writing
+        except FileNotFoundError:  # a holder has removed the folder just now
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return handle
+            os.close(handle)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # a holder has removed the file since it was opened
 
 
 def write_manifest(folder: str | Path, files: Iterable[Path] | None = None) -> None:

@@ -31,12 +31,14 @@ from tandem.lifeline import end_with_launcher
 from tandem.log import LOG_NAME, log_to, logger
 from tandem.options import TrainOptions
 from tandem.runs import (
+    LOCK,
     MANIFEST,
     RUN,
     checkpoints,
     damage,
     discard,
     is_complete,
+    locked,
     sha256_json,
     step_of,
     write_atomic,
@@ -57,6 +59,7 @@ _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
 ADDED_CALLBACKS: list[TrainerCallback] = []
 # Errors of the place that is written to: disk or quota full, mounted read-only, no permission, broken
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_GOING_AWAY = 10.0  # seconds that a killed process may still hold its folder
 _NEARLY_FULL = 1 << 20  # bytes left of a disk that a write just failed on
 
 
@@ -189,7 +192,7 @@ class Session:
         if not trainer.is_world_process_zero():
             return
         write_json(self.folder / "training_metrics.json", {"train": metrics, "log_history": trainer.state.log_history})
-        write_manifest(self.folder, [file for file in self.folder.iterdir() if file.name != LOG_NAME])
+        write_manifest(self.folder, [file for file in self.folder.iterdir() if file.name not in (LOG_NAME, LOCK)])
         logger.info("model saved in %s", self.folder)
 
 
@@ -203,31 +206,42 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
     """Open `output_dir`; None where an earlier run with the same settings has finished there.
 
     Raises:
-        UserError: the folder holds a run with other settings, which this one would overwrite or resume wrongly; or it
-            cannot be written, at its start or later.
+        UserError: the folder holds a run with other settings, which this one would overwrite or resume wrongly; another
+            run is going on there; or it cannot be written, at its start or later.
     """
     end_with_launcher()
     config = resolved(*options)
     folder = Path(train.output_dir)
-    before = None if train.resume_from_checkpoint == "no" else _run_in(folder)
-    changed: list[str] = []
-    if is_complete(folder) or checkpoints(folder):
-        changed = _check_changes(before, _settings(config), train)
-        if is_complete(folder) and before and not changed:
-            print(f"{folder}: already trained with these settings", file=sys.stderr)
-            yield None
-            return
-    elif before and _changes(before, _settings(config)):
-        before = None  # it has left nothing to go on from, and this is another run
-    with _storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("RANK", "0")) == 0:
+    before, changed = _found(train, config)
+    if is_complete(folder) and before and not changed:
+        print(f"{folder}: already trained with these settings", file=sys.stderr)
+        yield None
+        return
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with _storage_errors(folder), locked(folder, _GOING_AWAY) if is_main else contextlib.nullcontext():
+        before, changed = _found(train, config)  # the holder before may have written more
+        if is_main:
             log_to(folder)
             if changed:
                 logger.warning("resuming with changed settings: %s", "; ".join(changed))
         warnings.filterwarnings("ignore", category=FutureWarning)
         logging.getLogger("transformers").setLevel(logging.WARNING)
         yield Session(train, unit, config, before)
+
+
+def _found(train: TrainOptions, config: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The settings of the run in `output_dir` that this one goes on with, None without one; the allowed changes since.
+
+    Raises:
+        UserError: it holds a run with other settings.
+    """
+    folder = Path(train.output_dir)
+    before = None if train.resume_from_checkpoint == "no" else _run_in(folder)
+    if is_complete(folder) or checkpoints(folder):
+        return before, _check_changes(before, _settings(config), train)
+    if before and _changes(before, _settings(config)):
+        before = None  # it has left nothing to go on from, and this is another run
+    return before, []
 
 
 @contextlib.contextmanager

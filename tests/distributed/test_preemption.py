@@ -1,9 +1,12 @@
 """Two processes that are told to go, that lose one of them, that are started again; one tracker run of them all."""
 
 import json
+import os
 import re
 import signal
+import socket
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -160,3 +163,27 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path, tiny_model: Path, t
     run.communicate()
     gone, alive = psutil.wait_procs(ranks, timeout=5)
     assert len(gone) == 2 and not alive
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, tiny_model: Path, tiny_data: Path, cache: Path):
+    """The second is told of the first, which goes on; killed with SIGKILL, that one is no longer in the way."""
+    out = tmp_path / "out"
+    endless = options(tiny_model, tiny_data, cache, output_dir=out, max_steps=100_000)
+    first = start(torchrun(script("dpo"), *endless))
+    wait_for_step(out, 1, first)
+    second = start(torchrun(script("dpo"), *endless))
+    screen, _ = second.communicate(timeout=120)
+    assert second.returncode == 2, screen
+    told = f"UserError: {out}: process {ranks_of(first.pid)[0].pid} on {socket.gethostname()} is writing there"
+    assert told in screen, screen
+    assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)
+    psutil.wait_procs(ranks_of(first.pid))
+    first.communicate()
+    anew = options(tiny_model, tiny_data, cache, output_dir=out, max_steps=2, resume_from_checkpoint="no")
+    third = start([sys.executable, script("dpo"), *anew])
+    screen, _ = third.communicate(timeout=120)
+    assert third.returncode == 0, screen
+    assert is_complete(out)
+    assert ".lock" not in (out / "manifest.json").read_text()

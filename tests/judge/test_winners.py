@@ -64,6 +64,6 @@ def test_winners_are_right_whatever_the_order(wanted: list[str], data: st.DataOb
 def test_two_judges_in_one_folder(tmp_path: Path):
     here = options(tmp_path)
     comparison = Comparison("p", [], "a", "b", "base", "dpo")
-    with locked(here.folder), pytest.raises(UserError, match=r"judge: process \d+ is writing there"):
+    with locked(here.folder), pytest.raises(UserError, match=r"judge: process \d+ on .+ is writing there"):
         judge(here, [comparison], [])
     assert not here.folder.exists()  # nothing came into it

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tandem.log import logger
-from tandem.runs import MANIFEST
+from tandem.runs import LOCK, MANIFEST
 
 
 class RateProgress(ProgressCallback):
@@ -66,7 +66,7 @@ class Mirror(TrainerCallback):
 
     def copy(self) -> None:
         """Bring the mirror up to date; a checkpoint's manifest goes last, as it does in the original."""
-        files = [file for file in self.source.rglob("*") if file.is_file()]
+        files = [file for file in self.source.rglob("*") if file.is_file() and file.name != LOCK]
         for file in sorted(files, key=lambda file: (file.name == MANIFEST, file)):
             copy = self.target / file.relative_to(self.source)
             version = (file.stat().st_size, file.stat().st_mtime_ns)
