@@ -3,20 +3,25 @@
 from tandem.config import parse
 from tandem.errors import script_main
 from tandem.options import PlanOptions, explain_unknown
-from tandem.run_options import DPORun, classes
+from tandem.run_options import DPORun, check, classes
 
 
 def main(argv: list[str]) -> None:
     *options, plan = parse(
-        argv, (*classes(DPORun), PlanOptions), prog="dpo.py", description=__doc__, explain_unknown=explain_unknown
+        argv,
+        (*classes(DPORun), PlanOptions),
+        prog="dpo.py",
+        description=__doc__,
+        explain_unknown=explain_unknown,
+        check=check,
     )
     run = DPORun(*options)
     if plan.plan:
-        from tandem.plan import plan_dpo
+        from tandem.plan import plan_run  # after the options, as below: importing TRL takes seconds
 
-        print(plan_dpo(run, plan))
+        print(plan_run(run, plan))
         return
-    from tandem.training import run_dpo  # after the options: importing TRL takes seconds
+    from tandem.training import run_dpo
 
     run_dpo(run)
 

@@ -2,13 +2,26 @@
 
 from tandem.config import parse
 from tandem.errors import script_main
-from tandem.options import explain_unknown
-from tandem.run_options import SFTRun, classes
+from tandem.options import PlanOptions, explain_unknown
+from tandem.run_options import SFTRun, check, classes
 
 
 def main(argv: list[str]) -> None:
-    run = SFTRun(*parse(argv, classes(SFTRun), prog="sft.py", description=__doc__, explain_unknown=explain_unknown))
-    from tandem.training import run_sft  # after the options: importing TRL takes seconds
+    *options, plan = parse(
+        argv,
+        (*classes(SFTRun), PlanOptions),
+        prog="sft.py",
+        description=__doc__,
+        explain_unknown=explain_unknown,
+        check=check,
+    )
+    run = SFTRun(*options)
+    if plan.plan:
+        from tandem.plan import plan_run  # after the options, as below: importing TRL takes seconds
+
+        print(plan_run(run, plan))
+        return
+    from tandem.training import run_sft
 
     run_sft(run)
 

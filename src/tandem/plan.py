@@ -1,45 +1,41 @@
-"""What a DPO run will take, before it is started: parameters, peak memory by part, steps, tokens and time.
+"""What a run will take, before it is started: parameters, peak memory by part, steps, tokens and time.
 
-No weights are loaded. The model is built on the meta device, and training steps on the run's largest batch are played
-through with fake tensors, which have shapes and lifetimes and no values: every storage that the step makes is counted
-while it lives. Sharding is arithmetic on top.
+No weights are loaded: `tandem.rehearsal` plays the run's largest batches through. Sharding is arithmetic on top.
 """
 
 import dataclasses
-import time
-import weakref
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
 import yaml
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from datasets import Dataset
+from torch import nn
 
 from tandem.config import StrictLoader
-from tandem.engine.forward import forward_plan
-from tandem.engine.layout import PairPlan, plan_pairs
+from tandem.data.texts import common_length
+from tandem.engine.layout import Layout
 from tandem.errors import UserError
-from tandem.models import base_of_adapter, fast_bf16, has_accelerator, load_tokenizer, lora_config
+from tandem.models import fast_bf16, has_accelerator, load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
-from tandem.options import PlanOptions, TrainOptions, check_training, is_adapter
-from tandem.run_options import DPORun
-from tandem.trainers.trl import PairCollator
-from tandem.training import training_pairs
+from tandem.options import PlanOptions, check_training, is_adapter
+from tandem.rehearsal import Batch, Rehearsal, Usage, build
+from tandem.run_options import DPORun, SFTRun
+from tandem.training import training_data
 
-# What TRL 1.16 asks of the fused forward for its metrics
-_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 # Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.5 + 0.127 / 8
 # What the resident memory is over the activations' own size, probably holes in glibc's heap between tensors that live
 # and die. Fitted to the runs of bench/RESULTS.md: of all weights, and of LoRA, which drops more tensors in between.
 _HEAP_ALL, _HEAP_LORA = 1.27, 1.6
 # Layers of the two models whose steps are timed
-_PROBED_LAYERS = (1, 2)
+_PROBED_LAYERS = (1, 5)
+_PROBE_REPEATS = 3
 _PROBE_LIMIT = 2 * GIB
 
 
@@ -118,203 +114,180 @@ def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
     )
 
 
-def plan_dpo(run: DPORun, options: PlanOptions) -> str:
-    """The plan of a DPO run as text, a line for each figure.
+def plan_run(run: SFTRun | DPORun, options: PlanOptions) -> str:
+    """The plan of a run as text, a line for each figure.
 
     Raises:
-        UserError: options that do not go together, a model or data that cannot be read, or the padded layout.
+        UserError: options that do not go together or that no plan counts, a model or data that cannot be read.
     """
-    check_training(run.model, run.lora, run.train, run.dpo)
-    if run.engine.layout == "padded":
-        raise UserError("--plan counts the layouts shared and packed, not TRL's own padded one")
+    check_training(run.model, run.lora, run.train, run.dpo if isinstance(run, DPORun) else None)
+    if run.train.tp_size > 1:
+        raise UserError("--plan does not count --tp_size")
     hardware = read_hardware(options, run.train.use_cpu)
-    tokenizer = load_tokenizer(run.model)
-    pairs = list(training_pairs(run, tokenizer))
-    return "\n".join(_Run(run, hardware, pairs, tokenizer.pad_token_id).lines())
+    data = training_data(run, load_tokenizer(run.model))
+    # The run has the same interpreter, libraries and data; elsewhere a round guess at the device's context
+    libraries = read_memory(torch.device("cpu")).allocated if hardware.device == "cpu" else GIB // 2
+    return "\n".join(_Plan(run, hardware, data, libraries).lines())
 
 
-class _Run:
-    """One run's figures; changed copies of it are the candidates where it does not fit."""
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One run's figures; changed copies of it are the candidates where it does not fit.
 
-    def __init__(
-        self,
-        run: DPORun,
-        hardware: Hardware,
-        pairs: Sequence[dict[str, list[int]]],
-        pad_token_id: int,
-    ) -> None:
-        self.model, self.lora, self.text, self.train = run.model, run.lora, run.text, run.train
-        self.dpo, self.engine, self.hardware = run.dpo, run.engine, hardware
-        train = run.train
-        self.pairs, self.pad_token_id = pairs, pad_token_id
-        self.accumulation = train.accumulation(hardware.processes)
-        bf16 = fast_bf16() if hardware.is_here else True
-        self.autocast = None if train.bf16 is False else torch.bfloat16 if train.bf16 or bf16 else None
-        if train.fp16:
-            self.autocast = torch.float16
-        # The run has the same interpreter, libraries and data; elsewhere a round guess at the device's context
-        self.base = read_memory(torch.device("cpu")).allocated if hardware.device == "cpu" else GIB // 2
+    Attributes:
+        data: the tokenized pairs that it trains on.
+        libraries: bytes of everything that is not tensors.
+    """
 
-    def changed(self, train: dict[str, Any], lora: dict[str, Any]) -> "_Run":
-        other = _Run.__new__(_Run)
-        other.__dict__.update(self.__dict__)
-        other.train, other.lora = dataclasses.replace(self.train, **train), dataclasses.replace(self.lora, **lora)
-        other.accumulation = other.train.accumulation(self.hardware.processes)
-        return other
+    run: SFTRun | DPORun
+    hardware: Hardware
+    data: Dataset
+    libraries: int
+
+    def changed(self, options: dict[str, Any]) -> Self:
+        """The same with other values of these options."""
+        parts = {
+            name: dataclasses.replace(part, **{key: value for key, value in options.items() if hasattr(part, key)})
+            for name, part in self.run._asdict().items()
+        }
+        return dataclasses.replace(self, run=self.run._replace(**parts))
 
     # Steps and tokens
 
-    @property
+    @functools.cached_property
+    def accumulation(self) -> int:
+        """Micro-batches of a process in an optimizer step."""
+        return self.run.train.accumulation(self.hardware.processes)
+
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        at_a_time = self.run.train.per_device_train_batch_size * self.hardware.processes
+        return math.ceil(math.ceil(len(self.data) / at_a_time) / self.accumulation)
+
+    @functools.cached_property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.train.debug:
+        train = self.run.train
+        if train.debug:
             return 4
-        if self.train.max_steps != -1:
-            return self.train.max_steps
-        return max(1, int(self.train.num_train_epochs * self.steps_per_epoch))
+        if train.max_steps != -1:
+            return train.max_steps
+        return math.ceil(train.num_train_epochs * self.steps_per_epoch)
+
+    @functools.cached_property
+    def batches(self) -> list[list[list[int]]]:
+        """The pairs of each micro-batch of each optimizer step, of all processes, as the sampler deals them."""
+        train = self.run.train
+        size, in_a_step = train.per_device_train_batch_size, self.accumulation * self.hardware.processes
+        steps: list[list[list[int]]] = []
+        for epoch in range(math.ceil(self.steps / self.steps_per_epoch)):
+            # As accelerate's SeedableRandomSampler does
+            generator = torch.Generator().manual_seed(train.seed + epoch)
+            order = torch.randperm(len(self.data), generator=generator)
+            steps += _cut(_cut(order.tolist(), size), in_a_step)
+        return steps[: self.steps]
 
     @property
-    def steps_per_epoch(self) -> int:
-        micro_batches = -(-len(self.pairs) // (self.train.per_device_train_batch_size * self.hardware.processes))
-        return -(-micro_batches // self.accumulation)
+    def layout(self) -> Layout:
+        return self.run.engine.layout if isinstance(self.run, DPORun) else "padded"
 
-    def tokens(self, pair: dict[str, list[int]]) -> int:
-        """Tokens of a pair that the backbone forwards."""
-        prompt = len(pair["prompt_ids"])
-        answers = sum(min(len(pair[side]), self.text.max_length - prompt) for side in ("chosen_ids", "rejected_ids"))
-        return prompt + answers if self.engine.layout == "shared" else 2 * prompt + answers
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("chosen_ids", "rejected_ids") if isinstance(self.run, DPORun) else ("chosen_ids",)
 
-    def batches(self) -> list[list[dict[str, list[int]]]]:
-        """The micro-batches of all epochs, in the order of the trainer's sampler."""
-        size = self.train.per_device_train_batch_size
-        batches = []
-        for epoch in range(-(-self.steps // self.steps_per_epoch)):
-            # As accelerate's SeedableRandomSampler deals them
-            generator = torch.Generator().manual_seed(self.train.seed + epoch)
-            order = torch.randperm(len(self.pairs), generator=generator).tolist()
-            batches += [[self.pairs[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-        return batches[: self.steps * self.accumulation * self.hardware.processes]
+    @functools.cached_property
+    def lengths(self) -> list[tuple[list[int], int]]:
+        """For each pair the lengths of its rows in tokens, and of the beginning that they share."""
+        longest, found = self.run.text.max_length, []
+        for pair in self.data:
+            prompt, answers = len(pair["prompt_ids"]), [pair[side] for side in self.sides]
+            rows = [min(prompt + len(answer), longest) for answer in answers]
+            found.append((rows, min(prompt + common_length(answers[0], answers[-1]), *rows)))
+        return found
+
+    def tokens(self, batch: Iterable[int]) -> int:
+        """Tokens that the backbone forwards for a batch, padding among them."""
+        lengths = [self.lengths[index] for index in batch]
+        rows = [row for of_pair, _ in lengths for row in of_pair]
+        if self.layout == "padded":
+            return len(rows) * max(rows)
+        return sum(rows) - (sum(shared for _, shared in lengths) if self.layout == "shared" else 0)
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        pairs = [self.data[index] for index in indices]
+        rows = [(pair["prompt_ids"] + pair[side], len(pair["prompt_ids"])) for side in self.sides for pair in pairs]
+        return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout)
+
+    def largest(self, batches: Iterable[list[int]]) -> Batch:
+        return self.batch(max(batches, key=self.tokens))
 
     # The model
 
-    def build(self, layers: int | None = None) -> PreTrainedModel:
-        """The model on the meta device, with its adapter; with fewer layers where wanted."""
-        name = self.model.model_name_or_path
-        on_adapter = is_adapter(name)
-        if on_adapter:
-            name = base_of_adapter(name)
-        trust = self.model.trust_remote_code
-        try:
-            config = AutoConfig.from_pretrained(name, revision=self.model.model_revision, trust_remote_code=trust)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{name}: has no config of a model: {str(error).splitlines()[0]}") from error
-        text_config = config.get_text_config()
-        if layers is not None:
-            text_config.num_hidden_layers = layers
-            if getattr(text_config, "layer_types", None):
-                text_config.layer_types = text_config.layer_types[:layers]
-        config.use_cache = False
-        dtype = getattr(config, "dtype", None) if self.model.dtype == "auto" else getattr(torch, self.model.dtype)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, trust_remote_code=trust)
-        if self.checkpoints:
-            # Fake tensors have no random state to keep
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if on_adapter:
-            from peft import PeftConfig, get_peft_model
-
-            adapter = PeftConfig.from_pretrained(self.model.model_name_or_path)
-            adapter.inference_mode = False
-            return get_peft_model(model, adapter, low_cpu_mem_usage=True)
-        if adapter := lora_config(self.lora):
-            from peft import get_peft_model
-
-            return get_peft_model(model, adapter, low_cpu_mem_usage=True)
-        return model
+    @functools.cached_property
+    def model(self) -> Any:
+        return build(self.run.model, self.run.lora, checkpoints=self.checkpoints)
 
     @property
     def checkpoints(self) -> bool:
-        return self.train.gradient_checkpointing is not False
+        return self.run.train.gradient_checkpointing is not False
 
-    def plan(self, batch: Sequence[dict[str, list[int]]]) -> tuple[PairPlan, Tensor, Tensor]:
-        """The engine's plan of a batch, with its ids and labels, (2B, S) int64."""
-        collate = PairCollator(self.pad_token_id, self.text.max_length)
-        grid = collate([pair | {"pair_id": ""} for pair in batch])
-        labels = grid["input_ids"].masked_fill(grid["completion_mask"] == 0, -100)
-        return (
-            plan_pairs(grid["input_ids"], grid["attention_mask"], labels, self.engine.layout),
-            grid["input_ids"],
-            labels,
-        )
+    @property
+    def trains_adapter(self) -> bool:
+        return self.run.lora.use_peft or is_adapter(self.run.model.model_name_or_path)
+
+    def rehearse(self, model: Any) -> Rehearsal:
+        train = self.run.train
+        bf16 = train.bf16 if train.bf16 is not None else not self.hardware.is_here or fast_bf16()
+        autocast = torch.float16 if train.fp16 else torch.bfloat16 if bf16 else None
+        dropout = not (isinstance(self.run, DPORun) and self.run.dpo.disable_dropout)
+        return Rehearsal(model, train, autocast, dropout)
 
     # Memory
 
+    @functools.cached_property
     def peak(self) -> Peak:
-        """Peak memory of a training step on one device."""
-        batches, per_step = self.batches(), self.accumulation * self.hardware.processes
-
-        def largest(of: list[list[dict[str, list[int]]]]) -> list[dict[str, list[int]]]:
-            return max(of, key=lambda batch: sum(map(self.tokens, batch)))
-
+        """Peak memory of the run on one device."""
+        step = self.rehearse(self.model)
+        first, *later = self.batches
+        micro_batches = min(self.accumulation, 2)
         # The first step makes the optimizer's state, so it has none while it needs its activations
-        peaks = [self._peak_of(largest(batches[:per_step]), has_state=False)]
-        if later := batches[per_step:]:
-            peaks.append(self._peak_of(largest(later), has_state=True))
-        return max(peaks, key=lambda peak: peak.total)
-
-    def _peak_of(self, batch: list[dict[str, list[int]]], *, has_state: bool) -> Peak:
-        model = self.build()
-        quantized = self._saved_by_4_bits(model)
-        plan, ids, labels = self.plan(batch)
-        fake = FakeTensorMode()
-        with fake:
-            _move(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
-
-        def to_fake(tensor: Tensor) -> Tensor:
-            return fake.from_tensor(tensor)
-
-        plan = _map_tensors(plan, to_fake)
-        storages = _Storages()
-        step = _Step(model, self.train, plan, to_fake(ids), to_fake(labels), self.autocast, "cpu")
-        with fake, storages:
-            for parameter in model.parameters():
-                storages.add(parameter)
-            weights = storages.live
-            step.watch(storages)
-            if has_state:
-                step.backward()
-                step.update()
-                storages.forget_peak()
-            for _ in range(min(self.accumulation, 2)):
-                step.backward()
-            if has_state or self.steps == 1:
-                step.update()
-        at = storages.at_peak
-        processes = self.hardware.processes
-
-        def share(part: str, size: int) -> int:
-            return size // processes if part in self.hardware.sharded else size
-
-        gathered = 0
-        if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
-            gathered = (
-                2
-                * max(_size(module) for module in model.modules() if isinstance(module, nn.ModuleList))
-                // max(1, model.config.get_text_config().num_hidden_layers)
+        usages = [step.count_step(self.largest(first), micro_batches=micro_batches, has_state=False)]
+        if later:
+            usages.append(
+                step.count_step(self.largest(itertools.chain(*later)), micro_batches=micro_batches, has_state=True)
             )
-        gradients = share("gradients", at["gradients"]) * (2 if self.hardware.copies_gradients else 1)
-        activations = storages.peak - weights - at["gradients"] - at["optimizer"]
-        reference = 0
-        if self.dpo.reference_model:  # in memory until all pairs are scored, before the first gradient
-            reference = max(0, weights - gradients - share("optimizer", at["optimizer"]) - activations)
+        if isinstance(self.run, DPORun):
+            usages.append(self.reference_usage(step))
+        return max(map(self.on_device, usages), key=lambda peak: peak.total)
+
+    def reference_usage(self, step: Rehearsal) -> Usage:
+        """Of the pass that scores the reference before training: pairs of like length together, the longest last."""
+        by_length = sorted(range(len(self.data)), key=lambda index: self.tokens([index]))
+        usage = step.count_forward(self.batch(by_length[-self.run.train.per_device_train_batch_size :]))
+        if isinstance(self.run, DPORun) and self.run.dpo.reference_model:  # counted as large as the policy
+            usage["reference"] = usage["weights"]
+        return usage
+
+    def on_device(self, usage: Usage) -> Peak:
+        """What one device has of a usage that was counted as if it were alone."""
+
+        def share(part: str) -> int:
+            kind = "weights" if part == "reference" else part
+            size = usage[part] - (self.saved_by_4_bits if part == "weights" else 0)
+            return size // (self.hardware.processes if kind in self.hardware.sharded else 1)
+
+        activations = usage["activations"]
+        if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
+            blocks = max(_size(module) for module in self.model.modules() if isinstance(module, nn.ModuleList))
+            activations += 2 * blocks // self.model.config.get_text_config().num_hidden_layers
         return Peak(
-            weights=share("weights", weights - quantized),
-            reference=reference,
-            gradients=gradients,
-            optimizer=share("optimizer", at["optimizer"]),
-            activations=activations + gathered,
-            allocator=int(activations * (self.heap - 1)),
-            libraries=self.base,
+            weights=share("weights"),
+            reference=share("reference"),
+            gradients=share("gradients") * (2 if self.hardware.copies_gradients else 1),
+            optimizer=share("optimizer"),
+            activations=activations,
+            allocator=int(usage["activations"] * (self.heap - 1)),
+            libraries=self.libraries,
         )
 
     @property
@@ -322,16 +295,17 @@ class _Run:
         """Memory that the allocator holds for activations, over their size; on an accelerator counted as 1."""
         if self.hardware.device != "cpu":
             return 1.0
-        return _HEAP_LORA if self.lora.use_peft or is_adapter(self.model.model_name_or_path) else _HEAP_ALL
+        return _HEAP_LORA if self.trains_adapter else _HEAP_ALL
 
-    def _saved_by_4_bits(self, model: PreTrainedModel) -> int:
+    @property
+    def saved_by_4_bits(self) -> int:
         """Bytes that the linear layers take less in 4 bits."""
-        if not self.lora.load_in_4bit:
+        if not self.run.lora.load_in_4bit:
             return 0
-        head = model.get_output_embeddings().weight
+        head = self.model.get_output_embeddings().weight
         linear = {
             id(module.weight): module.weight
-            for module in model.modules()
+            for module in self.model.modules()
             if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight is not head
         }
         return int(sum(weight.numel() * (weight.element_size() - _NF4_BYTES) for weight in linear.values()))
@@ -339,262 +313,111 @@ class _Run:
     # Time
 
     def seconds(self) -> tuple[float, float] | None:
-        """Seconds of a micro-batch's step and of its reference's forward, from models of one and two layers.
+        """Seconds of a micro-batch's step and of a forward without gradient, from models of a few layers.
 
         The batch is the one nearest to the mean in tokens. None where the device is not here, or is too small for it.
         """
-        if not self.hardware.is_here or self.lora.load_in_4bit:
+        if not self.hardware.is_here or self.run.lora.load_in_4bit:
             return None
-        batches = self.batches()
-        sizes = [sum(map(self.tokens, batch)) for batch in batches]
-        mean = sum(sizes) / len(sizes)
-        plan, ids, labels = self.plan(batches[min(range(len(sizes)), key=lambda index: abs(sizes[index] - mean))])
-        device = torch.device(self.hardware.device)
+        batches = list(itertools.chain(*self.batches))
+        mean = sum(map(self.tokens, batches)) / len(batches)
+        batch = self.batch(min(batches, key=lambda batch: abs(self.tokens(batch) - mean)))
+        all_layers = self.model.config.get_text_config().num_hidden_layers
+        few, more = (min(layers, all_layers) for layers in _PROBED_LAYERS)
         timings = []
-        for layers in _PROBED_LAYERS:
-            model = self.build(layers)
+        for layers in (few, more):
+            model = build(self.run.model, self.run.lora, checkpoints=self.checkpoints, layers=layers)
             if _size(model) * 4 > _PROBE_LIMIT:
                 return None
-            _move(model, lambda tensor: _random(tensor, device))
-            step = _Step(
-                model,
-                self.train,
-                _map_tensors(plan, lambda tensor: tensor.to(device)),
-                ids.to(device),
-                labels.to(device),
-                self.autocast,
-                device.type,
-            )
-            timings.append((_timed(step.whole, device), _timed(step.reference, device)))
-        (step_one, forward_one), (step_two, forward_two) = timings
-        more = self.build().config.get_text_config().num_hidden_layers - 1
-        return step_one + more * max(step_two - step_one, 0.0), forward_one + more * max(forward_two - forward_one, 0.0)
+            timings.append(self.rehearse(model).time(batch, torch.device(self.hardware.device), _PROBE_REPEATS))
+        if few == more:
+            return timings[0]
+        scale = (all_layers - few) / (more - few)
+        step, forward = (first + scale * max(second - first, 0.0) for first, second in zip(*timings, strict=True))
+        return step, forward
 
     # The text
 
     def lines(self) -> Iterator[str]:
         """The plan."""
-        model = self.build()
-        count = sum(parameter.numel() for parameter in model.parameters())
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        parameters = list(self.model.parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         yield f"parameters: {count:,}; trained: {trained:,} ({trained / count:.2%})"
-        peak, limit = self.peak(), self.hardware.limit
-        size, processes = self.train.per_device_train_batch_size, self.hardware.processes
-        where = f"{processes} x {self.hardware.device}, batch {size}, layout {self.engine.layout}"
-        yield f"peak memory per device ({where}): {peak.total / GIB:.2f} GiB"
-        for field in dataclasses.fields(peak):
-            yield f"  {field.name}: {getattr(peak, field.name) / GIB:.2f} GiB"
-        yield f"steps: {self.steps} of {size} x {self.accumulation} x {processes} pairs"
-        tokens = sum(sum(map(self.tokens, batch)) for batch in self.batches())
-        yield f"tokens forwarded in training: {tokens:,}"
-        if (seconds := self.seconds()) is None:
-            yield "time: not measured, since the run's device is not here or the model is too large for a probe"
-        else:
-            training = seconds[0] * self.accumulation * self.steps
-            reference = seconds[1] * len(self.pairs) / size / processes
-            yield f"time: {_duration(training)} of training, {_duration(reference)} of the reference where not cached"
+        limit, processes = self.hardware.limit, self.hardware.processes
+        size, unit = self.run.train.per_device_train_batch_size, "pairs" if len(self.sides) == 2 else "examples"
+        where = f"{processes} x {self.hardware.device}, batch {size}, layout {self.layout}"
+        yield f"peak memory per device ({where}): {self.peak.total / GIB:.2f} GiB"
+        for name, part in dataclasses.asdict(self.peak).items():
+            yield f"  {name}: {part / GIB:.2f} GiB"
+        yield f"steps: {self.steps} of {size} x {self.accumulation} x {processes} {unit}"
+        yield f"tokens forwarded in training: {sum(map(self.tokens, itertools.chain(*self.batches))):,}"
+        yield self.time_line()
         if limit is None:
             yield "memory of the device is not known: give --device_memory_gib to see whether this fits"
-        elif peak.total <= limit:
+        elif self.peak.total <= limit:
             yield f"fits: {limit / GIB:.1f} GiB are there"
         else:
             yield f"WILL NOT FIT: {limit / GIB:.1f} GiB are there; {self.remedy(limit)}"
 
+    def time_line(self) -> str:
+        if (seconds := self.seconds()) is None:
+            return "time: not measured, since the run's device is not here or the model is too large for a probe"
+        step, forward = seconds
+        micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.batches)
+        line = f"time: {_duration(step * micro_batches)} of training"
+        if isinstance(self.run, DPORun):
+            batches = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
+            line += f", {_duration(forward * batches)} of the reference where not cached"
+        return line
+
     def remedy(self, limit: int) -> str:
         """The cheapest change, of those that are known, with which the run fits into `limit` bytes."""
-        for flags, run in self.candidates():
-            if (total := run.peak().total) <= limit:
+        for change in self.ways_out():
+            if (total := self.changed(change).peak.total) <= limit:
+                flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
                 return f"the cheapest change that fits is {flags} ({total / GIB:.2f} GiB)"
         return (
             "smaller batches, gradient checkpointing and LoRA are not enough: shard it (FSDP), or take a smaller model"
         )
 
-    def candidates(self) -> Iterator[tuple[str, "_Run"]]:
-        """Changes by what they cost: first nothing but time, last what is trained."""
-        size, total = self.train.per_device_train_batch_size, self.train.per_device_train_batch_size * self.accumulation
-        smaller: dict[str, Any] = {}
-        flags = ""
-        while size > 1 and size % 2 == 0:
-            size //= 2
-            smaller = {
-                "per_device_train_batch_size": size,
-                "gradient_accumulation_steps": total // size,
-                "global_batch_size": None,
-            }
-            flags = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {total // size}"
-            yield flags, self.changed(smaller, {})
+    def ways_out(self) -> Iterator[dict[str, Any]]:
+        """Changes of options, each alone and with all before it."""
+        together: dict[str, Any] = {}
+        for change in self.changes():
+            yield change
+            together |= change
+            if together != change:
+                yield dict(together)
+
+    def changes(self) -> Iterator[dict[str, Any]]:
+        """Changes by what they cost: first nothing, then time, last what is trained."""
+        if self.layout != "shared" and isinstance(self.run, DPORun):
+            yield {"layout": "shared"}
+        size, accumulation = self.run.train.per_device_train_batch_size, self.accumulation
+        while size % 2 == 0:
+            size, accumulation = size // 2, accumulation * 2
+            smaller = {"per_device_train_batch_size": size}
+            # A global batch size already says how many there are in a step
+            yield (
+                smaller if self.run.train.global_batch_size else smaller | {"gradient_accumulation_steps": accumulation}
+            )
         if not self.checkpoints:
-            smaller = smaller | {"gradient_checkpointing": True}
-            yield "--gradient_checkpointing true", self.changed({"gradient_checkpointing": True}, {})
-            if flags:
-                yield f"{flags} --gradient_checkpointing true", self.changed(smaller, {})
-            flags = f"{flags} --gradient_checkpointing true".strip()
-        if not self.lora.use_peft and not is_adapter(self.model.model_name_or_path):
-            yield "--use_peft true", self.changed({}, {"use_peft": True})
-            if flags:
-                yield f"--use_peft true {flags}", self.changed(smaller, {"use_peft": True})
+            yield {"gradient_checkpointing": True}
+        if not self.trains_adapter:
+            yield {"use_peft": True}
 
 
-class _Storages(TorchDispatchMode):
-    """Counts the bytes of all storages while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self.at_peak: dict[str, int] = {}
-        self.parts = {"gradients": 0, "optimizer": 0}
-        self._sizes: dict[int, int] = {}
-
-    def forget_peak(self) -> None:
-        """Begin anew at what lives now."""
-        self.peak, self.at_peak = self.live, dict(self.parts)
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        weakref.finalize(storage, self._drop, key)
-        if self.live > self.peak:
-            self.peak, self.at_peak = self.live, dict(self.parts)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        return result
-
-
-class _Step:
-    """A training step on one batch, on fake tensors or real ones."""
-
-    def __init__(
-        self,
-        model: Any,
-        train: TrainOptions,
-        plan: PairPlan,
-        ids: Tensor,
-        labels: Tensor,
-        autocast: torch.dtype | None,
-        device: str,
-    ) -> None:
-        self.model, self.plan, self.ids, self.labels = model.train(), plan, ids, labels
-        self.base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.max_grad_norm = train.max_grad_norm
-        self.optimizer = _optimizer(train, self.trained)
-        self.autocast, self.device = autocast, device
-
-    def watch(self, storages: _Storages) -> None:
-        """Have `storages` told of the bytes of gradients and optimizer state."""
-        self.storages = storages
-
-        def accumulated(parameter: Tensor) -> None:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                storages.parts["gradients"] += parameter.numel() * parameter.element_size()
-
-        seen: set[int] = set()
-        self._gradients = seen
-        for parameter in self.trained:
-            parameter.register_post_accumulate_grad_hook(accumulated)
-
-    def forward(self) -> Tensor:
-        enabled = self.autocast is not None
-        with torch.autocast(self.device, dtype=self.autocast or torch.bfloat16, enabled=enabled):
-            return forward_plan(self.base, self.plan, self.ids, self.labels, _OUTPUTS).log_probs.sum()
-
-    def backward(self) -> None:
-        self.forward().backward()
-
-    def update(self) -> None:
-        if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if hasattr(self, "storages"):
-            self._gradients.clear()
-            states = [value for state in self.optimizer.state.values() for value in state.values()]
-            sizes = [state.numel() * state.element_size() for state in states if isinstance(state, Tensor)]
-            self.storages.parts |= {"gradients": 0, "optimizer": sum(sizes)}
-
-    def whole(self) -> None:
-        self.backward()
-        self.update()
-
-    @torch.no_grad()
-    def reference(self) -> None:
-        self.forward()
-
-
-def _optimizer(train: TrainOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """One with the state of `train.optim`; those of 8 bits are counted as AdamW."""
-    if train.optim == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-6)
-    if train.optim == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=1e-6)
-    return torch.optim.AdamW(parameters, lr=1e-6)
-
-
-def _move(model: nn.Module, make: Any) -> None:
-    """Put `make(tensor)` in the place of every parameter and buffer; tied ones stay tied."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    new = make(tensor)
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = (tensor, new)
-                table[name] = made[id(tensor)][1]
-
-
-def _random(tensor: Tensor, device: torch.device) -> Tensor:
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    return torch.randn(tensor.shape, dtype=tensor.dtype, device=device) * 0.02
-
-
-def _map_tensors(plan: PairPlan, function: Any) -> PairPlan:
-    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    return dataclasses.replace(
-        plan, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-    )
+def _cut(items: list[Any], size: int) -> list[list[Any]]:
+    """Pieces of `size`, the last of which may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _size(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _timed(function: Any, device: torch.device, repeats: int = 2) -> float:
-    """Seconds of the fastest call, after one that warms up."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

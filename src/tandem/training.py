@@ -17,6 +17,7 @@ from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.errors import UserError
 from tandem.habana import is_lazy
+from tandem.heap import keep_freed_memory
 from tandem.log import logger
 from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer
 from tandem.options import DPOOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions, check_training
@@ -75,9 +76,12 @@ def run_dpo(run: DPORun) -> None:
         session.train(trainer)
 
 
-def training_pairs(run: DPORun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The tokenized pairs that a DPO run trains on."""
-    return _tokenized_pairs(_splits(run, tokenizer)["train_dataset"], tokenizer, run.text.max_length)
+def training_data(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The tokenized pairs that a run trains on. SFT, which takes the chosen answers alone, has them on both sides."""
+    rows = _splits(run, tokenizer)["train_dataset"]
+    if isinstance(run, SFTRun):
+        rows = [row | {"rejected": row["chosen"]} for row in rows]
+    return _tokenized_pairs(rows, tokenizer, run.text.max_length)
 
 
 def fill_reference_cache(run: DPORun, *, part: int, parts: int) -> None:
@@ -120,6 +124,8 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
 
 
 def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
+    if not has_accelerator():
+        keep_freed_memory()
     loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
     loaded.config.use_cache = False
     return loaded
