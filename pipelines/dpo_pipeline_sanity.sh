@@ -18,10 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 no_credentials MODEL_NAME DATASET JUDGE_MODEL JUDGE_BASE_URL
 RUN=${OUTPUT_DIR:-$ROOT/runs/dpo_sanity}
 RECIPE=${RECIPE:-$ROOT/pipelines/recipes/sanity}
-log_to "$RUN/dpo_pipeline_sanity.log"
-
 if [[ -z ${DATASET:-} ]]; then
-  echo "DATASET is not set: using the first 256 training and 128 test pairs of Anthropic/hh-rlhf"
   data=(--dataset_name Anthropic/hh-rlhf --dataset_train_split 'train[:256]' --dataset_test_split 'test[:128]')
 elif [[ -f $DATASET ]]; then
   data=(--dataset_name "$DATASET" --val_ratio 0.25) # one file has no test split of its own
@@ -31,35 +28,42 @@ fi
 mount=()
 [[ -z ${MOUNT_DIR:-} ]] || mount=(--mount_dir "$MOUNT_DIR")
 
-stage check data_report.json \
-  python "$ROOT/scripts/check_data.py" --config "$(config check)" "${data[@]}" --tokenizer_name_or_path "$MODEL_NAME" \
-  --report "$RUN/data_report.json"
-stage sft sft \
-  launch "$ROOT/scripts/sft.py" --config "$(config sft)" "${data[@]}" --model_name_or_path "$MODEL_NAME" \
-  --output_dir "$RUN/sft" "${mount[@]}"
-stage merge_sft sft_dpo_init_merged \
-  python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/sft" --output_dir "$RUN/sft_dpo_init_merged"
-stage dpo dpo \
-  launch "$ROOT/scripts/dpo.py" --config "$(config dpo)" "${data[@]}" \
-  --model_name_or_path "$RUN/sft_dpo_init_merged" --output_dir "$RUN/dpo" "${mount[@]}"
-stage merge_dpo dpo_sanity_merged \
-  python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/dpo" --output_dir "$RUN/dpo_sanity_merged"
-stage evaluate results.json \
-  python "$ROOT/scripts/evaluate.py" --config "$(config evaluate)" "${data[@]}" --reference_model "$MODEL_NAME" \
-  --sft_model "$RUN/sft_dpo_init_merged" --dpo_model "$RUN/dpo_sanity_merged" --output_file "$RUN/results.json"
-stage compare dpo_comparison_results.json \
-  python "$ROOT/scripts/compare.py" --config "$(config compare)" "${data[@]}" --base_model "$MODEL_NAME" \
-  --sft_model "$RUN/sft_dpo_init_merged" --finetuned_model "$RUN/dpo_sanity_merged" --output_dir "$RUN"
-if [[ -n ${JUDGE_MODEL:-} ]]; then
-  judge=(python "$ROOT/scripts/judge.py" --config "$(config judge)" "${data[@]}" --run_dir "$RUN"
-    --judge_model "$JUDGE_MODEL")
-  if [[ ${JUDGE_BASE_URL:-} == local ]]; then
-    judge=(with_local_judge "${judge[@]}" --base_url "http://127.0.0.1:$JUDGE_PORT/v1")
-  elif [[ -n ${JUDGE_BASE_URL:-} ]]; then
-    judge+=(--base_url "$JUDGE_BASE_URL")
+stages() {
+  stage check data_report.json \
+    python "$ROOT/scripts/check_data.py" --config "$(config check)" "${data[@]}" --tokenizer_name_or_path "$MODEL_NAME" \
+    --report "$RUN/data_report.json"
+  stage sft sft \
+    launch "$ROOT/scripts/sft.py" --config "$(config sft)" "${data[@]}" --model_name_or_path "$MODEL_NAME" \
+    --output_dir "$RUN/sft" "${mount[@]}"
+  stage merge_sft sft_dpo_init_merged \
+    python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/sft" --output_dir "$RUN/sft_dpo_init_merged"
+  stage dpo dpo \
+    launch "$ROOT/scripts/dpo.py" --config "$(config dpo)" "${data[@]}" \
+    --model_name_or_path "$RUN/sft_dpo_init_merged" --output_dir "$RUN/dpo" "${mount[@]}"
+  stage merge_dpo dpo_sanity_merged \
+    python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/dpo" --output_dir "$RUN/dpo_sanity_merged"
+  stage evaluate results.json \
+    python "$ROOT/scripts/evaluate.py" --config "$(config evaluate)" "${data[@]}" --reference_model "$MODEL_NAME" \
+    --sft_model "$RUN/sft_dpo_init_merged" --dpo_model "$RUN/dpo_sanity_merged" --output_file "$RUN/results.json"
+  stage compare dpo_comparison_results.json \
+    python "$ROOT/scripts/compare.py" --config "$(config compare)" "${data[@]}" --base_model "$MODEL_NAME" \
+    --sft_model "$RUN/sft_dpo_init_merged" --finetuned_model "$RUN/dpo_sanity_merged" --output_dir "$RUN"
+  if [[ -n ${JUDGE_MODEL:-} ]]; then
+    judge=(python "$ROOT/scripts/judge.py" --config "$(config judge)" "${data[@]}" --run_dir "$RUN"
+      --judge_model "$JUDGE_MODEL")
+    if [[ ${JUDGE_BASE_URL:-} == local ]]; then
+      judge=(with_local_judge "${judge[@]}" --base_url "http://127.0.0.1:$JUDGE_PORT/v1")
+    elif [[ -n ${JUDGE_BASE_URL:-} ]]; then
+      judge+=(--base_url "$JUDGE_BASE_URL")
+    fi
+    stage judge judge_summary.json "${judge[@]}"
   fi
-  stage judge judge_summary.json "${judge[@]}"
-fi
-stage report report.html \
-  python "$ROOT/scripts/report.py" --run_dir "$RUN"
+  stage report report.html \
+    python "$ROOT/scripts/report.py" --run_dir "$RUN"
+}
+
+preflight stages
+log_to "$RUN/dpo_pipeline_sanity.log"
+[[ -n ${DATASET:-} ]] || echo "DATASET is not set: using the first 256 training and 128 test pairs of Anthropic/hh-rlhf"
+stages
 echo "Report: $RUN/report.html"

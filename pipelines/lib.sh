@@ -32,10 +32,20 @@ log_to() {
   exit "${PIPESTATUS[0]}"
 }
 
+# preflight STAGES: have the command lines of all stages of the function STAGES checked before the first of them runs.
+preflight() {
+  [[ -z ${TANDEM_LOG:-} ]] || return 0 # log_to starts the script a second time
+  PREFLIGHT=1 "$1" | python -m tandem.preflight "$ACCELERATE_CONFIG"
+}
+
 # stage NAME OUTPUT COMMAND…: run COMMAND, which leaves OUTPUT in the run folder $RUN, unless it has done so before.
 # A stage that runs makes the later ones run anew; one that was stopped goes on from what it has saved.
 stage() {
   local name=$1 output=$2 status=0 stamp fingerprint seconds=$SECONDS
+  if [[ -n ${PREFLIGHT:-} ]]; then
+    printf '%s\0' "$#" "$@"
+    return
+  fi
   shift 2
   stamp=$RUN/.stages/$name
   fingerprint=$(fingerprint "$@")

@@ -67,6 +67,9 @@ BAD_CONFIGS: dict[str, BadConfig] = {
         "--padding_free",
         "command line: unknown option padding_free; TRL has it, but Tandem has not reviewed it and does not pass it on",
     ),
+    "a negative number with an exponent": dpo(
+        "--learning_rate -1e-5", "--learning_rate must not be negative, got -1e-05"
+    ),
     "an option without its value": dpo("--beta", "argument --beta: expected one argument (see --help)"),
     "a key on the command line": dpo(
         "--openai_api_key sk-0123456789abcdefghijklmnop", "command line: unknown option openai_api_key (see --help)"
@@ -149,7 +152,10 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "4 bits without LoRA": dpo(
         "--load_in_4bit", "--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves"
     ),
-    "two precisions": dpo("--bf16 --fp16", "--bf16 and --fp16 exclude each other"),
+    "two precisions": dpo(
+        "--bf16 --fp16",
+        "--bf16 and --fp16 exclude each other; --fp16 needs an accelerator: use --bf16, or neither, on the CPU",
+    ),
     "fp16 on the CPU": dpo("--fp16", "--fp16 needs an accelerator: use --bf16, or neither, on the CPU"),
     "evaluation steps without evaluation": dpo(
         "--eval_steps 5", "--eval_steps and --eval_strategy steps need each other"

@@ -12,6 +12,7 @@ import importlib
 import io
 import pkgutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,14 @@ def outcome(proof: str) -> str:
     """How a test ends: passed, failed or not run."""
     counter = Counter()
     screen = io.StringIO()
-    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
-        arguments = [str(ROOT / "tests" / proof), "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+    with (
+        tempfile.TemporaryDirectory() as folder,  # a path that is ignored may be the current one
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(screen),
+        contextlib.redirect_stderr(screen),
+    ):
+        arguments = ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / proof), "-q", "-x"]
+        arguments += ["-p", "no:cacheprovider", "-m", "slow or not slow"]
         code = pytest.main(arguments, plugins=[counter])
     if code == 0:
         return "passed" if counter.passed else "not run"

@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import Literal
@@ -61,6 +63,12 @@ def test_flags_with_and_without_a_value(text: str, expected: bool):
     assert read("--name", "a", *text.split()).wet is expected
 
 
+@pytest.mark.parametrize("text", ["-1", "-0.5", "-.5", "-1e-5", "-1E+05", "-2.e3"])
+def test_negative_numbers(text: str):
+    assert read("--name", "a", "--rate", text).rate == float(text)
+    assert read("--name", "a", "--weights", "1", text).weights == [1.0, float(text)]
+
+
 def test_lists():
     colours = read("--name", "a", "--kinds", "red", "blue", "--weights", "1", "0.5")
     assert colours.kinds == ["red", "blue"]
@@ -91,6 +99,8 @@ def test_default_lists_are_not_shared():
         (["--name", "a", "--count", "none"], "command line: count must be a whole number, not 'none'"),
         (["--name", "a", "--rate", "nan"], "command line: rate must be a number, not 'nan'"),
         (["--name", "a", "--rate", "inf"], "command line: rate must be a number, not 'inf'"),
+        (["--name", "a", "--rate", "-inf"], "command line: rate must be a number, not '-inf'"),
+        (["--name", "a", "--rate", "-nothing"], "argument --rate: expected one argument (see --help)"),
         (["--name", "a", "--wet", "maybe"], "command line: wet must be true or false, not 'maybe'"),
         (["--name", "a", "--limit", "x"], "command line: limit must be a whole number, not 'x'"),
         (["--name", "a", "--kinds", "green"], "command line: kinds must be one of red, blue, none, not green"),
@@ -163,6 +173,8 @@ def test_print_config_replays(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert "count: 7  # command line\n" in text
     assert "rate: 0.5  # default\n" in text
+    assert "limit: null  # default\n" in text
+    assert "kinds: [red]  # default\n" in text
 
 
 def test_all_mistakes_are_named_together(tmp_path: Path):
@@ -195,16 +207,16 @@ def test_refusals_of_several_groups_and_of_their_combination():
             refuse([f"{self.litres} litres"] if self.litres > 1 else [])
 
     def check(dry: Dry, wet: Wet) -> None:
-        refuse(["nothing at all"] if not dry.hours and not wet.litres else [])
+        refuse(["more litres than hours"] if wet.litres > dry.hours else [])
 
     def read_both(*argv: str) -> tuple[Dry, Wet]:
         return parse(argv, (Dry, Wet), prog="p", check=check)  # type: ignore[return-value]
 
-    with pytest.raises(UserError, match=r"^2 hours; 3 litres$"):
+    with pytest.raises(UserError, match=r"^2 hours; 3 litres; more litres than hours$"):
         read_both("--hours", "2", "--litres", "3")
-    with pytest.raises(UserError, match=r"^nothing at all$"):
-        read_both("--hours", "0", "--litres", "0")
-    assert read_both("--hours", "0") == (Dry(0), Wet(1))
+    with pytest.raises(UserError, match=r"^more litres than hours$"):
+        read_both("--hours", "0")
+    assert read_both("--litres", "0") == (Dry(1), Wet(0))
 
 
 def test_print_config_tells_the_sources_and_the_environment_without_its_secrets(
@@ -250,6 +262,11 @@ texts = st.text(st.characters(codec="utf-8"))
 def test_a_saved_config_is_read_back(tmp_path_factory: pytest.TempPathFactory, colours: Colours):
     file = tmp_path_factory.getbasetemp() / "saved.yaml"
     file.write_text(to_yaml(resolved(colours)), encoding="utf-8")
-    again = read("--config", str(file))
-    assert again == colours
-    assert math.copysign(1, again.rate) == math.copysign(1, colours.rate)
+    printed = file.with_name("printed.yaml")
+    with contextlib.redirect_stdout(io.StringIO()) as screen, contextlib.suppress(SystemExit):
+        read("--config", str(file), "--print_config")
+    printed.write_text(screen.getvalue(), encoding="utf-8")
+    for saved in (file, printed):
+        again = read("--config", str(saved))
+        assert again == colours
+        assert math.copysign(1, again.rate) == math.copysign(1, colours.rate)

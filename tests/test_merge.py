@@ -109,17 +109,17 @@ def test_nothing_of_another_kind_is_removed(tmp_path: Path, adapter: Path):
     write_manifest(training)
     for folder in (notes, training, tmp_path, notes / "thesis.tex"):
         with pytest.raises(UserError) as error:
-            MergeOptions(str(training), str(folder))
+            merge(MergeOptions(str(training), str(folder)))
         assert str(error.value) == f"--output_dir {folder}: holds other files, which a merge would remove"
     (tmp_path / "empty").mkdir()
-    MergeOptions(str(training), str(tmp_path / "empty"))
+    merge(MergeOptions(str(training), str(tmp_path / "empty")))
 
 
 def test_an_unfinished_training_is_not_merged(tmp_path: Path, adapter: Path):
     training = shutil.copytree(adapter, tmp_path / "training")
     (training / "config.yaml").write_text("a: 1")
     with pytest.raises(UserError, match="its training has not finished; run it again to resume it"):
-        MergeOptions(str(training), str(tmp_path / "merged"))
+        merge(MergeOptions(str(training), str(tmp_path / "merged")))
 
 
 def test_broken_weights_leave_no_folder(tmp_path: Path, adapter: Path):
@@ -134,6 +134,8 @@ def test_broken_weights_leave_no_folder(tmp_path: Path, adapter: Path):
 
 def test_refusals(tmp_path: Path, tiny_model: Path):
     with pytest.raises(UserError, match=f"--adapter {tmp_path}: neither an adapter's folder nor a model's"):
-        MergeOptions(str(tmp_path), str(tmp_path / "out"))
+        merge(MergeOptions(str(tmp_path), str(tmp_path / "out")))
     with pytest.raises(UserError, match=f"--base_model has no effect: {tiny_model} is a full model"):
-        MergeOptions(str(tiny_model), str(tmp_path / "out"), base_model="x")
+        merge(MergeOptions(str(tiny_model), str(tmp_path / "out"), base_model="x"))
+    with pytest.raises(UserError, match=f"--dtype has no effect: {tiny_model} is a full model"):
+        merge(MergeOptions(str(tiny_model), str(tmp_path / "out"), dtype="bfloat16"))

@@ -28,6 +28,7 @@ from tandem.options import (
     check_training,
     explain_unknown,
 )
+from tandem.run_options import DPORun, SFTRun, check, classes
 from tandem.sampling import SamplingOptions
 
 
@@ -225,6 +226,37 @@ def test_conflicts_are_named_together():
         "--save_steps has no effect without --save_strategy steps; "
         "--beta, --ld_alpha have no effect with --loss_type sft, which has no reference"
     )
+
+
+def test_conflicts_between_classes_are_named_with_those_within(tmp_path: Path):
+    """The five of issue 8, a learning rate, and a control's range, in one line."""
+    data = tmp_path / "pairs.jsonl"
+    data.touch()
+    argv = f"--model_name_or_path m --dataset_name {data} --output_dir out --lora_r 8 --eval_strategy steps "
+    argv += "--eval_steps 5 --global_batch_size 12 --learning_rate -1e-5 --fp16 --use_cpu --loss_type sft --beta 2 "
+    argv += "--beta_control risk"
+    with pytest.raises(UserError) as error:
+        parse(argv.split(), classes(DPORun), prog="dpo.py", check=check)
+    assert str(error.value) == (
+        "--lora_r has no effect without --use_peft true; "
+        "--learning_rate must not be negative, got -1e-05; "
+        "--beta has no effect with --loss_type sft, which has no reference; "
+        "--fp16 needs an accelerator: use --bf16, or neither, on the CPU; "
+        "--global_batch_size 12 is not a multiple of 8: --per_device_train_batch_size 8 on 1 processes; "
+        "--eval_strategy needs held-out pairs: a test split, or --val_ratio; "
+        "--beta 2.0 is outside of --beta_min 0.01 to --beta_max 1.0"
+    )
+
+
+@pytest.mark.parametrize("given", [["--val_ratio", "0.1"], ["--dataset_name", "owner/name"]])
+def test_held_out_pairs_that_there_may_be(given: list[str], tmp_path: Path):
+    (tmp_path / "train.jsonl").touch()
+    argv = f"--model_name_or_path m --dataset_name {tmp_path} --output_dir out --eval_strategy epoch".split()
+    with pytest.raises(UserError, match=r"^--eval_strategy needs held-out pairs"):
+        parse(argv, classes(SFTRun), prog="sft.py", check=check)
+    parse([*argv, *given], classes(SFTRun), prog="sft.py", check=check)
+    (tmp_path / "test.jsonl").touch()
+    parse(argv, classes(SFTRun), prog="sft.py", check=check)
 
 
 def test_the_global_batch_is_what_all_processes_take_in_a_step():

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -144,6 +145,11 @@ def _refuse_secret(option: _Option, value: Any, where: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        # argparse takes -1 for a value, and -1e-5 and -inf for options
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+|inf)(e[-+]?\d+)?$", re.IGNORECASE)
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")
 
@@ -236,11 +242,11 @@ def parse(
         classes: their options together are the program's.
         prog, description: for `--help`.
         explain_unknown: why an option of this name is not known, where there is something to say.
-        check: raises a `UserError` on instances that do not go together.
+        check: raises a `UserError` on instances that do not go together; it must bear values that a class refuses.
 
     Raises:
         UserError: unknown options (with the nearest known ones) and values of the wrong type, all in one; or else all
-            missing required options; or else what each class's `__post_init__` refuses; or else what `check` does.
+            missing required options; or else what each class's `__post_init__` and `check` refuse, all in one.
     """
     parser = _build_parser(classes, prog, description)
     namespace, extra = parser.parse_known_args(list(argv))
@@ -267,16 +273,20 @@ def parse(
 
     instances = []
     for cls in classes:
+        own = {name: values[name] for name in _names(cls) if name in values}
         try:
-            instances.append(cls(**{name: values[name] for name in _names(cls) if name in values}))
+            instances.append(cls(**own))
         except UserError as problem:
             problems.append(str(problem))
-    if len(instances) == len(classes):
+            instances.append(_unchecked(cls, own))
+    try:
         check(*instances)
+    except UserError as problem:
+        problems.append(str(problem))
     refuse(problems)
     if print_config:
         for name, value in resolved(*instances).items():
-            print(f"{name}: {_shown(value)}  # {sources.get(name, 'default')}")
+            print(f"{_yaml_line(name, value)}  # {sources.get(name, 'default')}")
         print(*_environment(), sep="\n")
         raise SystemExit(0)
     return tuple(instances)
@@ -294,6 +304,14 @@ def _stray_arguments(extra: Sequence[str], known: Sequence[str], explain: Callab
         elif not behind_unknown:
             problems.append(f"command line: unexpected argument {argument} (options start with --)")
     return problems
+
+
+def _unchecked(cls: type, values: dict[str, Any]) -> Any:
+    """An instance that its class refuses, to have its conflicts with other classes told as well."""
+    instance = object.__new__(cls)
+    for option in options_of(cls):
+        setattr(instance, option.name, values.get(option.name, option.default))
+    return instance
 
 
 def _names(cls: type) -> list[str]:
@@ -338,6 +356,12 @@ def save(path: str | Path, *instances: Any) -> None:
 def to_yaml(values: dict[str, Any]) -> str:
     """`values` as a YAML document that `parse` reads back to the same options."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _yaml_line(name: str, value: Any) -> str:
+    """`name: value` of a YAML document, in one line whatever the value."""
+    braced = yaml.dump({name: value}, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return braced.strip()[1:-1]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
-from tandem.options import ModelOptions, is_adapter
+from tandem.options import ModelOptions, changed, is_adapter
 from tandem.runs import is_complete, model_files, staged_dir
 
 
@@ -19,27 +19,37 @@ class MergeOptions:
     base_model: str | None = opt(None, "base model, where it is not the one the adapter names")
     dtype: str = opt("float32", "type of the merged weights", choices=("float32", "bfloat16", "float16", "auto"))
 
-    def __post_init__(self) -> None:
-        folder = Path(self.adapter)
-        if not is_adapter(self.adapter) and not (folder / "config.json").is_file():
-            raise UserError(f"--adapter {self.adapter}: neither an adapter's folder nor a model's")
-        if (folder / "config.yaml").exists() and not is_complete(folder):
-            raise UserError(f"--adapter {self.adapter}: its training has not finished; run it again to resume it")
-        target = Path(self.output_dir)
-        former = is_complete(target) and not (target / "config.yaml").exists()  # a merge, not a training run
-        if not former and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"--output_dir {self.output_dir}: holds other files, which a merge would remove")
-        if self.base_model and not is_adapter(self.adapter):
-            raise UserError(f"--base_model has no effect: {self.adapter} is a full model, not an adapter")
-
 
 def merge(options: MergeOptions) -> None:
-    """Write the merged model and its tokenizer to `output_dir`, complete or not at all."""
+    """Write the merged model and its tokenizer to `output_dir`, complete or not at all.
+
+    Raises:
+        UserError: there is no finished adapter or model to merge, or `output_dir` holds other files.
+    """
+    _check(options)
     with staged_dir(options.output_dir) as staging:
         if is_adapter(options.adapter):
             _merge_adapter(options, staging)
         else:
             _copy_model(options.adapter, staging)
+
+
+def _check(options: MergeOptions) -> None:
+    # Not when the options are parsed: a pipeline has them parsed before there is an adapter
+    folder = Path(options.adapter)
+    if not is_adapter(options.adapter) and not (folder / "config.json").is_file():
+        raise UserError(f"--adapter {options.adapter}: neither an adapter's folder nor a model's")
+    if (folder / "config.yaml").exists() and not is_complete(folder):
+        raise UserError(f"--adapter {options.adapter}: its training has not finished; run it again to resume it")
+    target = Path(options.output_dir)
+    former = is_complete(target) and not (target / "config.yaml").exists()  # a merge, not a training run
+    if not former and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--output_dir {options.output_dir}: holds other files, which a merge would remove")
+    if is_adapter(options.adapter):
+        return
+    for name in ("base_model", "dtype"):
+        if name in changed(options):
+            raise UserError(f"--{name} has no effect: {options.adapter} is a full model, not an adapter")
 
 
 def _copy_model(folder: str, staging: Path) -> None:

@@ -6,6 +6,7 @@ passed on: `explain_unknown` says so.
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -371,6 +372,11 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, 
         problems.append(f"--model_revision has no effect: {model.model_name_or_path} is a folder")
     if train.fp16 and not _accelerator_for(train):
         problems.append("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
+    if min(train.per_device_train_batch_size, train.tp_size) >= 1:  # else they are refused themselves
+        try:
+            train.accumulation(max(int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size, 1))
+        except UserError as problem:
+            problems.append(str(problem))
     refuse(problems)
 
 

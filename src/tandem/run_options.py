@@ -4,9 +4,12 @@ Light to import: the scripts parse these before anything loads.
 """
 
 import typing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tandem.config import refuse
 from tandem.data.options import DataOptions
+from tandem.data.sources import may_hold_out
+from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
 from tandem.options import (
     DPOOptions,
@@ -17,6 +20,7 @@ from tandem.options import (
     SFTOptions,
     TextOptions,
     TrainOptions,
+    check_training,
 )
 
 
@@ -48,3 +52,33 @@ class DPORun(NamedTuple):
 def classes(run: type[SFTRun] | type[DPORun]) -> tuple[type, ...]:
     """The option classes of a run, for `config.parse`, in the order in which `run` takes their instances."""
     return tuple(typing.get_type_hints(run).values())
+
+
+def check(*options: Any) -> None:
+    """Refuse, before anything is loaded, options of a run that do not go together; for `config.parse`.
+
+    Args:
+        options: instances of a run's `classes`, and perhaps others.
+
+    Raises:
+        UserError: naming all of them together.
+    """
+    given = {type(each): each for each in options}
+    data, monitor, dpo = given[DataOptions], given.get(MonitorOptions), given.get(DPOOptions)
+    train = given.get(SFTOptions) or given[TrainOptions]
+    problems = []
+    for conflict in (
+        lambda: check_training(given[ModelOptions], given[LoraOptions], train, dpo),
+        lambda: _check_held_out(train, data),
+        lambda: monitor.check_beta(dpo.beta) if monitor and dpo else None,
+    ):
+        try:
+            conflict()
+        except UserError as problem:
+            problems.append(str(problem))
+    refuse(problems)
+
+
+def _check_held_out(train: TrainOptions, data: DataOptions) -> None:
+    if train.eval_strategy != "no" and not may_hold_out(data):
+        raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")

@@ -225,14 +225,14 @@ def test_other_data_under_the_same_name_is_refused(killed_and_resumed: tuple[Pip
 def test_a_failing_middle_stage_stops_the_pipeline(
     killed_and_resumed: tuple[Pipeline, str], tmp_path: Path, tiny_model: Path, data: Path
 ):
-    """Wrong input to sft: later stages do not run, and the same command goes on at sft when it is put right."""
+    """Wrong input that shows in sft: later stages do not run, and the same command goes on there when it is put right."""
     pipeline = Pipeline(tmp_path, tiny_model, data, "http://127.0.0.1:1/v1")
-    write_recipe(pipeline.recipe, sft={"learning_rate": -1.0})
+    write_recipe(pipeline.recipe, sft={"load_in_4bit": True})
     log = pipeline.run / "dpo_pipeline_sanity.log"
     for attempt in (1, 2):
         code, screen = pipeline()
         assert code == 2
-        assert "UserError: --learning_rate must not be negative, got -1.0" in screen
+        assert "UserError: --load_in_4bit needs bitsandbytes" in screen
         assert screen.splitlines()[-1] == (
             f"== sft was given wrong input (exit code 2). Log: {log}. The same command goes on from here."
         )

@@ -40,30 +40,30 @@ class DataOptions:
     max_bad_rows: int = opt(0, "skip and list up to this many rows that cannot be read")
 
     def __post_init__(self) -> None:
+        problems = []
         if not 0 <= self.val_ratio < 1:
-            raise UserError(f"--val_ratio must be at least 0 and below 1, not {self.val_ratio}")
+            problems.append(f"--val_ratio must be at least 0 and below 1, not {self.val_ratio}")
         if self.max_bad_rows < 0:
-            raise UserError(f"--max_bad_rows must not be negative, got {self.max_bad_rows}")
+            problems.append(f"--max_bad_rows must not be negative, got {self.max_bad_rows}")
         if self.chosen_key is not None and self.chosen_key == self.rejected_key:
-            raise UserError(
+            problems.append(
                 f"--chosen_key and --rejected_key both name {self.chosen_key}: no pair would prefer anything"
             )
-        if not self.is_mixture:
-            self._refuse_without_effect()
-            return
-        for field in dataclasses.fields(self):
-            if field.name in SOURCE_OPTIONS[1:] and getattr(self, field.name) != field.default:
-                raise UserError(
-                    f"--{field.name} has no effect with a mixture: give it to a source in {self.dataset_name}"
-                )
+        refuse(problems + self._without_effect())
 
-    def _refuse_without_effect(self) -> None:
+    def _without_effect(self) -> list[str]:
+        if self.is_mixture:
+            return [
+                f"--{field.name} has no effect with a mixture: give it to a source in {self.dataset_name}"
+                for field in dataclasses.fields(self)
+                if field.name in SOURCE_OPTIONS[1:] and getattr(self, field.name) != field.default
+            ]
         problems = []
         if self.data_seed != type(self).data_seed and not self.val_ratio:
             problems.append("--data_seed has no effect without --val_ratio or a mixture")
         if self.dataset_test_split != type(self).dataset_test_split and self.val_ratio:
             problems.append("--dataset_test_split has no effect with --val_ratio, which holds pairs out instead")
-        refuse(problems)
+        return problems
 
     @property
     def is_mixture(self) -> bool:

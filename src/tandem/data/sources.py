@@ -121,6 +121,19 @@ def load_held_out(options: DataOptions) -> list[Row]:
     return _shuffled(pairs, sources, options.data_seed)
 
 
+def may_hold_out(options: DataOptions) -> bool:
+    """Whether `load_splits` can have held-out pairs, as far as file names tell; a Hub name may always.
+
+    Raises:
+        UserError: no such file or folder.
+    """
+    return bool(options.val_ratio) or any(
+        not is_local(source.options.dataset_name)
+        or _base(source.options.dataset_test_split) in local_splits(source.options.dataset_name)
+        for source in sources_of(options)
+    )
+
+
 def _halves(options: DataOptions, skipped: list[str] | None) -> tuple[list[Row], list[Row]]:
     pairs = load_pairs(options, options.dataset_train_split, skipped)
     return split_by_prompt(pairs, options.val_ratio, options.data_seed)
