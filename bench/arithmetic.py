@@ -51,24 +51,38 @@ class Shape:
         attention = 4 * self.heads * self.head_dim * attended
         return self.layers * (layer + attention) + 2 * self.hidden * self.vocabulary * scored
 
+    def adapters(self, tokens: float, rank: int) -> float:
+        """FLOPs of a forward of `tokens` through LoRA's two matrices beside each matrix of the layers."""
+        return self.layers * 2 * rank * sum(rows + columns for rows, columns in self.matrices) * tokens
+
+
+def tokens(batch: Sequence[Lengths], layout: str) -> int:
+    """How many tokens the layers see of a batch of pairs."""
+    if layout == "padded":
+        return 2 * len(batch) * max(p + max(c, r) for p, c, r in batch)
+    return sum((2 if layout == "packed" else 1) * p + c + r for p, c, r in batch)
+
 
 def batch_forward(shape: Shape, batch: Sequence[Lengths], layout: str) -> float:
     """FLOPs of one forward of a batch of pairs. `padded` is TRL's on CPU, which scores every position."""
+    seen = tokens(batch, layout)
     if layout == "padded":
-        longest = max(p + max(c, r) for p, c, r in batch)
         rows = 2 * len(batch)
-        return shape.forward(rows * longest, rows * longest * (longest + 1) / 2, rows * (longest - 1))
+        longest = seen // rows
+        return shape.forward(seen, seen * (longest + 1) / 2, rows * (longest - 1))
     scored = sum(c + r for _, c, r in batch)
     if layout == "packed":
-        rows = [n for p, c, r in batch for n in (p + c, p + r)]
-        return shape.forward(sum(rows), sum(n * (n + 1) / 2 for n in rows), scored)
+        return shape.forward(seen, sum(n * (n + 1) / 2 for p, c, r in batch for n in (p + c, p + r)), scored)
     attended = sum((p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2 for p, c, r in batch)
-    return shape.forward(sum(p + c + r for p, c, r in batch), attended, scored)
+    return shape.forward(seen, attended, scored)
 
 
-def step(shape: Shape, batch: Sequence[Lengths], layout: str, *, lora: bool, reference: bool) -> float:
+def step(shape: Shape, batch: Sequence[Lengths], layout: str, *, rank: int = 0, reference: bool) -> float:
     """FLOPs of a training step on one batch: forward, backward (2 forwards; 1 where the weights are frozen), and the
-    reference's forward unless it is cached. The padded path scores the head's gradient twice over: its chunked
-    log-prob recomputes the logits in the backward, as ours does, and that recomputation is left out for both."""
-    passes = (2 if lora else 3) + (1 if reference else 0)
-    return passes * batch_forward(shape, batch, layout)
+    reference's forward unless it is cached. What is computed a second time for the backward is not counted.
+
+    Args:
+        rank: of the LoRA adapters on each matrix of the layers; 0 where all weights are trained.
+    """
+    passes = (2 if rank else 3) + (1 if reference else 0)
+    return passes * batch_forward(shape, batch, layout) + 3 * shape.adapters(tokens(batch, layout), rank)

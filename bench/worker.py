@@ -25,6 +25,7 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
+from tandem.heap import keep_freed_memory
 from tandem.models import load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, LoraOptions, ModelOptions
@@ -36,6 +37,8 @@ LLAMAS = {
     "1B": (2048, 8192, 16, 32, 8),
     "8B": (4096, 14336, 32, 32, 8),
 }
+
+LORA = LoraOptions(use_peft=True)
 
 
 class StockTrainer(DPOTrainer):
@@ -177,7 +180,9 @@ def run(
         keywords = {"data_collator": collator, "engine": engine, "monitor": MonitorOptions(), "logs_dir": Path(folder)}
     else:
         dataset = dataset.remove_columns("pair_id")
-    lora = lora_config(LoraOptions(use_peft=True)) if options.lora else None
+    if ours and options.device == "cpu":
+        keep_freed_memory()  # as run_dpo does
+    lora = lora_config(LORA) if options.lora else None
     trainer: Any = cls(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **keywords
     )
@@ -204,8 +209,10 @@ def figures(
     batches = [order[start : start + options.batch] for start in range(0, len(order), options.batch)]
     layout = options.side if options.side in ("shared", "packed") else "padded"
 
+    rank = LORA.lora_r if options.lora else 0
+
     def flops(chosen: list[Any], layout: str, reference: bool) -> float:
-        return sum(step(shape, batch, layout, lora=options.lora, reference=reference) for batch in chosen)
+        return sum(step(shape, batch, layout, rank=rank, reference=reference) for batch in chosen)
 
     # Stock TRL forwards the reference within each step; otherwise it is scored before the first
     steady = flops(batches[1:], layout, options.side == "trl") / (steps.ends[-1] - steps.ends[0])

@@ -16,7 +16,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 # A module may import from its own layer and from lower ones; unnamed modules at the top of tandem are stages
 LAYERS = {
     **dict.fromkeys(("config", "credentials", "errors", "estimates", "log", "options", "runs", "sampling"), 0),
-    **dict.fromkeys(("blind", "refusals", "servers"), 0),
+    **dict.fromkeys(("blind", "heap", "refusals", "servers"), 0),
     **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "generation", "models", "scoring"), 1),
     **dict.fromkeys(("habana", "processes"), 1),
     "trainers": 2,

@@ -30,6 +30,12 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 1)
 
 
+@pytest.fixture(params=[0, 5, 100], ids="{} tokens kept".format)
+def keep(request, monkeypatch):
+    """Of the 11 tokens' log-probs, how many may stay for the backward."""
+    monkeypatch.setattr(logprobs, "_KEPT_LOG_PROBS", 40 * request.param)
+
+
 def from_the_definition(hidden, weight, bias, targets, transform):
     logits = (hidden @ weight.t() + (0 if bias is None else bias)) * transform.scale
     if transform.softcap is not None:
@@ -47,7 +53,7 @@ def from_the_definition(hidden, weight, bias, targets, transform):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_fields_and_gradients_are_the_definition(head, chunk, transform, with_bias):
+def test_fields_and_gradients_are_the_definition(head, chunk, keep, transform, with_bias):
     hidden, weight, bias, targets = in_float32(head)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()] + ([bias.requires_grad_()] if with_bias else [])
     bias = bias if with_bias else None
@@ -77,10 +83,22 @@ def test_a_tie_with_an_earlier_word_is_not_top1():
     assert scores.is_top1.tolist() == [True, False]
 
 
-def test_a_frozen_head_gets_no_gradient(head):
-    hidden, weight, _, targets = head
-    score_tokens(hidden, weight.detach(), None, targets, LogitTransform()).log_probs.sum().backward()
-    assert hidden.grad is not None
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_frozen_head_gets_no_gradient_and_is_multiplied_once(head, chunk, transform, monkeypatch):
+    hidden, weight, bias, targets = in_float32(head)
+    upstream = torch.linspace(-1, 1, len(targets))
+    expected = from_the_definition(hidden.requires_grad_(), weight, bias, targets, transform)["log_probs"]
+    log_probs = score_tokens(hidden, weight, bias, targets, transform).log_probs
+    monkeypatch.setattr(logprobs._Head, "log_probs", None)  # the backward has no need of logits
+    (ours,), (theirs,) = (torch.autograd.grad((scores * upstream).sum(), hidden) for scores in (log_probs, expected))
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_backward_can_run_twice(head):
+    hidden, weight, bias, targets = in_float32(head)
+    log_probs = score_tokens(hidden, weight.requires_grad_(), bias, targets, LogitTransform()).log_probs
+    first, second = (torch.autograd.grad(log_probs.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_no_tokens_still_connect_to_the_model(head):
@@ -93,12 +111,13 @@ def test_no_tokens_still_connect_to_the_model(head):
 
 def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 80)
+    monkeypatch.setattr(logprobs, "_KEPT_LOG_PROBS", 200)
     monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 2)
     head = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in in_float32(head)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
         score_tokens(*head, LogitTransform(), FIELDS)
-    assert max(kept) < 11 * 40
+    assert 4 * 40 in kept and max(kept) == 40 * 6  # whole chunks of two tokens, beside the weight
 
     sizes = []
 

@@ -1,7 +1,8 @@
 """Log-probabilities of the completion tokens alone, from hidden states, in chunks.
 
 A language-model head over M tokens and V words makes an (M, V) matrix, far larger than anything else in the step.
-Here it exists one chunk of tokens at a time, in the forward and again in the backward, which recomputes it.
+Here it exists one chunk of tokens at a time. What the backward needs of it is made in the forward where the head is
+frozen, kept where it is small, and computed again where it is not.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 # Logits of one chunk: 32 MiB in float32. Measured on CPU: half of it slows the head by a fifth, twice it gains nothing.
 # Four times as many in half precision, where each chunk also adds a whole weight gradient to the float32 sum.
 _CHUNK_LOGITS = 1 << 23
+# Log-probs kept from the forward to the backward of a trained head: 256 MiB spare it a fourth matrix product over the
+# completions of eight short pairs. Those that do not fit are computed again.
+_KEPT_LOG_PROBS = 1 << 26
 # Fewer tokens than this make slow matrix products, however large the vocabulary
 _MIN_CHUNK_TOKENS = 64
 # Words of one tile of TRL's kernel, as TRL itself calls it
@@ -58,9 +62,13 @@ class LogitTransform:
         factor = self.scale / self.temperature
         return logits if factor == 1.0 else logits.mul_(factor)
 
-    def chain_(self, gradient: Tensor, transformed: Tensor) -> Tensor:
-        """Turn d/d(transformed) into d/d(logits), in place; `transformed` is what `apply_` returned."""
+    def chain_(self, gradient: Tensor, transformed: Tensor | None) -> Tensor:
+        """Turn d/d(transformed) into d/d(logits), in place; `transformed` is what `apply_` returned.
+
+        It may be None where there is no softcap.
+        """
         if self.softcap is not None:
+            assert transformed is not None
             # tanh(scale * x / softcap), and its derivative 1 - tanh^2
             tanh = transformed * (self.temperature / self.softcap)
             gradient.mul_(1 - tanh * tanh)
@@ -123,7 +131,8 @@ def score_tokens(
                 outputs,
             )
         else:
-            scores = _ScoreTokens.apply(hidden, weight, bias, targets, transform, outputs)
+            # Within an autograd function gradients always look disabled
+            scores = _ScoreTokens.apply(hidden, weight, bias, targets, transform, outputs, torch.is_grad_enabled())
     return TokenScores(*scores)
 
 
@@ -145,33 +154,40 @@ class _ScoreTokens(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         outputs: tuple[str, ...],
+        differentiable: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.dtype, ctx.transform = dtype, transform
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        head, tokens = _Head(weight, bias, transform, dtype), targets.numel()
+        trained = differentiable and any(ctx.needs_input_grad[1:3])
+        kept = hidden.new_empty(head.tokens_to_keep(tokens) if trained else 0, weight.shape[0], dtype=torch.float32)
+        # Of a frozen head the backward needs d log p / d hidden alone, which is made while the probabilities are here
+        frozen = differentiable and not trained and ctx.needs_input_grad[0]
+        jacobian = torch.empty_like(hidden, dtype=dtype) if frozen else None
 
-        tokens = targets.numel()
         result = {name: hidden.new_empty(tokens, dtype=torch.float32) for name in ("log_probs", *outputs)}
         if "is_top1" in outputs:
             result["is_top1"] = torch.empty_like(targets, dtype=torch.bool)
-        head = weight.to(dtype)
-        for rows in _chunks(tokens, weight.shape[0], dtype):
-            logits = _logits(hidden[rows].to(dtype), head, bias, transform)
+        for rows in head.chunks(tokens):
+            logits, log_probs = head.log_probs(hidden[rows].to(dtype), kept[rows])
             target = targets[rows]
-            log_sum_exp = logits.logsumexp(-1)
-            result["log_probs"][rows] = logits.gather(-1, target[:, None]).squeeze(-1) - log_sum_exp
+            result["log_probs"][rows] = log_probs.gather(-1, target[:, None]).squeeze(-1)
             if "mean_logits" in outputs:
                 result["mean_logits"][rows] = logits.mean(-1)
             if "is_top1" in outputs:
                 result["is_top1"][rows] = logits.argmax(-1) == target
             if "entropy" in outputs or "log_sum_sq_probs" in outputs:
-                probs = logits.softmax(-1)
+                probs = log_probs.exp()
                 if "entropy" in outputs:
-                    result["entropy"][rows] = log_sum_exp - torch.linalg.vecdot(probs, logits)
+                    result["entropy"][rows] = -torch.linalg.vecdot(probs, log_probs)
                 if "log_sum_sq_probs" in outputs:
                     result["log_sum_sq_probs"][rows] = torch.linalg.vecdot(probs, probs).log()
+            if jacobian is not None:
+                upstream = torch.ones_like(target, dtype=torch.float32)
+                jacobian[rows] = head.grad_logits(logits, log_probs, target, upstream) @ head.weight
 
+        ctx.dtype, ctx.transform = dtype, transform
+        ctx.save_for_backward(hidden, weight, bias, targets, kept, jacobian)
         log_probs, *others = (result.get(field) for field in TokenScores.__dataclass_fields__)
         ctx.mark_non_differentiable(*(other for other in others if other is not None))
         ctx.set_materialize_grads(False)
@@ -180,31 +196,26 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden, weight, bias, targets, kept, jacobian = ctx.saved_tensors
         if grad_log_probs is None:
-            return (None,) * 6
-        dtype, transform = ctx.dtype, ctx.transform
+            return (None,) * 7
+        if jacobian is not None:
+            return (jacobian.float() * grad_log_probs[:, None]).to(hidden.dtype), *(None,) * 6
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
-            head = weight.to(dtype)
+            head = _Head(weight, bias, ctx.transform, ctx.dtype)
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-            for rows in _chunks(targets.numel(), weight.shape[0], dtype):
-                states = hidden[rows].to(dtype)
-                logits = _logits(states, head, bias, transform)
-                # d log p(target) / d logit_j = [j = target] - p_j
-                upstream = grad_log_probs[rows].float()
-                grad_logits = logits.softmax(-1).mul_(-upstream[:, None])
-                grad_logits.scatter_add_(-1, targets[rows, None], upstream[:, None])
-                grad_logits = transform.chain_(grad_logits, logits)
-                del logits
+            for rows in head.chunks(targets.numel()):
+                states = hidden[rows].to(ctx.dtype)
+                logits, log_probs = (None, kept[rows]) if rows.stop <= len(kept) else head.log_probs(states)
+                grad_logits = head.grad_logits(logits, log_probs, targets[rows], grad_log_probs[rows].float())
                 if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
-                grad_logits = grad_logits.to(dtype)
+                    grad_bias += grad_logits.sum(0, dtype=torch.float32)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = grad_logits @ head
-                if grad_weight is not None and dtype == torch.float32:
+                    grad_hidden[rows] = grad_logits @ head.weight
+                if grad_weight is not None and ctx.dtype == torch.float32:
                     grad_weight.addmm_(grad_logits.t(), states)
                 elif grad_weight is not None:
                     grad_weight += grad_logits.t() @ states
@@ -212,20 +223,54 @@ class _ScoreTokens(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-def _chunks(tokens: int, vocabulary: int, dtype: torch.dtype) -> Iterator[slice]:
-    logits = _CHUNK_LOGITS if dtype == torch.float32 else 4 * _CHUNK_LOGITS
-    size = max(_MIN_CHUNK_TOKENS, logits // vocabulary)
-    for start in range(0, tokens, size):
-        yield slice(start, start + size)
+class _Head:
+    """A head of (V, D) weights over chunks of tokens. The chunks share two buffers: to touch fresh memory costs more
+    than a pass over it."""
 
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype) -> None:
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.transform = transform
+        logits = _CHUNK_LOGITS if dtype == torch.float32 else 4 * _CHUNK_LOGITS
+        self.chunk_tokens = max(_MIN_CHUNK_TOKENS, logits // weight.shape[0])
+        self._logits = torch.empty(0, device=weight.device)
+        self._log_probs = torch.empty(0, device=weight.device)
 
-def _logits(states: Tensor, head: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """(chunk, V) transformed logits, float32, from a product in the states' dtype."""
-    product = states @ head.t() if bias is None else torch.addmm(bias.to(head.dtype), states, head.t())
-    return transform.apply_(product.float())
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        for start in range(0, tokens, self.chunk_tokens):
+            yield slice(start, min(start + self.chunk_tokens, tokens))
+
+    def tokens_to_keep(self, tokens: int) -> int:
+        """How many of the tokens' log-probs fit into what may be kept, in whole chunks."""
+        if self.transform.softcap is not None:  # whose derivative takes the logits themselves
+            return 0
+        fitting = _KEPT_LOG_PROBS // self.weight.shape[0]
+        return tokens if tokens <= fitting else fitting - fitting % self.chunk_tokens
+
+    def log_probs(self, states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(chunk, V) transformed logits and their log-softmax, float32, from a product in the states' dtype.
+
+        The next call overwrites both, except log-probs that went into an `out` of the right size.
+        """
+        shape = len(states), len(self.weight)
+        logits = self._logits.resize_(shape)
+        product = logits if states.dtype == logits.dtype else None
+        if self.bias is None:
+            product = torch.mm(states, self.weight.t(), out=product)
+        else:
+            product = torch.addmm(self.bias, states, self.weight.t(), out=product)
+        self.transform.apply_(logits if product is logits else logits.copy_(product))
+        if out is None or out.shape != shape:
+            out = self._log_probs.resize_(shape)
+        return logits, torch.log_softmax(logits, -1, out=out)
+
+    def grad_logits(self, logits: Tensor | None, log_probs: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
+        """(chunk, V) gradient of sum(upstream * log p(target)) by the logits before their transform."""
+        # d log p(target) / d logit_j = [j = target] - p_j
+        gradient = torch.exp(log_probs, out=self._log_probs.resize_(log_probs.shape)).mul_(-upstream[:, None])
+        gradient.scatter_add_(-1, targets[:, None], upstream[:, None])
+        return self.transform.chain_(gradient, logits).to(self.weight.dtype)
