@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tandem import habana
 from tandem.models import load_model, load_tokenizer
 from tandem.options import ModelOptions
 from tandem.sampling import Sampling
 from tandem.scoring import Scorer, _until_end
+from tests import tiny
 
 
 def scorer(folder: Path, **changes: object) -> Scorer:
@@ -83,3 +85,29 @@ def test_answers_end_with_their_end(tiny_model: Path, tmp_path: Path):
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [4, 5]}))
     assert scorer(folder).ends == {2, 4, 5}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_hpu_without_optimum_habana_gets_few_shapes_and_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
+):
+    """Rows and caches of fixed lengths, as on an HPU, on the CPU and beside the pair engine."""
+    folder = tiny.save_model(tmp_path / "model", tied=False)
+    if adapter:
+        folder = tiny.save_adapter(tmp_path / "adapter", folder)
+    plain = scorer(folder)
+    monkeypatch.setattr(habana, "few_shapes", lambda: True)
+    fixed = scorer(folder)
+    seen = set()
+
+    def note(_: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        seen.add(tuple(kwargs["input_ids"].shape))
+
+    base = fixed.model.get_base_model() if adapter else fixed.model
+    base.model.register_forward_pre_hook(note, with_kwargs=True)
+    np.testing.assert_allclose(fixed.pair_logps(PAIRS, None), plain.pair_logps(PAIRS, None), rtol=0, atol=1e-5)
+    assert seen == {(4, 128)}
+    seen.clear()
+    prompts, greedy = [[3, 40, 41, 9], [3, 42], [5]], Sampling(8, 0.0, 1.0)
+    assert fixed.sample(prompts, greedy, seed=0) == plain.sample(prompts, greedy, seed=0)
+    assert seen == {(4, 128), (4, 1)}

@@ -1,10 +1,11 @@
-"""Intel Gaudi's software: whether it is here, in which mode, and Intel's forwards in transformers' models."""
+"""Intel Gaudi's software: whether it is here, in which mode, and Intel's forwards in transformers' models.
+
+Imports no torch.
+"""
 
 import importlib.util
 import os
 from typing import Any
-
-from tandem.models import has_hpu
 
 
 def has_optimum_habana() -> bool:
@@ -20,6 +21,8 @@ def is_lazy() -> bool:
 def few_shapes() -> bool:
     """Whether batches should come in few shapes, since an HPU compiles a program for each: so it is on an HPU, and in
     its environment on a CPU, where it is tested."""
+    from tandem.models import has_hpu
+
     return has_hpu() or has_optimum_habana()
 
 

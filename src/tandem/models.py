@@ -34,13 +34,18 @@ def has_hpu() -> bool:
     return hpu is not None and bool(hpu.is_available())
 
 
+def has_mps() -> bool:
+    """Whether there is an Apple GPU."""
+    return torch.backends.mps.is_available()
+
+
 def fast_bf16() -> bool:
     """Whether this process's device multiplies bfloat16 in hardware, so that autocast to it pays."""
     if has_hpu():
         return True
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
+    if has_mps():
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

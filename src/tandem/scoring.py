@@ -74,7 +74,7 @@ class Scorer:
 
         def score(batch: list[int]) -> np.ndarray:
             logps = self._token_logps(collate([pairs[index] for index in batch])).sum(1).view(2, -1)
-            values: np.ndarray = logps[:, : len(batch)].T.double().cpu().numpy()
+            values: np.ndarray = logps[:, : len(batch)].T.cpu().double().numpy()
             return values
 
         result = np.empty((len(pairs), 2))

@@ -38,6 +38,17 @@ def test_a_static_batch_holds_the_same_and_nothing_that_counts(pairs: list[dict]
     assert static["pair_id"] == [p["pair_id"] for p in [*pairs, *[pairs[0]] * (4 - count)]]
 
 
+@given(st.lists(pair, min_size=1, max_size=4), st.integers(1, 8), st.none() | st.integers(10, 20))
+def test_rows_to_a_multiple_hold_the_same(pairs: list[dict], multiple: int, max_length: int | None):
+    plain, rounded = PairCollator(0, max_length)(pairs), PairCollator(0, max_length, multiple=multiple)(pairs)
+    longest, width = plain["input_ids"].shape[1], rounded["input_ids"].shape[1]
+    assert longest <= width < longest + multiple
+    assert width % multiple == 0 or width == max_length
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(rounded[name][:, :longest], plain[name])
+        assert not rounded[name][:, longest:].any()
+
+
 def test_examples_have_one_shape_and_labels_on_completions():
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED_LABEL, IGNORED_LABEL, 7, 8]}]
     batch = ExampleCollator(pad_token_id=0, max_length=5, size=2)(rows)

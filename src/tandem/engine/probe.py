@@ -79,8 +79,8 @@ def difference(padded: Tensor, engine: Tensor, labels: Tensor) -> float:
     Not a number where either path is not finite.
     """
     scored = labels[:, 1:] != IGNORED_LABEL
-    reference = padded[scored].double()
-    gap = (engine[scored].double() - reference).abs().mean()
+    reference = padded[scored].cpu().double()  # MPS has no float64
+    gap = (engine[scored].cpu().double() - reference).abs().mean()
     return (gap / reference.abs().mean().clamp(min=1.0)).item()
 
 

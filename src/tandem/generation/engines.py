@@ -3,16 +3,24 @@
 import contextlib
 from collections.abc import Collection, Iterator
 
+from tandem.errors import UserError
 from tandem.generation.engine import Engine
 from tandem.generation.options import GenerationOptions
+from tandem.models import has_mps
 from tandem.sampling import SamplingOptions
 
 
 @contextlib.contextmanager
 def open_engine(models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> Iterator[Engine]:
-    """The engine of `options`, which will be asked to load some of `models`."""
+    """The engine of `options`, which will be asked to load some of `models`.
+
+    Raises:
+        UserError: vLLM where there is an Apple GPU, which it does not know.
+    """
     engine: Engine
     if options.engine == "vllm":
+        if has_mps():
+            raise UserError("--engine vllm does not run on MPS: use --engine transformers, or a server with openai")
         from tandem.generation.vllm import VllmEngine
 
         engine = VllmEngine(models, options, sampling)

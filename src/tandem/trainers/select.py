@@ -6,7 +6,6 @@ from typing import Any
 from tandem import habana
 from tandem.errors import UserError
 from tandem.log import logger
-from tandem.models import has_hpu
 from tandem.options import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
 from tandem.trainers.gaudi_settings import check_gaudi
 
@@ -38,12 +37,18 @@ def builders(
         return on_gaudi.Builders(gaudi)
     if asked := gaudi.asked():
         raise UserError(f"--{asked[0]} is of optimum-habana's trainers on Intel Gaudi, which this run does not use")
+    from tandem.models import has_mps
     from tandem.trainers import trl
+    from tandem.trainers.mps_settings import check_mps
 
+    if has_mps() and not train.use_cpu:
+        check_mps(model, lora, train, os.environ)
     return trl
 
 
 def _default() -> str:
+    from tandem.models import has_hpu
+
     if not has_hpu():
         return "trl"
     if habana.has_optimum_habana():
