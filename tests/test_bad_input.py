@@ -1,17 +1,19 @@
 """Bad input of every kind, through the scripts: one exact line, exit code 2, and nothing written or overwritten."""
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from tandem.errors import AlarmStop, Preempted, TandemExit, UserError, script_main
 from tandem.runs import MANIFEST, sha256_file, write_manifest
@@ -211,18 +213,52 @@ def stopped(
     return folder, argv.split()
 
 
+@pytest.fixture
+def checkpoint(stopped: tuple[Path, list[str]], tmp_path: Path) -> Iterator[Path]:
+    """The stopped run's checkpoint, put back as it was afterwards."""
+    folder = stopped[0] / "out" / "checkpoint-1"
+    saved = shutil.copytree(folder, tmp_path / "saved")
+    yield folder
+    shutil.rmtree(folder)
+    shutil.copytree(saved, folder)
+
+
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_runs_no_code(stopped: tuple[Path, list[str]], script, name: str):
+@pytest.mark.parametrize("content", ["code", "half", "nothing"])
+def test_a_checkpoint_runs_no_code(
+    stopped: tuple[Path, list[str]], checkpoint: Path, say: Callable[..., str], name: str, content: str, named: bool
+):
+    """Though its manifest agrees with it: whoever wrote the one may have written the other."""
     folder, argv = stopped
-    checkpoint = folder / "out" / "checkpoint-1"
-    before = (checkpoint / name).read_bytes()
-    (checkpoint / name).write_bytes(pickle.dumps(_Boom(folder / "boom")))
+    file = checkpoint / name
+    whole = file.read_bytes()
+    spoiled = {"code": pickle.dumps(_Boom(folder / "boom"), protocol=2), "half": whole[: len(whole) // 2]}
+    file.write_bytes(spoiled.get(content, b""))
     write_manifest(checkpoint)
-    with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
-        script("dpo").main(argv)
+    left = contents(checkpoint)
+    said = say("dpo", *argv, *(["--resume_from_checkpoint", checkpoint] if named else []))
+    check(said, f"{file}: not the plain tensors and numbers that training saves (…")
     assert not (folder / "boom").exists()
-    (checkpoint / name).write_bytes(before)
+    assert contents(checkpoint) == left
+
+
+def test_the_pickle_in_a_checkpoint_is_a_trap(tmp_path: Path):
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(_Boom(tmp_path / "boom"), protocol=2))
+    with contextlib.suppress(RuntimeError):  # what it has unpickled is not what torch saves
+        torch.load(tmp_path / "optimizer.pt", weights_only=False)
+    assert (tmp_path / "boom").exists()
+
+
+def test_training_arguments_of_a_checkpoint_are_not_read(
+    stopped: tuple[Path, list[str]], checkpoint: Path, script: Callable[[str], ModuleType]
+):
+    folder, argv = stopped
+    (checkpoint / "training_args.bin").write_bytes(pickle.dumps(_Boom(folder / "boom")))
     write_manifest(checkpoint)
+    script("dpo").main(argv)
+    assert "resuming from" in (folder / "out" / "train.log").read_text()
+    assert not (folder / "boom").exists()
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError, 2), (AlarmStop, 3), (Preempted, 75)])

@@ -47,6 +47,7 @@ from tandem.runs import (
 )
 from tandem.trackers import join_trackers
 from tandem.trainers.callbacks import Mirror, Preemption, RateProgress
+from tandem.trainers.checkpoints import refuse_code
 
 # Options that change how a run is watched or where it lies, not what it computes: they may differ when it is resumed
 _FREE_ON_RESUME = {
@@ -139,7 +140,7 @@ class Session:
         """The checkpoint to go on from. Those that follow it are put aside: this run will make its own.
 
         Raises:
-            UserError: one named by the user that is damaged.
+            UserError: one named by the user that is damaged, or one that hides code.
         """
         asked = self.options.resume_from_checkpoint
         if asked == "no":  # else a later run could take them for its own
@@ -150,12 +151,14 @@ class Session:
             reason = damage(asked)
             if reason is not None:
                 raise UserError(f"--resume_from_checkpoint {asked} cannot be used: {reason}")
+            refuse_code(asked)
             self._put_aside_after(_steps_done(asked))
             return asked
         found = None
         for path in reversed(checkpoints(self.folder)):
             reason = damage(path) or self._foreign(path)
             if reason is None:
+                refuse_code(path)
                 found = path
                 break
             logger.warning("%s is skipped: %s", path, reason)

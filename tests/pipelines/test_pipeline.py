@@ -227,12 +227,12 @@ def test_a_failing_middle_stage_stops_the_pipeline(
 ):
     """Wrong input that shows in sft: later stages do not run, and the same command goes on there when it is put right."""
     pipeline = Pipeline(tmp_path, tiny_model, data, "http://127.0.0.1:1/v1")
-    write_recipe(pipeline.recipe, sft={"load_in_4bit": True})
+    write_recipe(pipeline.recipe, sft={"use_flash_attention": True})
     log = pipeline.run / "dpo_pipeline_sanity.log"
     for attempt in (1, 2):
         code, screen = pipeline()
         assert code == 2
-        assert "UserError: --load_in_4bit needs bitsandbytes" in screen
+        assert "UserError: --use_flash_attention is of optimum-habana" in screen
         assert screen.splitlines()[-1] == (
             f"== sft was given wrong input (exit code 2). Log: {log}. The same command goes on from here."
         )

@@ -7,11 +7,34 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers.trainer import safe_globals  # transformers 4, of Gaudi, has it nowhere else
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tandem.errors import UserError
 from tandem.runs import RUN, checkpoints, discard, is_complete, write_atomic, write_manifest
 
 _COUNTERS = "tandem_counters.json"
+# What transformers reads with torch.load; training_args.bin is written only
+_PICKLES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
+
+
+def refuse_code(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint whose pickles hold anything but tensors and plain values, before one of them is used.
+
+    Each is read with torch's restricted unpickler, as transformers will, but without the tensors' content.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for file in sorted(file for pattern in _PICKLES for file in Path(checkpoint).glob(pattern)):
+        try:
+            with safe_globals():  # of NumPy's random state
+                torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # a damaged pickle has the unpickler raise errors of many kinds
+            raise UserError(
+                f"{file}: not the plain tensors and numbers that training saves ({type(error).__name__}); nothing in "
+                "it was run; remove this checkpoint, and the same command goes on from the one before"
+            ) from error
 
 
 class CompleteCheckpoints:
