@@ -32,8 +32,8 @@ def chunk(request, monkeypatch):
 
 @pytest.fixture(params=[0, 5, 100], ids="{} tokens kept".format)
 def keep(request, monkeypatch):
-    """Of the 11 tokens' log-probs, how many may stay for the backward."""
-    monkeypatch.setattr(logprobs, "_KEPT_LOG_PROBS", 40 * request.param)
+    """Of how many of the 11 tokens the probabilities may stay for the backward."""
+    monkeypatch.setattr(logprobs, "_KEPT_PROBS", 40 * request.param)
 
 
 def from_the_definition(hidden, weight, bias, targets, transform):
@@ -89,7 +89,7 @@ def test_a_frozen_head_gets_no_gradient_and_is_multiplied_once(head, chunk, tran
     upstream = torch.linspace(-1, 1, len(targets))
     expected = from_the_definition(hidden.requires_grad_(), weight, bias, targets, transform)["log_probs"]
     log_probs = score_tokens(hidden, weight, bias, targets, transform).log_probs
-    monkeypatch.setattr(logprobs._Head, "log_probs", None)  # the backward has no need of logits
+    monkeypatch.setattr(logprobs._Head, "softmax", None)  # the backward has no need of logits
     (ours,), (theirs,) = (torch.autograd.grad((scores * upstream).sum(), hidden) for scores in (log_probs, expected))
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -111,7 +111,7 @@ def test_no_tokens_still_connect_to_the_model(head):
 
 def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 80)
-    monkeypatch.setattr(logprobs, "_KEPT_LOG_PROBS", 200)
+    monkeypatch.setattr(logprobs, "_KEPT_PROBS", 200)
     monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 2)
     head = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in in_float32(head)]
     kept = []

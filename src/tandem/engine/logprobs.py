@@ -20,9 +20,9 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 # Logits of one chunk: 32 MiB in float32. Measured on CPU: half of it slows the head by a fifth, twice it gains nothing.
 # Four times as many in half precision, where each chunk also adds a whole weight gradient to the float32 sum.
 _CHUNK_LOGITS = 1 << 23
-# Log-probs kept from the forward to the backward of a trained head: 256 MiB spare it a fourth matrix product over the
-# completions of eight short pairs. Those that do not fit are computed again.
-_KEPT_LOG_PROBS = 1 << 26
+# Probabilities kept from the forward to the backward of a trained head: 256 MiB spare it a fourth matrix product over
+# the completions of eight short pairs. Those that do not fit are computed again.
+_KEPT_PROBS = 1 << 26
 # Fewer tokens than this make slow matrix products, however large the vocabulary
 _MIN_CHUNK_TOKENS = 64
 # Words of one tile of TRL's kernel, as TRL itself calls it
@@ -169,22 +169,20 @@ class _ScoreTokens(torch.autograd.Function):
         if "is_top1" in outputs:
             result["is_top1"] = torch.empty_like(targets, dtype=torch.bool)
         for rows in head.chunks(tokens):
-            logits, log_probs = head.log_probs(hidden[rows].to(dtype), kept[rows])
+            logits, log_sum_exp, probs = head.softmax(hidden[rows].to(dtype), kept[rows])
             target = targets[rows]
-            result["log_probs"][rows] = log_probs.gather(-1, target[:, None]).squeeze(-1)
+            result["log_probs"][rows] = logits.gather(-1, target[:, None]).squeeze(-1) - log_sum_exp
             if "mean_logits" in outputs:
                 result["mean_logits"][rows] = logits.mean(-1)
             if "is_top1" in outputs:
                 result["is_top1"][rows] = logits.argmax(-1) == target
-            if "entropy" in outputs or "log_sum_sq_probs" in outputs:
-                probs = log_probs.exp()
-                if "entropy" in outputs:
-                    result["entropy"][rows] = -torch.linalg.vecdot(probs, log_probs)
-                if "log_sum_sq_probs" in outputs:
-                    result["log_sum_sq_probs"][rows] = torch.linalg.vecdot(probs, probs).log()
+            if "entropy" in outputs:
+                result["entropy"][rows] = log_sum_exp - torch.linalg.vecdot(probs, logits)
+            if "log_sum_sq_probs" in outputs:
+                result["log_sum_sq_probs"][rows] = torch.linalg.vecdot(probs, probs).log()
             if jacobian is not None:
                 upstream = torch.ones_like(target, dtype=torch.float32)
-                jacobian[rows] = head.grad_logits(logits, log_probs, target, upstream) @ head.weight
+                jacobian[rows] = head.grad_logits(logits, probs, target, upstream) @ head.weight
 
         ctx.dtype, ctx.transform = dtype, transform
         ctx.save_for_backward(hidden, weight, bias, targets, kept, jacobian)
@@ -209,8 +207,10 @@ class _ScoreTokens(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
             for rows in head.chunks(targets.numel()):
                 states = hidden[rows].to(ctx.dtype)
-                logits, log_probs = (None, kept[rows]) if rows.stop <= len(kept) else head.log_probs(states)
-                grad_logits = head.grad_logits(logits, log_probs, targets[rows], grad_log_probs[rows].float())
+                logits, probs = None, kept[rows]
+                if len(probs) < len(states):
+                    logits, _, probs = head.softmax(states)
+                grad_logits = head.grad_logits(logits, probs, targets[rows], grad_log_probs[rows].float())
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0, dtype=torch.float32)
                 if grad_hidden is not None:
@@ -238,23 +238,24 @@ class _Head:
         logits = _CHUNK_LOGITS if dtype == torch.float32 else 4 * _CHUNK_LOGITS
         self.chunk_tokens = max(_MIN_CHUNK_TOKENS, logits // weight.shape[0])
         self._logits = torch.empty(0, device=weight.device)
-        self._log_probs = torch.empty(0, device=weight.device)
+        self._probs = torch.empty(0, device=weight.device)
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         for start in range(0, tokens, self.chunk_tokens):
             yield slice(start, min(start + self.chunk_tokens, tokens))
 
     def tokens_to_keep(self, tokens: int) -> int:
-        """How many of the tokens' log-probs fit into what may be kept, in whole chunks."""
+        """Of how many tokens the probabilities fit into what may be kept, in whole chunks."""
         if self.transform.softcap is not None:  # whose derivative takes the logits themselves
             return 0
-        fitting = _KEPT_LOG_PROBS // self.weight.shape[0]
+        fitting = _KEPT_PROBS // self.weight.shape[0]
         return tokens if tokens <= fitting else fitting - fitting % self.chunk_tokens
 
-    def log_probs(self, states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(chunk, V) transformed logits and their log-softmax, float32, from a product in the states' dtype.
+    def softmax(self, states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(chunk, V) transformed logits, their (chunk,) log-sum-exp and (chunk, V) probabilities, float32.
 
-        The next call overwrites both, except log-probs that went into an `out` of the right size.
+        The product is in the states' dtype. The next call overwrites logits and probabilities, but for probabilities
+        in an `out` of the right size.
         """
         shape = len(states), len(self.weight)
         logits = self._logits.resize_(shape)
@@ -265,12 +266,17 @@ class _Head:
             product = torch.addmm(self.bias, states, self.weight.t(), out=product)
         self.transform.apply_(logits if product is logits else logits.copy_(product))
         if out is None or out.shape != shape:
-            out = self._log_probs.resize_(shape)
-        return logits, torch.log_softmax(logits, -1, out=out)
+            out = self._probs.resize_(shape)
+        # Not torch's softmax and logsumexp, which would each do half of this again, nor its log_softmax, whose sums
+        # over a large vocabulary are biased by 1e-7
+        largest = logits.amax(-1, keepdim=True)
+        probs = torch.sub(logits, largest, out=out).exp_()
+        total = probs.sum(-1, keepdim=True)
+        return logits, (largest + total.log()).squeeze(-1), probs.div_(total)
 
-    def grad_logits(self, logits: Tensor | None, log_probs: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
+    def grad_logits(self, logits: Tensor | None, probs: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
         """(chunk, V) gradient of sum(upstream * log p(target)) by the logits before their transform."""
         # d log p(target) / d logit_j = [j = target] - p_j
-        gradient = torch.exp(log_probs, out=self._log_probs.resize_(log_probs.shape)).mul_(-upstream[:, None])
+        gradient = torch.mul(probs, -upstream[:, None], out=self._probs.resize_(probs.shape))
         gradient.scatter_add_(-1, targets[:, None], upstream[:, None])
         return self.transform.chain_(gradient, logits).to(self.weight.dtype)
