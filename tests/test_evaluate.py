@@ -284,6 +284,17 @@ def test_a_model_of_nothing_but_nan_has_no_accuracy(tmp_path: Path, tiny_model: 
     assert not (tmp_path / "results.json").exists()
 
 
+def test_the_reference_is_looked_for_before_a_policy_is_scored(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is loaded last."""
+    monkeypatch.setattr("tandem.scoring.load_model", None)
+    reference = shutil.copytree(tiny_model, tmp_path / "reference")
+    (reference / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"^{reference}: has no weights"):
+        evaluate(options(tmp_path, reference, tiny_model), TextOptions(), pairs_of(tiny_data))
+
+
 def test_nothing_fits(tmp_path: Path, tiny_model: Path, tiny_data: Path):
     with pytest.raises(UserError, match="--max_length 4: no held-out pair keeps any of its answers"):
         evaluate(options(tmp_path, tiny_model, tiny_model), TextOptions(max_length=4), pairs_of(tiny_data))

@@ -271,3 +271,32 @@ def test_sampling_keywords():
         "top_p": 0.9,
         "top_k": 0,
     }
+
+
+@pytest.mark.parametrize("broken", ["gone", "no config", "no weights", "no tokenizer", "no shard", "no base", "pickle"])
+def test_no_answer_is_drawn_before_all_models_are_known_to_be_there(broken: str, tmp_path: Path, tiny_model: Path):
+    """The last model is the one that cannot be loaded."""
+    second = tmp_path / "second"
+    if broken == "no base":
+        second.mkdir()
+        (second / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+        (second / "adapter_model.safetensors").touch()
+    elif broken != "gone":
+        shutil.copytree(tiny_model, second)
+    if broken == "no config":
+        (second / "config.json").unlink()
+    if broken == "no tokenizer":
+        (second / "tokenizer_config.json").unlink()
+    if broken in ("no weights", "no shard", "pickle"):
+        (second / "model.safetensors").unlink()
+    if broken == "no shard":
+        (second / "model-1.safetensors").touch()
+        (second / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'
+        )
+    if broken == "pickle":
+        (second / "pytorch_model.bin").touch()
+    models = {"base": str(tiny_model), "dpo": str(second)}
+    with pytest.raises(UserError, match=f"^{tmp_path}"):
+        generate_all(models, PROMPTS[:1], options(), GenerationOptions(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -232,9 +232,11 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     One model is in memory at a time; the reference, last, scores the pairs and every policy's samples.
     """
     from tandem.data.texts import render, tokenize_pair
-    from tandem.models import load_tokenizer
+    from tandem.models import check_model, load_tokenizer
     from tandem.options import ModelOptions
 
+    for name in (*options.policies.values(), options.reference_model):
+        check_model(name)
     tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.reference_model))
     pairs = pairs[: options.max_eval_samples]
     tokenized = [tokenize_pair(render(pair, text.use_chat_template), tokenizer) for pair in pairs]

@@ -174,6 +174,25 @@ def _create_model(name: str, *, dtype: str, **keywords: Any) -> Any:
     return create_model_from_path(name, dtype=dtype, **keywords)
 
 
+def check_model(name: str) -> None:
+    """Refuse a model or adapter that cannot be loaded, as far as that shows without its weights: before others are.
+
+    Raises:
+        UserError: no such folder or Hub name, or one with no readable config or tokenizer, or with its weights missing.
+    """
+    if is_adapter(name):
+        _check_adapter(name)
+        check_model(base_of_adapter(name))
+    else:
+        folder = Path(name)
+        _check_folder(name, "config.json")
+        stored_dtype(name)
+        check_weights(folder)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise UserError(f"{name}: has no weights (.safetensors)")
+    load_tokenizer(ModelOptions(model_name_or_path=name))
+
+
 def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False) -> "PeftModel":
     """`base` with the adapter in `folder` on it.
 
@@ -182,16 +201,21 @@ def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False)
     """
     from peft import PeftModel
 
-    if (Path(folder) / "adapter_model.bin").is_file() and not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise _pickled(folder, "adapter_model.bin")
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
+    _check_adapter(folder)
     try:
         with adapters_of_whole_layers():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except _LOADING_ERRORS as error:
         why = f"cannot be loaded as an adapter of {base.name_or_path}: {_first_line(error)}"
         raise UserError(f"{folder}: {why}") from error
+
+
+def _check_adapter(folder: str) -> None:
+    if (Path(folder) / "adapter_model.safetensors").is_file():
+        return
+    if (Path(folder) / "adapter_model.bin").is_file():
+        raise _pickled(folder, "adapter_model.bin")
+    raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
 
 
 @contextlib.contextmanager
@@ -265,7 +289,7 @@ def check_weights(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
     for name in sorted(map(str, names)):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
             raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from tandem.errors import UserError
 from tandem.generation.engine import Engine
 from tandem.generation.options import GenerationOptions
-from tandem.models import has_mps
+from tandem.models import check_model, has_mps
 from tandem.sampling import SamplingOptions
 
 
@@ -15,9 +15,12 @@ def open_engine(models: Collection[str], options: GenerationOptions, sampling: S
     """The engine of `options`, which will be asked to load some of `models`.
 
     Raises:
-        UserError: vLLM where there is an Apple GPU, which it does not know.
+        UserError: one of the models cannot be loaded here; or vLLM where there is an Apple GPU, which it does not know.
     """
     engine: Engine
+    if options.engine != "openai":
+        for model in models:
+            check_model(model)
     if options.engine == "vllm":
         if has_mps():
             raise UserError("--engine vllm does not run on MPS: use --engine transformers, or a server with openai")
