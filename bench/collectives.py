@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -126,15 +127,36 @@ def predicted(engine: str, lora: bool, sizes: dict[str, int], adapter: int, batc
     """Elements gathered and reduced in one optimizer step of one micro-batch, and in each batch of the reference."""
     trained = adapter if lora else sizes["total"]
     held = sizes["total"] + (adapter if lora else 0)
-    again = sizes["layers"] + sizes["embedding"] + (adapter if lora else 0)  # resharded after the forward
+    layers = sizes["layers"] + (adapter if lora else 0)
+    again = layers + sizes["embedding"]  # resharded after the forward
     # The tail stays gathered between the batches of the reference; under PEFT it is read as a DTensor, each time
     once = held if lora else held - sizes["tail"] * (1 - 1 / batches)
     return {
         "ddp": {"gathered": 0, "reduced": trained, "reference": 0},
         "fsdp": {"gathered": held + again, "reduced": trained, "reference": once},
         "deepspeed_zero2": {"gathered": trained, "reduced": trained, "reference": 0},
-        "deepspeed_zero3": {"gathered": 2 * held, "reduced": trained, "reference": held},
+        # A checkpointed layer is gathered for the forward, again to be recomputed, and again for its backward
+        "deepspeed_zero3": {"gathered": held + 2 * layers, "reduced": trained, "reference": sizes["total"]},
     }[engine]
+
+
+def large_model_config(folder: Path) -> Path:
+    """accelerate_configs/deepspeed_zero3.yaml, less the limits below which DeepSpeed 0.19.8 keeps what it has gathered
+    (100,000 elements a weight, 10⁹ in all): this model is below them, and a large one is not."""
+    config = yaml.safe_load((launches.ROOT / "accelerate_configs" / "deepspeed_zero3.yaml").read_text())
+    given = config.pop("deepspeed_config")
+    config.pop("mixed_precision")  # its place is the other file
+    kept = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True} | dict.fromkeys(kept, 0)
+    sizes = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero} | dict.fromkeys(sizes, "auto")))
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(folder / "zero3.json"),
+        "zero3_init_flag": given["zero3_init_flag"],
+    }
+    path = folder / "zero3.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def counted(engine: str, processes: int, lora: bool, folder: Path) -> dict[str, dict[str, int]]:
@@ -147,6 +169,8 @@ def counted(engine: str, processes: int, lora: bool, folder: Path) -> dict[str, 
         --use_peft {str(lora).lower()} {own}
     """
     command = launches.launcher(engine, processes)
+    if engine == "deepspeed_zero3":
+        command[command.index("--config_file") + 1] = str(large_model_config(folder))
     command += ["-m", "bench.collectives", "--worker", kind, str(report), *argv.split()]
     done = launches.start(command, variables | {"LOCAL_SIZE": str(processes)})
     if done.returncode:
@@ -179,7 +203,8 @@ def main() -> None:
         for engine in options.configs:
             for processes in options.processes:
                 for lora in (False, True):
-                    _print_row(engine, processes, lora, counted(engine, processes, lora, folder), sizes, adapter)
+                    found = counted(engine, processes, lora, folder)
+                    _print_row(engine, processes, lora, found, sizes, adapter)
 
 
 def _print_row(
