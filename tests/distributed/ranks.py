@@ -57,13 +57,13 @@ def start(command: Sequence[str], **environment: str) -> "subprocess.Popen[str]"
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The processes that train under a launcher, by rank."""
-    found = []
+    """The processes that train under a launcher, by rank; not what they have started, as wandb's server."""
+    found = {}
     for process in psutil.Process(launcher).children(recursive=True):
         try:
-            rank = process.environ().get("RANK")
+            rank, of_parent = process.environ().get("RANK"), psutil.Process(process.ppid()).environ().get("RANK")
         except psutil.Error:
             continue
-        if rank is not None:
-            found.append((int(rank), process))
-    return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+        if rank is not None and of_parent is None:
+            found[int(rank)] = process
+    return [found[rank] for rank in sorted(found)]
