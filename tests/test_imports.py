@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(("config", "credentials", "errors", "estimates", "log", "options", "runs", "sampling"), 0),
     **dict.fromkeys(("blind", "heap", "refusals", "servers"), 0),
     **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "generation", "models", "scoring"), 1),
-    **dict.fromkeys(("habana", "processes"), 1),
+    **dict.fromkeys(("habana", "processes", "run_options"), 1),
     "trainers": 2,
 }
 STAGE = 3

@@ -45,7 +45,7 @@ from tandem.options import (
     TrainOptions,
 )
 from tandem.ray_train import launch
-from tandem.run_options import SFTRun
+from tandem.run_options import DPORun, SFTRun
 from tandem.runs import read_jsonl
 from tandem.sampling import SamplingOptions
 from tandem.scoring import Scorer
@@ -107,19 +107,9 @@ def trl_arguments(monkeypatch: pytest.MonkeyPatch, train: TrainOptions, dpo: DPO
     """The DPOConfig that a run with these options gives to TRL's trainer."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(trl, "TandemDPOTrainer", lambda **keywords: given.update(keywords))
-    trl.dpo_trainer(
-        None,
-        None,
-        tiny.tokenizer(),
-        _arguments(train, ModelOptions("m")),
-        TextOptions(),
-        LoraOptions(),
-        dpo,
-        EngineOptions(),
-        MonitorOptions(),
-        Path(),
-        {},
-    )
+    others = (EngineOptions(), MonitorOptions(), GaudiOptions())
+    run = DPORun(ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
+    trl.dpo_trainer(run, None, None, tiny.tokenizer(), _arguments(train, run.model), Path(), {})
     config: DPOConfig = given["args"]
     return config
 

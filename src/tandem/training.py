@@ -41,7 +41,7 @@ def run_sft(run: SFTRun) -> None:
         policy = _trainable(run.model, run.lora, run.train.tp_size)
         session.start(splits["train_dataset"])
         examples = {name: _examples(rows) for name, rows in splits.items()}
-        session.train(builders.sft_trainer(policy, tokenizer, arguments, run.text, run.lora, examples))
+        session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
 
 
 def run_dpo(run: DPORun) -> None:
@@ -60,20 +60,8 @@ def run_dpo(run: DPORun) -> None:
         policy = _trainable(run.model, run.lora, run.train.tp_size)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"])
-        trainer = builders.dpo_trainer(
-            policy,
-            reference,
-            tokenizer,
-            arguments,
-            run.text,
-            run.lora,
-            run.dpo,
-            run.engine,
-            run.monitor,
-            logs_dir=session.folder / "logs",
-            splits=splits,
-        )
-        session.train(trainer)
+        logs_dir = session.folder / "logs"
+        session.train(builders.dpo_trainer(run, policy, reference, tokenizer, arguments, logs_dir, splits))
 
 
 def training_data(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -102,17 +90,13 @@ def fill_reference_cache(run: DPORun, *, part: int, parts: int) -> None:
     # A trainer scores what its cache lacks when it is built
     with tempfile.TemporaryDirectory() as folder:
         builders.dpo_trainer(
+            run,
             _trainable(run.model, run.lora, tp_size=1),
             _reference(run.model, run.dpo, tp_size=1),
             tokenizer,
             arguments | {"output_dir": folder, "report_to": ["none"]},
-            run.text,
-            run.lora,
-            run.dpo,
-            run.engine,
-            run.monitor,
-            logs_dir=Path(folder),
-            splits=splits,
+            Path(folder),
+            splits,
         )
 
 

@@ -21,6 +21,7 @@ from tandem.models import load_model, load_tokenizer
 from tandem.monitor.callback import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions
+from tandem.run_options import DPORun, SFTRun
 from tandem.training import _arguments
 
 
@@ -65,31 +66,23 @@ def build(trainer: str, case: Case) -> Any:
     )
     of_loss = {name: value for name, value in case.extra.items() if name not in of_training}
     tokenizer = load_tokenizer(model)
-    rows = load_pairs(DataOptions(dataset_name=case.data), "train")
+    data_options = DataOptions(dataset_name=case.data)
+    rows = load_pairs(data_options, "train")
     arguments = _arguments(train, model) | {"disable_tqdm": True}
     if case.loss_type == "sft":
         rendered = [render(row, True) for row in rows]
         data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rendered])
-        policy = load_model(model)
-        return _builders(trainer).sft_trainer(policy, tokenizer, arguments, text, lora, {"train_dataset": data})
+        sft = SFTRun(model, lora, text, data_options, train, GaudiOptions())
+        return _builders(trainer).sft_trainer(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
     dpo = DPOOptions(beta=case.beta, loss_type=[case.loss_type], **of_loss)
     pairs = [tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
     data = Dataset.from_list(pairs)
     if trainer == "stock":
         return _stock(load_model(model), tokenizer, arguments, text, lora, dpo, data)
-    return _builders(trainer).dpo_trainer(
-        load_model(model),
-        None,
-        tokenizer,
-        arguments,
-        text,
-        lora,
-        dpo,
-        EngineOptions(ref_cache=f"{case.output_dir}/cache"),
-        MonitorOptions(),
-        logs_dir=Path(case.output_dir) / "logs",
-        splits={"train_dataset": data},
-    )
+    engine = EngineOptions(ref_cache=f"{case.output_dir}/cache")
+    run = DPORun(model, lora, text, data_options, train, dpo, engine, MonitorOptions(), GaudiOptions())
+    logs_dir, splits = Path(case.output_dir) / "logs", {"train_dataset": data}
+    return _builders(trainer).dpo_trainer(run, load_model(model), None, tokenizer, arguments, logs_dir, splits)
 
 
 def _builders(trainer: str) -> Any:
@@ -97,7 +90,7 @@ def _builders(trainer: str) -> Any:
         habana.prepare()
         from tandem.trainers import gaudi
 
-        return gaudi.Builders(GaudiOptions())
+        return gaudi
     from tandem.trainers import trl
 
     return trl

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from optimum.habana import GaudiConfig
 from optimum.habana.transformers.modeling_attn_mask_utils import GaudiAttentionMaskConverter
+from optimum.habana.transformers.models.gemma3.modeling_gemma3 import GaudiGemma3ForCausalLM
 from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,7 @@ from tests.gaudi import steps
 from tests.gaudi.steps import Case
 
 STOCK_MASK = GaudiAttentionMaskConverter._make_causal_mask
+STOCK_INPUTS = GaudiGemma3ForCausalLM.prepare_inputs_for_generation
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,6 +180,20 @@ def test_sliding_window(gemma: Path):
     assert keys(STOCK_MASK) != exact
     assert max(keys(STOCK_MASK)) == 5
     assert keys(GaudiAttentionMaskConverter._make_causal_mask) == exact
+
+
+def test_gemma_3_answers_with_its_cache_as_without(gemma: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stock, the cache is fed with another token than the one drawn."""
+    model = AutoModelForCausalLM.from_pretrained(gemma)
+    ids = torch.randint(6, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+
+    def answers(use_cache: bool) -> list[list[int]]:
+        rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, use_cache=use_cache)
+        return rows[:, 20:].tolist()
+
+    assert answers(True) == answers(False)
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", STOCK_INPUTS)
+    assert answers(True) != answers(False)
 
 
 def test_graphs_with_a_shared_reference(tiny_model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

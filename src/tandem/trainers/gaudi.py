@@ -31,7 +31,8 @@ from tandem.habana import is_lazy
 from tandem.log import logger
 from tandem.models import lora_config
 from tandem.monitor.options import MonitorOptions
-from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, TextOptions
+from tandem.options import DPOOptions, EngineOptions, GaudiOptions
+from tandem.run_options import DPORun, SFTRun
 from tandem.runs import write_json
 from tandem.trainers.common import CompleteCheckpoints, PairTrainer
 from tandem.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
@@ -324,86 +325,76 @@ class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
             return self.compute_loss(model, inputs), None, None
 
 
-@dataclasses.dataclass
-class Builders:
-    """`sft_trainer` and `dpo_trainer` as in `trainers.trl`, on Gaudi."""
+def start_processes(arguments: Mapping[str, Any]) -> None:
+    """See `select.Builders`: optimum-habana's arguments do it when a trainer is built, and each card loads the whole
+    model. The seed is set here because an adapter starts at random, and is made before the stock class sets it."""
+    set_seed(arguments["seed"])
 
-    gaudi: GaudiOptions
 
-    def start_processes(self, arguments: Mapping[str, Any]) -> None:
-        """Nothing: optimum-habana's arguments do it when a trainer is built, and each card loads the whole model."""
+def sft_trainer(
+    run: SFTRun,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    splits: dict[str, Dataset],
+) -> TandemGaudiSFTTrainer:
+    """See `select.Builders`."""
+    config = training_arguments(arguments, lazy=is_lazy(), graphs=True)
+    max_length = run.text.max_length
+    return TandemGaudiSFTTrainer(
+        model=policy,
+        args=GaudiSFTConfig(**config, packing=False, max_seq_length=max_length),
+        gaudi_config=GaudiConfig(**gaudi_config(arguments)),
+        tokenizer=tokenizer,
+        peft_config=lora_config(run.lora),
+        data_collator=ExampleCollator(
+            tokenizer.pad_token_id, max_length, size=arguments["per_device_train_batch_size"]
+        ),
+        gaudi=run.gaudi,
+        **{name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()},
+    )
 
-    def sft_trainer(
-        self,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        arguments: dict[str, Any],
-        text: TextOptions,
-        lora: LoraOptions,
-        splits: dict[str, Dataset],
-    ) -> TandemGaudiSFTTrainer:
-        set_seed(arguments["seed"])  # an adapter starts at random, and is made before the stock class sets a seed
-        config = training_arguments(arguments, lazy=is_lazy(), graphs=True)
-        return TandemGaudiSFTTrainer(
-            model=policy,
-            args=GaudiSFTConfig(**config, packing=False, max_seq_length=text.max_length),
-            gaudi_config=GaudiConfig(**gaudi_config(arguments)),
-            tokenizer=tokenizer,
-            peft_config=lora_config(lora),
-            data_collator=ExampleCollator(
-                tokenizer.pad_token_id, text.max_length, size=arguments["per_device_train_batch_size"]
-            ),
-            gaudi=self.gaudi,
-            **{name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()},
-        )
 
-    def dpo_trainer(
-        self,
-        policy: PreTrainedModel,
-        reference: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase,
-        arguments: dict[str, Any],
-        text: TextOptions,
-        lora: LoraOptions,
-        dpo: DPOOptions,
-        engine: EngineOptions,
-        monitor: MonitorOptions,
-        logs_dir: Path,
-        splits: dict[str, Dataset],
-    ) -> TandemGaudiDPOTrainer:
-        logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", text.max_length)
-        set_seed(arguments["seed"])  # as for SFT
-        # A graph recorded with the adapter on could be replayed for the reference
-        shared = reference is None and (lora.use_peft or isinstance(policy, PeftModel))
-        config = training_arguments(arguments, lazy=is_lazy(), graphs=not shared)
-        return TandemGaudiDPOTrainer(
-            model=policy,
-            ref_model=reference,
-            args=GaudiDPOConfig(
-                **config,
-                beta=dpo.beta,
-                label_smoothing=dpo.label_smoothing,
-                disable_dropout=dpo.disable_dropout,
-                max_length=text.max_length,
-                max_prompt_length=text.max_length,  # the pairs are cut already
-                precompute_ref_log_probs=True,  # ours; without it the stock class would copy the policy
-            ),
-            gaudi_config=GaudiConfig(**gaudi_config(arguments)),
-            tokenizer=tokenizer,
-            peft_config=lora_config(lora),
-            data_collator=PairCollator(
-                tokenizer.pad_token_id,
-                text.max_length,
-                static=True,
-                size=arguments["per_device_train_batch_size"],
-            ),
-            dpo=dpo,
-            gaudi=self.gaudi,
-            engine=engine,
-            monitor=monitor,
-            logs_dir=logs_dir,
-            **splits,
-        )
+def dpo_trainer(
+    run: DPORun,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    logs_dir: Path,
+    splits: dict[str, Dataset],
+) -> TandemGaudiDPOTrainer:
+    """See `select.Builders`."""
+    max_length = run.text.max_length
+    logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", max_length)
+    # A graph recorded with the adapter on could be replayed for the reference
+    shared = reference is None and (run.lora.use_peft or isinstance(policy, PeftModel))
+    config = training_arguments(arguments, lazy=is_lazy(), graphs=not shared)
+    return TandemGaudiDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=GaudiDPOConfig(
+            **config,
+            beta=run.dpo.beta,
+            label_smoothing=run.dpo.label_smoothing,
+            disable_dropout=run.dpo.disable_dropout,
+            max_length=max_length,
+            max_prompt_length=max_length,  # the pairs are cut already
+            precompute_ref_log_probs=True,  # ours; without it the stock class would copy the policy
+        ),
+        gaudi_config=GaudiConfig(**gaudi_config(arguments)),
+        tokenizer=tokenizer,
+        peft_config=lora_config(run.lora),
+        data_collator=PairCollator(
+            tokenizer.pad_token_id, max_length, static=True, size=arguments["per_device_train_batch_size"]
+        ),
+        dpo=run.dpo,
+        gaudi=run.gaudi,
+        engine=run.engine,
+        monitor=run.monitor,
+        logs_dir=logs_dir,
+        **splits,
+    )
 
 
 def _tokenized_examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

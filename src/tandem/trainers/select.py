@@ -1,21 +1,61 @@
 """Which trainers a run gets: TRL's, or optimum-habana's on Gaudi."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem import habana
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.options import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.run_options import DPORun, SFTRun
 from tandem.trainers.gaudi_settings import check_gaudi
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VARIABLE = "TANDEM_TRAINERS"
 
 
+class Builders(Protocol):
+    """What `trainers.trl` and `trainers.gaudi` offer.
+
+    Throughout, `arguments` are those of transformers' TrainingArguments, and `splits` has a dataset by the trainer's
+    argument name: `train_dataset`, and `eval_dataset` where the run evaluates.
+    """
+
+    def start_processes(self, arguments: Mapping[str, Any]) -> None:
+        """Bring the processes of this run together. Before a model is loaded."""
+
+    def sft_trainer(
+        self,
+        run: SFTRun,
+        policy: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: dict[str, Any],
+        splits: "dict[str, Dataset]",
+    ) -> Any:
+        """The trainer of rendered examples, prompt + completion."""
+
+    def dpo_trainer(
+        self,
+        run: DPORun,
+        policy: "PreTrainedModel",
+        reference: "PreTrainedModel | None",
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: dict[str, Any],
+        logs_dir: Path,
+        splits: "dict[str, Dataset]",
+    ) -> Any:
+        """The trainer of tokenized pairs. Without a `reference` it is the policy as it is now."""
+
+
 def builders(
     model: ModelOptions, lora: LoraOptions, train: TrainOptions, gaudi: GaudiOptions, dpo: DPOOptions | None = None
-) -> Any:
-    """What offers `sft_trainer` and `dpo_trainer` of this run. Before any model is loaded.
+) -> Builders:
+    """What builds the trainers of this run. Before any model is loaded.
 
     optimum-habana's on an HPU where it is installed; else TRL's, which on an HPU is experimental. `TANDEM_TRAINERS`
     (`gaudi` or `trl`) decides instead, so that optimum-habana's trainers can be tested on a CPU.
@@ -34,7 +74,7 @@ def builders(
         habana.prepare()
         from tandem.trainers import gaudi as on_gaudi
 
-        return on_gaudi.Builders(gaudi)
+        return on_gaudi
     if asked := gaudi.asked():
         raise UserError(f"--{asked[0]} is of optimum-habana's trainers on Intel Gaudi, which this run does not use")
     from tandem.models import has_mps

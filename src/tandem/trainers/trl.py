@@ -19,7 +19,8 @@ from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models import has_hpu, lora_config
 from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
-from tandem.options import DPOOptions, EngineOptions, LoraOptions, TextOptions
+from tandem.options import EngineOptions
+from tandem.run_options import DPORun, SFTRun
 from tandem.trainers import topology
 from tandem.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.trainers.common import PairTrainer
@@ -180,57 +181,43 @@ class TandemSFTTrainer(ContinuedLogs, CompleteCheckpoints, Sharded, SFTTrainer):
 
 
 def start_processes(arguments: Mapping[str, Any]) -> None:
-    """Bring the processes of this run together. Before a model is loaded."""
+    """See `select.Builders`."""
     topology.start_processes(arguments)
 
 
 def sft_trainer(
+    run: SFTRun,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: dict[str, Any],
-    text: TextOptions,
-    lora: LoraOptions,
     splits: dict[str, Dataset],
 ) -> TandemSFTTrainer:
-    """The trainer of prompt + completion.
-
-    Args:
-        arguments: of TrainingArguments.
-        splits: rendered examples by the trainer's argument names.
-    """
+    """See `select.Builders`."""
+    max_length = run.text.max_length
     return TandemSFTTrainer(
         model=policy,
         args=SFTConfig(
             **arguments,
-            max_length=text.max_length,
-            pad_to_multiple_of=text.max_length if has_hpu() else None,  # an HPU compiles anew for every shape
+            max_length=max_length,
+            pad_to_multiple_of=max_length if has_hpu() else None,  # an HPU compiles anew for every shape
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(lora),
+        peft_config=lora_config(run.lora),
         **splits,
     )
 
 
 def dpo_trainer(
+    run: DPORun,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     arguments: dict[str, Any],
-    text: TextOptions,
-    lora: LoraOptions,
-    dpo: DPOOptions,
-    engine: EngineOptions,
-    monitor: MonitorOptions,
     logs_dir: Path,
     splits: dict[str, Dataset],
 ) -> TandemDPOTrainer:
-    """The trainer of pairs.
-
-    Args:
-        reference: None for the policy as it is now.
-        arguments: of TrainingArguments.
-        splits: tokenized pairs by the trainer's argument names.
-    """
+    """See `select.Builders`."""
+    dpo, engine, max_length = run.dpo, run.engine, run.text.max_length
     loss_types, loss_weights = dpo.trl_losses
     if has_hpu():  # which compiles anew for every shape
         engine = dataclasses.replace(engine, layout="padded")
@@ -239,7 +226,7 @@ def dpo_trainer(
         ref_model=reference,
         args=DPOConfig(
             **arguments,
-            max_length=text.max_length,
+            max_length=max_length,
             disable_dropout=dpo.disable_dropout,
             beta=dpo.beta,
             loss_type=loss_types,
@@ -253,10 +240,10 @@ def dpo_trainer(
             precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(lora),
+        peft_config=lora_config(run.lora),
         engine=engine,
-        monitor=monitor,
+        monitor=run.monitor,
         logs_dir=logs_dir,
-        data_collator=PairCollator(tokenizer.pad_token_id, text.max_length, static=has_hpu()),
+        data_collator=PairCollator(tokenizer.pad_token_id, max_length, static=has_hpu()),
         **splits,
     )
