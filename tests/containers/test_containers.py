@@ -49,6 +49,16 @@ def test_make_run_passes_the_token_by_name_and_not_by_value(device):
     assert ("--runtime=habana" in printed) == (device == "gaudi")
 
 
+def test_make_run_trains_on_the_device_that_it_is_given():
+    """The pipelines' default is the CPU."""
+    config = ["--eval", "config: ; @echo $(ACCELERATE_CONFIG)", "config"]
+    assert dry_make(*config, "DEVICE=gaudi").split() == ["echo", "accelerate_configs/gaudi_lazy.yaml"]
+    assert dry_make(*config, "GPUS=all").split() == ["echo", "accelerate_configs/single_gpu.yaml"]
+    assert dry_make(*config).split() == ["echo"]
+    assert dry_make(*config, "GPUS=all", "ACCELERATE_CONFIG=own.yaml").split() == ["echo", "own.yaml"]
+    assert "-e ACCELERATE_CONFIG" in dry_make("run", "GPUS=all", "MODEL_NAME=some/model")
+
+
 def test_replay_reads_joined_and_prefixed_commands():
     joined = "RUN pip freeze > c.txt \\\n    && X=1 pip install --no-cache-dir -r r.txt\n"
     text = joined + "RUN pip install --no-deps -e . && true\n"

@@ -18,12 +18,12 @@ def open_engine(models: Collection[str], options: GenerationOptions, sampling: S
         UserError: one of the models cannot be loaded here; or vLLM where there is an Apple GPU, which it does not know.
     """
     engine: Engine
+    if options.engine == "vllm" and has_mps():
+        raise UserError("--engine vllm does not run on MPS: use --engine transformers, or a server with openai")
     if options.engine != "openai":
         for model in models:
             check_model(model)
     if options.engine == "vllm":
-        if has_mps():
-            raise UserError("--engine vllm does not run on MPS: use --engine transformers, or a server with openai")
         from tandem.generation.vllm import VllmEngine
 
         engine = VllmEngine(models, options, sampling)
