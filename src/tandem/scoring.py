@@ -33,8 +33,8 @@ def load_scorer(name: str, dtype: str, *, batch_size: int, bf16: bool | None = N
 class Scorer:
     """A model ready to score and sample on the device at hand.
 
-    On Gaudi, batches are filled up with copies, and rows to a multiple of 128 tokens: a program is compiled for every
-    shape. Elsewhere pairs go through the pair engine.
+    On Gaudi, batches are filled up with copies, and rows to a multiple of `_BUCKET` tokens: a program is compiled for
+    every shape. Elsewhere pairs go through the pair engine.
     """
 
     def __init__(
