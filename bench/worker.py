@@ -1,9 +1,11 @@
 """One measured training run in a process of its own; prints one JSON line. Started by `bench/run.py`."""
 
 import argparse
+import itertools
 import json
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -49,8 +51,8 @@ class StockTrainer(DPOTrainer):
 
 
 class StepClock(TrainerCallback):
-    """When each optimizer step ended. What lies between two of them is a step without the cost of first touching
-    memory, which a short run pays in its first step and a real one never again."""
+    """When each optimizer step ended. The median step is one without the cost of first touching memory, which a short
+    run pays in its first three steps and a real one never again."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -215,7 +217,10 @@ def figures(
         return sum(step(shape, batch, layout, rank=rank, reference=reference) for batch in chosen)
 
     # Stock TRL forwards the reference within each step; otherwise it is scored before the first
-    steady = flops(batches[1:], layout, options.side == "trl") / (steps.ends[-1] - steps.ends[0])
+    rates = [
+        flops([batch], layout, options.side == "trl") / (end - start)
+        for batch, (start, end) in zip(batches[1:], itertools.pairwise(steps.ends), strict=True)
+    ]
     cold = not options.warm
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     on_cuda = options.device == "cuda"
@@ -226,7 +231,7 @@ def figures(
         "peak_gb": peak / 2**30,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "flops_allow": flops(batches, "padded", cold) / flops(batches, layout, cold),
-        "flop_rate": steady,
+        "flop_rate": statistics.median(rates),
         "matmul_rate": matmul_rate(shape, sum(map(sum, order)) // len(batches), dtype, options.device),
         "monitor_share": monitoring["wall"] / clock["wall"],
         "unique_tokens": sum(map(sum, order)),

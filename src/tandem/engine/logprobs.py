@@ -193,7 +193,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_log_probs: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, kept, jacobian = ctx.saved_tensors
         if grad_log_probs is None:
             return (None,) * 7
