@@ -97,9 +97,7 @@ def main() -> None:
             shown = {who: {what: round(value, 4) for what, value in rounds[-1][who].items()} for who in commands}
             print(f"round {number + 1}: {json.dumps(shown)}", flush=True)
     alone = statistics.median(each["none"]["median step"] for each in rounds)
-    print(
-        f"\nMedian of {given.rounds} rounds of {given.steps - FIRST} steps, {1000 * alone:.0f} ms each without a launcher;"
-    )
+    print(f"\nMedian of {given.rounds} rounds, steps of {1000 * alone:.0f} ms without a launcher;")
     print("in brackets the least and the greatest:\n")
     print("| launcher | wall | median step | CPU seconds |\n|---|---|---|---|")
     for who in commands:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.errors import UserError
-from tandem.merge import MergeOptions, merge
-from tandem.runs import is_complete, sha256_file, write_manifest
+from tandem.merge import MergeOptions, MergeShardsOptions, merge, merge_shards
+from tandem.runs import is_complete, sha256_file, write_json, write_manifest
 from tests import tiny
 
 
@@ -139,3 +140,23 @@ def test_refusals(tmp_path: Path, tiny_model: Path):
         merge(MergeOptions(str(tiny_model), str(tmp_path / "out"), base_model="x"))
     with pytest.raises(UserError, match=f"--dtype has no effect: {tiny_model} is a full model"):
         merge(MergeOptions(str(tiny_model), str(tmp_path / "out"), dtype="bfloat16"))
+
+
+def test_a_checkpoint_in_shards(tmp_path: Path, tiny_model: Path):
+    """One shard, as a process alone would leave it; those of real runs are in tests/distributed."""
+    checkpoint, merged = tmp_path / "checkpoint-3", tmp_path / "merged"
+    shutil.copytree(tiny_model, checkpoint, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(tiny_model / "model.safetensors")
+    dcp.save({"model": weights}, checkpoint_id=checkpoint / "pytorch_model_fsdp_0", no_dist=True)
+    write_json(checkpoint / "tandem_counters.json", {})
+    options = MergeShardsOptions(checkpoint=str(checkpoint), output_dir=str(merged))
+    with pytest.raises(UserError, match="cannot be used: it has no manifest"):
+        merge_shards(options)
+    write_manifest(checkpoint)
+    merge_shards(options)
+    assert is_complete(merged)
+    assert torch.equal(logits(merged), logits(tiny_model))
+    AutoTokenizer.from_pretrained(merged)
+    assert not (merged / "tandem_counters.json").exists()
+    with pytest.raises(UserError, match="holds no shards of FSDP"):
+        merge_shards(MergeShardsOptions(checkpoint=str(tiny_model), output_dir=str(tmp_path / "other")))

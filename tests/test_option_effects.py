@@ -642,6 +642,7 @@ PROOFS: dict[str, dict[str, str]] = {
         "base_model": "test_merge.py::test_another_base",
         "dtype": "test_merge.py::test_dtype",
     },
+    "MergeShardsOptions": dict.fromkeys(("checkpoint", "output_dir"), "test_merge.py::test_a_checkpoint_in_shards"),
     "JudgeOptions": {
         **dict.fromkeys(
             (

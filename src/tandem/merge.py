@@ -7,7 +7,9 @@ from pathlib import Path
 from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
 from tandem.options import ModelOptions, changed, is_adapter
-from tandem.runs import is_complete, model_files, staged_dir
+from tandem.runs import damage, is_complete, model_files, staged_dir
+
+_SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for them
 
 
 @dataclass
@@ -18,6 +20,39 @@ class MergeOptions:
     output_dir: str = opt(REQUIRED, "folder for the merged model")
     base_model: str | None = opt(None, "base model, where it is not the one the adapter names")
     dtype: str = opt("float32", "type of the merged weights", choices=("float32", "bfloat16", "float16", "auto"))
+
+
+@dataclass
+class MergeShardsOptions:
+    """Merge shards."""
+
+    checkpoint: str = opt(REQUIRED, "checkpoint-N of a run whose weights FSDP keeps in shards")
+    output_dir: str = opt(REQUIRED, "folder for the model, or for the adapter")
+
+
+def merge_shards(options: MergeShardsOptions) -> None:
+    """Write the model or adapter of a checkpoint in shards to `output_dir`, complete or not at all.
+
+    The shards' index is a pickle, which can run code: only for checkpoints of one's own.
+
+    Raises:
+        UserError: it is no whole checkpoint in shards, or `output_dir` holds other files.
+    """
+    checkpoint = Path(options.checkpoint)
+    if not (checkpoint / _SHARDS).is_dir():
+        raise UserError(f"--checkpoint {checkpoint}: holds no shards of FSDP ({_SHARDS})")
+    reason = damage(checkpoint)
+    if reason is not None:
+        raise UserError(f"--checkpoint {checkpoint} cannot be used: {reason}")
+    _check_target(options.output_dir)
+    from accelerate.utils import merge_fsdp_weights
+
+    with staged_dir(options.output_dir) as staging:
+        merge_fsdp_weights(str(checkpoint / _SHARDS), str(staging))
+        for file in model_files(checkpoint):
+            shutil.copy2(file, staging / file.name)
+        if is_adapter(options.checkpoint):
+            (staging / "model.safetensors").rename(staging / "adapter_model.safetensors")
 
 
 def merge(options: MergeOptions) -> None:
@@ -41,15 +76,19 @@ def _check(options: MergeOptions) -> None:
         raise UserError(f"--adapter {options.adapter}: neither an adapter's folder nor a model's")
     if (folder / "config.yaml").exists() and not is_complete(folder):
         raise UserError(f"--adapter {options.adapter}: its training has not finished; run it again to resume it")
-    target = Path(options.output_dir)
-    former = is_complete(target) and not (target / "config.yaml").exists()  # a merge, not a training run
-    if not former and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--output_dir {options.output_dir}: holds other files, which a merge would remove")
+    _check_target(options.output_dir)
     if is_adapter(options.adapter):
         return
     for name in ("base_model", "dtype"):
         if name in changed(options):
             raise UserError(f"--{name} has no effect: {options.adapter} is a full model, not an adapter")
+
+
+def _check_target(folder: str) -> None:
+    target = Path(folder)
+    former = is_complete(target) and not (target / "config.yaml").exists()  # a merge, not a training run
+    if not former and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--output_dir {folder}: holds other files, which a merge would remove")
 
 
 def _copy_model(folder: str, staging: Path) -> None:

@@ -22,7 +22,8 @@ RUN = "run.json"
 LOCK = ".lock"
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_NOT_OF_THE_MODEL = (MANIFEST, RUN, "training_metrics.json", "trainer_state.json")
+COUNTERS = "tandem_counters.json"
+_NOT_OF_THE_MODEL = (MANIFEST, RUN, COUNTERS, "training_metrics.json", "trainer_state.json")
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tandem.errors import UserError
 from tandem.monitor.margins import read_margins, read_margins_log
 from tests import tiny
 from tests.distributed.launches import log_history, run, steps
@@ -230,3 +231,24 @@ def test_an_adapter_trains_on(
     run("fsdp", 2, ["dpo.py", *flags(begun, tiny_data, tmp_path / "two", tmp_path / "cache", 2, "")])
     check_equal(tmp_path / "one", tmp_path / "two")
     check_saved(tmp_path / "one", tmp_path / "two", tiny_model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_in_shards_becomes_a_folder_that_loads(
+    script: Callable[[str], ModuleType], tiny_model: Path, tiny_data: Path, tmp_path: Path, variant: str
+):
+    """The last checkpoint's is the model that the run has saved."""
+    more = f"{VARIANTS[variant]} --save_strategy steps --save_steps {STEPS}"
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    run("fsdp_multi_node", 2, ["dpo.py", *flags(tiny_model, tiny_data, out, tmp_path / "cache", 2, more)])
+    checkpoint = out / f"checkpoint-{STEPS}"
+    assert not list(checkpoint.glob("*.safetensors"))
+    script("merge_shards").main(["--checkpoint", str(checkpoint), "--output_dir", str(merged)])
+    ours, theirs = trained(merged, tiny_model), trained(out, tiny_model)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+    next(checkpoint.glob("pytorch_model_fsdp_0/*.distcp")).write_bytes(b"")
+    with pytest.raises(UserError, match="has 0 bytes"):
+        script("merge_shards").main(["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "other")])

@@ -11,9 +11,8 @@ from transformers.trainer import safe_globals  # transformers 4, of Gaudi, has i
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tandem.errors import UserError
-from tandem.runs import RUN, checkpoints, discard, is_complete, write_atomic, write_manifest
+from tandem.runs import COUNTERS, RUN, checkpoints, discard, is_complete, write_atomic, write_manifest
 
-_COUNTERS = "tandem_counters.json"
 # What transformers reads with torch.load; training_args.bin is written only
 _PICKLES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
 
@@ -63,7 +62,7 @@ class CompleteCheckpoints:
         counters = self._counters()
         if self.args.should_save:
             # Not write_json: a metric may be NaN, where the alarm about it only warns
-            write_atomic(folder / _COUNTERS, json.dumps(counters))
+            write_atomic(folder / COUNTERS, json.dumps(counters))
             run = Path(self.args.output_dir) / RUN
             if run.exists():
                 shutil.copy(run, folder / RUN)
@@ -82,7 +81,7 @@ class CompleteCheckpoints:
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint:
-            self._restore_counters(json.loads((Path(resume_from_checkpoint) / _COUNTERS).read_text()))
+            self._restore_counters(json.loads((Path(resume_from_checkpoint) / COUNTERS).read_text()))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)  # type: ignore[misc]
 
 

@@ -1,6 +1,7 @@
 """Policy and reference over several processes: FSDP version 2, DeepSpeed and tensor parallelism, done right for DPO."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -28,6 +30,7 @@ class Sharded:
     args: Any
     model: Any
     model_wrapped: Any
+    processing_class: Any
     is_fsdp_enabled: bool
     topology: Topology
     unit: str
@@ -64,14 +67,30 @@ class Sharded:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a folder that anything loads; of sharded weights, too, of which transformers writes nothing.
 
-        A checkpoint (`_internal_call`) keeps its shards beside it and needs no second copy.
+        A checkpoint (`_internal_call`) keeps its shards beside it and gets what makes a model of them (`merge_shards`).
         """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type) or _internal_call:
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        elif _internal_call:
+            if self.args.should_save:
+                save_without_weights(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
         else:
             weights = self.accelerator.get_state_dict(self.model)  # whole, on rank 0, whatever the plugin's type
             self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+
+
+def save_without_weights(model: PreTrainedModel | PeftModel, folder: str) -> None:
+    """Write a model's configuration into `folder`, or its adapter's."""
+    if isinstance(model, PeftModel):
+        config = copy.copy(model.peft_config[model.active_adapter])
+        config.inference_mode = True  # as PEFT writes it
+        config.save_pretrained(folder)
+        return
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def fp32_outputs(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | None:
