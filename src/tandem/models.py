@@ -79,9 +79,10 @@ def stored_dtype(name: str) -> str:
     if is_adapter(name):
         return stored_dtype(base_of_adapter(name))
     try:
-        dtype = AutoConfig.from_pretrained(name).dtype
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: its config cannot be read: {_first_line(error)}") from error
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
