@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from pyarrow import fs
 
 from tandem.errors import UserError
 from tandem.monitor.margins import read_margins_log
@@ -124,3 +126,40 @@ def test_a_new_machine_gets_the_last_checkpoint_back(tmp_path: Path, tiny_model:
     assert sha256_file(out / "adapter_model.safetensors") == weights
     before, now = (json.loads((folder / "run.json").read_text())["id"] for folder in (tmp_path / "lost", out))
     assert before == now
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket of an S3 server on this machine."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
+    uri = f"s3://runs/tandem?{options}"
+    system, path = fs.FileSystem.from_uri(uri)
+    system.create_dir(path, recursive=True)
+    yield uri
+    server.stop()
+
+
+@pytest.mark.slow
+def test_checkpoints_go_to_s3_and_come_back(tmp_path: Path, tiny_model: Path, tiny_data: Path, bucket: str):
+    pytest.importorskip("ray")
+    out = tmp_path / "out"
+    argv = options(tiny_model, tiny_data, tmp_path, out, max_steps=12)
+    command = under_ray("--storage_path", bucket, script("dpo"), *argv, workers=1)
+    code, screen = end(start(command))
+    assert code == 0, screen
+    weights = sha256_file(out / "adapter_model.safetensors")
+    system, path = fs.FileSystem.from_uri(bucket)
+    copied = {info.path for info in system.get_file_info(fs.FileSelector(path, recursive=True)) if info.is_file}
+    assert f"{path}/out/checkpoint-12/manifest.json" in copied
+    os.rename(out, tmp_path / "lost")
+    code, screen = end(start(command))
+    assert code == 0, screen
+    assert f"resuming from {out}/checkpoint-12" in (out / "train.log").read_text()
+    assert damage(out / "checkpoint-12") is None
+    assert sha256_file(out / "adapter_model.safetensors") == weights
