@@ -124,3 +124,32 @@ def test_language():
     assert language(pair("q", english, english)) == "en"
     assert language(pair("q", german, german)) == "de"
     assert language(pair("q", "ok", "no")) is None
+
+
+def test_a_short_question_in_an_answer_is_no_accident_and_no_finding():
+    """From 30 characters on it is one."""
+    for length, found in ((29, False), (30, True)):
+        question = ("why " * 10)[:length].strip().ljust(length, "?")
+        assert ("prompt_repeated" in check_row(pair(question, f"You ask {question}.", "No."))) is found
+
+
+def test_a_line_of_eight_words_should_end_like_a_sentence():
+    for words, found in ((7, False), (8, True)):
+        assert ("unfinished" in check_row(pair("q", " ".join(["word"] * words), "No."))) is found
+
+
+@pytest.mark.parametrize(("length", "is_one"), [(14, False), (15, True), (34, True), (35, False)])
+def test_an_iban_has_15_to_34_characters(length: int, is_one: bool):
+    account = "1" * (length - 4)
+    check = 98 - int(f"{account}131400") % 97  # DE is 1314; ISO 7064, mod 97-10
+    assert is_iban(f"DE{check:02d}{account}") is is_one
+
+
+def test_a_language_is_told_from_60_letters_on():
+    text = "This is an answer of some length, in plain English, on bread and butter and all that is in it."
+    letters = 0
+    for end, char in enumerate(text, 1):
+        letters += char.isalpha()
+        if letters in (59, 60):
+            assert language({"chosen": text[:end], "rejected": ""}) == ("en" if letters == 60 else None)
+    assert letters > 60

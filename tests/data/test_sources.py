@@ -312,3 +312,39 @@ def test_real_sharegpt():
     pairs = load(SHARED / "sharegpt_dpo_en_demo.json.gz")
     assert len(pairs) == 300
     assert all(row["chosen"][0]["content"] != row["rejected"][0]["content"] for row in pairs)
+
+
+def test_one_object_over_several_lines_is_a_row(tmp_path: Path):
+    (tmp_path / "a.json").write_text(json.dumps(pair(0), indent=2))
+    (row,) = load(tmp_path / "a.json")
+    assert (row["chosen"], row["row"]) == ("good 0", 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "name", "message"),
+    [
+        ("LONGEST_LINE", "a.jsonl", "row 2: is longer than {} bytes; is it a row a line?"),
+        ("LARGEST_DOCUMENT", "a.json", "is larger than {} bytes; make it .jsonl, an object a line"),
+    ],
+)
+def test_what_is_too_large_is_not_read_to_its_end(
+    limit: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """To the byte."""
+    file = write(tmp_path / name, [pair(0), pair(1) | {"chosen": "a longer answer"}])
+    longest = max(map(len, file.read_bytes().split(b"\n"))) if name == "a.jsonl" else file.stat().st_size
+    monkeypatch.setattr(f"tandem.data.files.{limit}", longest)
+    assert len(load(file)) == 2
+    monkeypatch.setattr(f"tandem.data.files.{limit}", longest - 1)
+    assert refusal(file).endswith(message.format(f"{longest - 1:,}"))
+
+
+def test_parquet_that_is_damaged_in_its_second_half(tmp_path: Path):
+    table = pyarrow.Table.from_pylist([pair(index) for index in range(4000)])
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, file, row_group_size=2000, compression="none", use_dictionary=False)
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        page = parquet.metadata.row_group(1).column(0).data_page_offset
+    content = file.read_bytes()
+    file.write_bytes(content[:page] + b"\xff" * 64 + content[page + 64 :])
+    assert refusal(file).startswith(f"{file} row 2001: not parquet, or a damaged file: ")
