@@ -55,6 +55,11 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available() or has_hpu()
 
 
+def device_count() -> int:
+    """How many accelerators this machine has. Gaudi's are counted by Intel's plugin, which torch may not ask."""
+    return int(torch.hpu.device_count()) if has_hpu() else torch.accelerator.device_count()  # type: ignore[attr-defined]
+
+
 def base_of_adapter(folder: str) -> str:
     """The model that the adapter in `folder` was trained on.
 

@@ -12,6 +12,7 @@ from tandem import habana
 from tandem.errors import UserError
 from tandem.options import LOSS_TYPES, DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
 from tandem.trainers import gaudi_settings, select
+from tandem.trainers.topology import check_launch
 
 MODEL, LORA = ModelOptions(model_name_or_path="m"), LoraOptions()
 TRAIN, DPO = TrainOptions(output_dir="o"), DPOOptions()
@@ -21,6 +22,10 @@ class Hpu:
     @staticmethod
     def is_available() -> bool:
         return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 8
 
 
 def chosen(train: TrainOptions = TRAIN, dpo: DPOOptions = DPO, gaudi: GaudiOptions | None = None) -> Any:
@@ -49,6 +54,17 @@ def test_an_hpu_with_optimum_habana_is_gaudi(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(habana, "has_optimum_habana", lambda: True)
     with pytest.raises(ModuleNotFoundError, match="optimum"):  # it goes for the real one
         chosen()
+
+
+def test_hpus_are_counted_by_intels_plugin(monkeypatch: pytest.MonkeyPatch):
+    """torch's own count, 0 here, would refuse every launch."""
+    monkeypatch.setattr(torch, "hpu", Hpu(), raising=False)
+    arguments = {"use_cpu": False, "bf16": True, "fp16": False, "save_strategy": "steps"}
+    for processes in (1, 8):
+        launched = {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        check_launch(launched, arguments, cpu_asked=False, tp_size=1)
+    with pytest.raises(UserError, match="9 processes on this machine, but it has 8 devices"):
+        check_launch(launched | {"LOCAL_WORLD_SIZE": "9"}, arguments, cpu_asked=False, tp_size=1)
 
 
 @pytest.mark.parametrize(("value", "message"), [("cuda", "gaudi or trl"), ("gaudi", "needs optimum-habana")])

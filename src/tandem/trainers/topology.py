@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from tandem.errors import UserError
+from tandem.models import device_count
 
 _REFUSED_PARALLELISM = {
     "CP": "context parallelism: TRL's DPO loss does not cut its completion mask",
@@ -99,9 +100,9 @@ def _check_processes(environment: Mapping[str, str], on_cpu: bool, cpu_asked: bo
             "use accelerate_configs/cpu.yaml, or torchrun --nproc_per_node N for several processes on the CPU"
         )
     local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if not on_cpu and local > torch.accelerator.device_count():
+    if not on_cpu and local > device_count():
         raise UserError(
-            f"{local} processes on this machine, but it has {torch.accelerator.device_count()} devices: "
+            f"{local} processes on this machine, but it has {device_count()} devices: "
             "set --num_processes to the number of devices"
         )
 
