@@ -134,6 +134,35 @@ def test_a_preempted_run_goes_on_in_the_same_tracker_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_a_tracked_run_and_it_goes_on_in_place(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, cache: Path, rank: int
+):
+    """No tracker keeps the other rank or the launcher waiting, and the same command writes the same tracker runs on."""
+    out = tmp_path / "out"
+    trackers = ["wandb", "trackio", "tensorboard"]
+    command = torchrun(script("dpo"), *options(tiny_model, tiny_data, cache, output_dir=out, report_to=trackers))
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    first = start(command, **environment)
+    wait_for_step(out, 8, first)
+    ranks_of(first.pid)[rank].kill()
+    screen, _ = first.communicate(timeout=30)
+    assert first.returncode not in (0, 75), screen
+    second = start(command, **environment)
+    screen, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, screen
+    assert f"resuming from {out}/checkpoint-6" in screen
+    run_id = json.loads((out / "run.json").read_text())["id"]
+    assert {path.name.rpartition("-")[2] for path in (out / "wandb").glob("offline-run-*")} == {run_id}
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as trackio:
+        names = {name for (name,) in trackio.execute("SELECT DISTINCT run_name FROM metrics")}
+    assert names == {f"out-{run_id[:8]}"}
+    accumulator = EventAccumulator(str(out / "logs" / "tensorboard")).Reload()
+    assert [event.step for event in accumulator.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_is_started_again(
     tmp_path: Path, undisturbed: Path, tiny_model: Path, tiny_data: Path, cache: Path
 ):
