@@ -1,9 +1,10 @@
-"""`dpo.py --plan` beside the peak memory of the run that it plans, each in a process of its own, on the CPU.
+"""`dpo.py --plan` beside the run that it plans, each in a process of its own, on the CPU.
 
-    python bench/plan.py                    # about 8 minutes on two cores
+    python bench/plan.py                    # about 10 minutes on one core
     python bench/plan.py --kinds lora --batches 8
 
-Prints a Markdown table: resident memory at its peak, planned and measured, and the error of the plan.
+Prints a Markdown table: resident memory at its peak and seconds of training, planned and measured. Beside the planned
+memory stands what it is without the part for the allocator.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HH = HERE.parent.parent / "shared" / "data" / "hh_harmless_base_test_part1.jsonl.gz"
-PAIRS = 24
+PAIRS = 16
+HEAD = "| run | planned GiB | without allocator | measured GiB | planned / measured | planned s | measured s |"
 
 
 def command(kind: str, batch: int, model: str, folder: str) -> list[str]:
@@ -37,21 +39,24 @@ def command(kind: str, batch: int, model: str, folder: str) -> list[str]:
     return [sys.executable, str(HERE.parent / "scripts" / "dpo.py")] + [f"--{k}={v}" for k, v in flags.items()]
 
 
-def planned(argv: list[str]) -> float:
-    """GiB."""
+def planned(argv: list[str]) -> tuple[float, float, float]:
+    """Peak memory in GiB, how much of it is the allocator's, and seconds of training."""
     text = subprocess.run([*argv, "--plan"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"^peak memory per device .*: ([0-9.]+) GiB$", text, re.MULTILINE)
-    assert found, text
-    return float(found[1])
+    figures = (r"^peak memory per device .*: ([0-9.]+) GiB$", r"^  allocator: ([0-9.]+) GiB$", r"^time: (\d+) s of")
+    memory, allocator, seconds = (float(re.findall(figure, text, re.MULTILINE)[0]) for figure in figures)
+    return memory, allocator, seconds
 
 
-def measured(argv: list[str]) -> float:
-    """GiB of the run's greatest resident memory, as the kernel counts it for this one process."""
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+def measured(argv: list[str]) -> tuple[float, float]:
+    """The run's greatest resident memory in GiB, as the kernel counts it for this one process, and its seconds."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        log.seek(0)
+        text = log.read()
     if status:
-        sys.exit(f"failed: {' '.join(argv)}")
-    return usage.ru_maxrss / 2**20
+        sys.exit(f"failed: {' '.join(argv)}\n{text}")
+    return usage.ru_maxrss / 2**20, float(re.findall(r"train_runtime\W+([0-9.]+)", text)[0])
 
 
 def main() -> None:
@@ -59,19 +64,25 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["full", "lora"], choices=("full", "lora"))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--model", default=None, help="model folder; unset: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--table", type=Path, default=None, help="file for the table, beside the console")
     options = parser.parse_args()
     model = options.model
     if model is None:
         model = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "SmolLM2-135M-Instruct")
         subprocess.run([sys.executable, "-m", "tandem.demo", model], check=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    print("| run | planned GiB | measured GiB | planned / measured |\n|---|---|---|---|")
+    table = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
+    print(*table, sep="\n")
     for kind in options.kinds:
         for batch in options.batches:
             with tempfile.TemporaryDirectory() as folder:
                 argv = command(kind, batch, model, folder)
-                plan, peak = planned(argv), measured(argv)
-            print(f"| {kind}, batch {batch} | {plan:.2f} | {peak:.2f} | {plan / peak:.2f} |", flush=True)
+                (plan, allocator, promised), (peak, seconds) = planned(argv), measured(argv)
+            memory = f"{plan:.2f} | {plan - allocator:.2f} | {peak:.2f} | {plan / peak:.2f}"
+            table.append(f"| {kind}, batch {batch} | {memory} | {promised:.0f} | {seconds:.0f} |")
+            print(table[-1], flush=True)
+    if options.table is not None:
+        options.table.write_text("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

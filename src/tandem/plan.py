@@ -30,8 +30,8 @@ from tandem.training import training_data
 
 # Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.5 + 0.127 / 8
-# What the resident memory is over the activations' own size, probably holes in glibc's heap between tensors that live
-# and die. Fitted to the runs of bench/RESULTS.md: of all weights, and of LoRA, which drops more tensors in between.
+# What the resident memory is over the activations' own size: holes in glibc's heap, which are gone where each tensor is
+# mapped by itself (bench/RESULTS.md). Fitted to runs of all weights, and of LoRA, which drops more tensors in between.
 _HEAP_ALL, _HEAP_LORA = 1.27, 1.6
 # Layers of the two models whose steps are timed
 _PROBED_LAYERS = (1, 5)
@@ -258,7 +258,10 @@ class _Plan:
             )
         if isinstance(self.run, DPORun):
             usages.append(self.reference_usage(step))
-        return max(map(self.on_device, usages), key=lambda peak: peak.total)
+        peak = max(map(self.on_device, usages), key=lambda peak: peak.total)
+        if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
+            return dataclasses.replace(peak, allocator=self.changed({"gradient_checkpointing": False}).peak.allocator)
+        return peak
 
     def reference_usage(self, step: Rehearsal) -> Usage:
         """Of the pass that scores the reference before training: pairs of like length together, the longest last."""
