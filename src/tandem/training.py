@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
-os.environ.setdefault("PT_HPU_LAZY_MODE", "0")  # read when torch loads Intel's plugin: lazy mode is asked for
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,7 @@
 """The parts of the Gaudi trainer that need no optimum-habana: what is chosen, refused and set."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from typing import Any
@@ -179,3 +180,12 @@ def test_flags_of_the_forward():
 def test_settings_import_no_torch():
     code = "import sys, tandem.trainers.gaudi_settings, tandem.trainers.select; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "0"), ("1", "1")])
+def test_lazy_mode_is_asked_for_before_torch_is_imported(given: str | None, found: str):
+    code = "import os, sys, tandem; assert 'torch' not in sys.modules; print(os.environ['PT_HPU_LAZY_MODE'])"
+    environment = {name: value for name, value in os.environ.items() if name != "PT_HPU_LAZY_MODE"}
+    environment |= {"PT_HPU_LAZY_MODE": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found
