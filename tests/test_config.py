@@ -133,6 +133,22 @@ def test_yaml_refusals(tmp_path: Path, text: str, message: str):
     assert refusal("--config", file) == f"--config {file}: {message}"
 
 
+def test_empty_yaml_changes_nothing(tmp_path: Path):
+    assert read("--config", config(tmp_path, "# nothing\n"), "--name", "a") == Colours("a")
+
+
+def test_a_key_is_refused_in_a_list_too():
+    @dataclasses.dataclass
+    class Tags:
+        """Tags."""
+
+        tags: list[str] = opt([], "any")
+
+    for value in (["sk-" + "a1" * 17], ["a", "sk-" + "a1" * 17]):
+        with pytest.raises(UserError, match="tags holds a key or password"):
+            parse(["--tags", *value], (Tags,), prog="p")
+
+
 def test_broken_yaml_names_the_file_and_the_line(tmp_path: Path):
     file = config(tmp_path, "name: 'a\ncount: 2\n")
     message = " ".join(refusal("--config", file).split())
@@ -163,6 +179,9 @@ def test_help_is_grouped_and_shows_defaults(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     assert "\nColours:\n" in text
     assert "share in % (default: 0.5)" in text
+    assert "which (default: red)" in text
+    assert "still wet (default: false)" in text
+    assert "--finish {matt,gloss}" in text
     assert "(required)" in text
 
 

@@ -78,6 +78,20 @@ def test_both_ways_round_counts_every_row_of_it():
     }
 
 
+def test_a_copy_from_before_its_opposite_is_contradictory_too():
+    rows = [pair("q", "a", "b", 1), pair("q", "a", "b", 2), pair("q", "b", "a", 3), pair("p", "a", "b", 4)]
+    assert found({"train": rows})["train", "contradictory"] == [0, 1, 2]
+
+
+def test_an_answer_too_short_to_tell_its_language_is_not_in_another():
+    rows = [pair(f"q{number}", ANSWER, OTHER, number) for number in range(3)] + [pair("q3", "oui", "non", 4)]
+    assert ("train", "other_language") not in found({"train": rows})
+
+
+def test_no_leak_is_no_finding():
+    assert found({"train": [pair("q", "a", "b")], "held-out": [pair("p", "a", "b")]}) == {}
+
+
 def test_a_nearly_turned_round_pair_is_contradictory():
     rows = [pair(LONG, ANSWER, OTHER, 1), pair(LONG, OTHER + " Really.", ANSWER, 2)]
     assert found({"train": rows})["train", "contradictory"] == [0, 1]
