@@ -158,9 +158,10 @@ class _ScoreTokens(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        head, tokens = _Head(weight, bias, transform, dtype), targets.numel()
+        tokens = targets.numel()
+        head = _Head(weight, bias, transform, dtype, tokens)
         trained = differentiable and any(ctx.needs_input_grad[1:3])
-        kept = hidden.new_empty(head.tokens_to_keep(tokens) if trained else 0, weight.shape[0], dtype=torch.float32)
+        kept = hidden.new_empty(head.tokens_to_keep() if trained else 0, weight.shape[0], dtype=torch.float32)
         # Of a frozen head the backward needs d log p / d hidden alone, which is made while the probabilities are here
         frozen = differentiable and not trained and ctx.needs_input_grad[0]
         jacobian = torch.empty_like(hidden, dtype=dtype) if frozen else None
@@ -168,7 +169,7 @@ class _ScoreTokens(torch.autograd.Function):
         result = {name: hidden.new_empty(tokens, dtype=torch.float32) for name in ("log_probs", *outputs)}
         if "is_top1" in outputs:
             result["is_top1"] = torch.empty_like(targets, dtype=torch.bool)
-        for rows in head.chunks(tokens):
+        for rows in head.chunks():
             logits, log_sum_exp, probs = head.softmax(hidden[rows].to(dtype), kept[rows])
             target = targets[rows]
             result["log_probs"][rows] = logits.gather(-1, target[:, None]).squeeze(-1) - log_sum_exp
@@ -201,11 +202,11 @@ class _ScoreTokens(torch.autograd.Function):
             return (jacobian.float() * grad_log_probs[:, None]).to(hidden.dtype), *(None,) * 6
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
-            head = _Head(weight, bias, ctx.transform, ctx.dtype)
+            head = _Head(weight, bias, ctx.transform, ctx.dtype, targets.numel())
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-            for rows in head.chunks(targets.numel()):
+            for rows in head.chunks():
                 states = hidden[rows].to(ctx.dtype)
                 logits, probs = None, kept[rows]
                 if len(probs) < len(states):
@@ -228,28 +229,32 @@ class _ScoreTokens(torch.autograd.Function):
 
 
 class _Head:
-    """A head of (V, D) weights over chunks of tokens. The chunks share two buffers: to touch fresh memory costs more
-    than a pass over it."""
+    """A head of (V, D) weights over chunks of some tokens. The chunks share two buffers: to touch fresh memory costs
+    more than a pass over it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype, tokens: int
+    ) -> None:
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.transform = transform
+        self.tokens = tokens
+        vocabulary = weight.shape[0]
         logits = _CHUNK_LOGITS if dtype == torch.float32 else 4 * _CHUNK_LOGITS
-        self.chunk_tokens = max(_MIN_CHUNK_TOKENS, logits // weight.shape[0])
-        self._logits = torch.empty(0, device=weight.device)
-        self._probs = torch.empty(0, device=weight.device)
+        self.chunk_tokens = max(_MIN_CHUNK_TOKENS, logits // vocabulary)
+        self._logits = weight.new_empty(min(self.chunk_tokens, tokens), vocabulary, dtype=torch.float32)
+        self._probs = torch.empty_like(self._logits)
 
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        for start in range(0, tokens, self.chunk_tokens):
-            yield slice(start, min(start + self.chunk_tokens, tokens))
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, self.tokens, self.chunk_tokens):
+            yield slice(start, min(start + self.chunk_tokens, self.tokens))
 
-    def tokens_to_keep(self, tokens: int) -> int:
+    def tokens_to_keep(self) -> int:
         """Of how many tokens the probabilities fit into what may be kept, in whole chunks."""
         if self.transform.softcap is not None:  # whose derivative takes the logits themselves
             return 0
         fitting = _KEPT_PROBS // self.weight.shape[0]
-        return tokens if tokens <= fitting else fitting - fitting % self.chunk_tokens
+        return self.tokens if self.tokens <= fitting else fitting - fitting % self.chunk_tokens
 
     def softmax(self, states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(chunk, V) transformed logits, their (chunk,) log-sum-exp and (chunk, V) probabilities, float32.
@@ -257,16 +262,15 @@ class _Head:
         The product is in the states' dtype. The next call overwrites logits and probabilities, but for probabilities
         in an `out` of the right size.
         """
-        shape = len(states), len(self.weight)
-        logits = self._logits.resize_(shape)
+        logits = self._logits[: len(states)]
         product = logits if states.dtype == logits.dtype else None
         if self.bias is None:
             product = torch.mm(states, self.weight.t(), out=product)
         else:
             product = torch.addmm(self.bias, states, self.weight.t(), out=product)
         self.transform.apply_(logits if product is logits else logits.copy_(product))
-        if out is None or out.shape != shape:
-            out = self._probs.resize_(shape)
+        if out is None or len(out) < len(states):
+            out = self._probs[: len(states)]
         # Not torch's softmax and logsumexp, which would each do half of this again, nor its log_softmax, whose sums
         # over a large vocabulary are biased by 1e-7
         largest = logits.amax(-1, keepdim=True)
@@ -277,6 +281,6 @@ class _Head:
     def grad_logits(self, logits: Tensor | None, probs: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
         """(chunk, V) gradient of sum(upstream * log p(target)) by the logits before their transform."""
         # d log p(target) / d logit_j = [j = target] - p_j
-        gradient = torch.mul(probs, -upstream[:, None], out=self._probs.resize_(probs.shape))
+        gradient = torch.mul(probs, -upstream[:, None], out=self._probs[: len(probs)])
         gradient.scatter_add_(-1, targets[:, None], upstream[:, None])
         return self.transform.chain_(gradient, logits).to(self.weight.dtype)
