@@ -308,7 +308,7 @@ def _stray_arguments(extra: Sequence[str], known: Sequence[str], explain: Callab
 
 def _unchecked(cls: type, values: dict[str, Any]) -> Any:
     """An instance that its class refuses, to have its conflicts with other classes told as well."""
-    instance = object.__new__(cls)
+    instance: Any = object.__new__(cls)
     for option in options_of(cls):
         setattr(instance, option.name, values.get(option.name, option.default))
     return instance

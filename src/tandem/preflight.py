@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
         UserError: naming what is wrong with each of them.
     """
     processes = _processes(Path(argv[0]))
-    problems, read = [], []
+    problems: list[str] = []
+    read: list[dict[str, Any]] = []
     for name, command in _stages(sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")):
         try:
             with _world_size(processes if command[0] == "launch" else 1):
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> None:
             # The first stage will read the data; those of a stage that reads them otherwise are tried here
             if data and read and data not in read:
                 load_splits(DataOptions(**data))
-            read.append(data)
+            if data:
+                read.append(data)
         except UserError as problem:
             problems.append(f"stage {name}: {problem}")
     refuse(problems)

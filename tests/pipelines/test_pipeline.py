@@ -225,7 +225,7 @@ def test_other_data_under_the_same_name_is_refused(killed_and_resumed: tuple[Pip
 def test_a_failing_middle_stage_stops_the_pipeline(
     killed_and_resumed: tuple[Pipeline, str], tmp_path: Path, tiny_model: Path, data: Path
 ):
-    """Wrong input that shows in sft: later stages do not run, and the same command goes on there when it is put right."""
+    """Wrong input that shows in sft: later stages do not run, and the same command goes on there when it is mended."""
     pipeline = Pipeline(tmp_path, tiny_model, data, "http://127.0.0.1:1/v1")
     write_recipe(pipeline.recipe, sft={"use_flash_attention": True})
     log = pipeline.run / "dpo_pipeline_sanity.log"
