@@ -231,6 +231,11 @@ def test_ways_out_by_what_they_cost(plan: Callable[..., _Plan]):
     assert plan(DPORun, "--global_batch_size", "12").changed(batch).accumulation == 6
 
 
+def test_debug_is_four_steps(plan: Callable[..., _Plan]):
+    figures = plan(DPORun, "--debug", "true")
+    assert figures.steps == len(figures.batches) == 4
+
+
 def test_an_odd_batch_is_not_halved(plan: Callable[..., _Plan]):
     way = next(plan(DPORun, "--per_device_train_batch_size", "3").ways_out())
     assert way == {"gradient_checkpointing": True}
