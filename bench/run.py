@@ -128,6 +128,8 @@ def main() -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "SmolLM2-135M-Instruct"
         subprocess.run([sys.executable, "-m", "tandem.demo", str(folder)], check=True)
         model = str(folder)
+    for file in {settings[name].data for name in options.settings or settings if not settings[name].data.exists()}:
+        print(f"{file} is not here: the sample set, whose pairs are shorter, stands in for it\n")
     print(f"|{COLUMNS}|\n" + "|---" * (COLUMNS.count("|") + 1) + "|", flush=True)
     for name in options.settings or settings:
         setting = settings[name]
