@@ -80,8 +80,10 @@ DEVICE ?= cuda
 IMAGE ?= $(if $(filter gaudi,$(DEVICE)),tandem-gaudi,tandem)
 DOCKERFILE := $(if $(filter gaudi,$(DEVICE)),Dockerfile.gaudi,Dockerfile)
 # The pipelines' own default is the CPU
-ACCELERATE_CONFIG ?= $(if $(filter gaudi,$(DEVICE)),accelerate_configs/gaudi_lazy.yaml,$(if \
+ifeq ($(ACCELERATE_CONFIG),) # empty, too, as a make around this one exports it
+ACCELERATE_CONFIG := $(if $(filter gaudi,$(DEVICE)),accelerate_configs/gaudi_lazy.yaml,$(if \
 	$(GPUS),accelerate_configs/single_gpu.yaml))
+endif
 # Passed by name, so that a value is on no command line
 RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG JUDGE_MODEL \
 	JUDGE_BASE_URL PT_HPU_LAZY_MODE
