@@ -90,7 +90,8 @@ class Preemption(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.came = False
+        self.came = False  # as all ranks know
+        self._noticed = False
 
     def __enter__(self) -> Self:
         # Ray trains in another thread than the main one, which alone may listen, and has its own way to end workers
@@ -103,12 +104,13 @@ class Preemption(TrainerCallback):
             signal.signal(signal.SIGTERM, self._former)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
+        self._noticed = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.accelerator.num_processes > 1:
+        self.came = self._noticed
+        if self.accelerator.num_processes > 1:  # a notice that comes during the gather is for the next step
             mine = torch.tensor([self.came], device=self.accelerator.device)
             self.came = bool(self.accelerator.gather(mine).any())
         if self.came:
