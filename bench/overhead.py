@@ -1,22 +1,23 @@
 """What a launcher costs once the training runs: accelerate with one process, and Ray with one worker, beside none.
 
-    python bench/overhead.py [--rounds 6] [--steps 80] [--hidden 192] [--ray PYTHON]
+    python bench/overhead.py [--rounds 2] [--steps 200] [--hidden 192] [--ray PYTHON]
 
-The launchers take turns, each round in another order, on a model whose steps are shorter than any real one's, so that
-their own cost stands out.
-Measured from the end of a run's tenth step to the end of its last: wall-clock seconds, the median step, and CPU seconds
-of the training process. A launcher's figure is the median over the rounds of its ratio to no launcher in the same
-round.
+Each launched run has a run without a launcher beside it, and the two take turns of five steps on the last core, so that
+both meet the same moments of a noisy machine. Everything else, a launcher's other processes included, has the first
+core. The steps are shorter than those of any real model, so that the launcher's own cost stands out.
+Measured after the tenth step: wall-clock seconds and CPU seconds of the training process. A launcher's figure is the
+median over the turns of its ratio to the turn beside it.
 """
 
 import argparse
-import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,12 +25,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.clocked.dpo import FIRST, TURN  # noqa: E402
 from tests import tiny  # noqa: E402
 
 SCRIPT = ROOT / "bench" / "clocked" / "dpo.py"
-FIRST = 10  # steps before, in which memory and caches fill
-# One thread each, as Ray gives its workers: a second one would be the launcher's, not the training's
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+FIRST_CORE, *_, LAST_CORE = sorted(os.sched_getaffinity(0))
+# One thread each, as Ray gives its workers
+ENVIRONMENT = os.environ | {
+    "TURNS_CORE": str(LAST_CORE),
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def save_model(folder: Path, hidden: int) -> Path:
@@ -50,64 +57,76 @@ def save_model(folder: Path, hidden: int) -> Path:
     return folder
 
 
-def measured(command: list[str], model: Path, data: Path, folder: Path, steps: int) -> dict[str, float]:
-    """Seconds of one run after its first steps."""
-    out = folder / "out"
+def start(command: list[str], model: Path, data: Path, output: Path, steps: int) -> subprocess.Popen[bytes]:
     options = {
-        "model_name_or_path": model, "dataset_name": data, "output_dir": out, "ref_cache": folder / "cache",
+        "model_name_or_path": model, "dataset_name": data, "output_dir": output, "ref_cache": output / "cache",
         "bf16": "false", "per_device_train_batch_size": 8, "max_steps": steps, "save_strategy": "no", "use_cpu": "true",
         "resume_from_checkpoint": "no", "logging_steps": 10,
     }  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run([*command, str(SCRIPT), *flags], capture_output=True, text=True, env=ENVIRONMENT)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    wall, cpu = zip(*json.loads((out / "clock.json").read_text())[FIRST - 1 :], strict=True)
-    (out / "clock.json").unlink()
-    step = statistics.median(after - before for before, after in itertools.pairwise(wall))
-    return {"wall": wall[-1] - wall[0], "median step": step, "CPU": cpu[-1] - cpu[0]}
+    argv = ["taskset", "-c", str(FIRST_CORE), *command, str(SCRIPT), *flags]
+    with output.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+
+def take_turns(command: list[str], model: Path, data: Path, folder: Path, steps: int) -> list[dict[str, float]]:
+    """One launched run beside a plain one: of each turn its seconds, and their ratio to those of the turn beside it."""
+    folder.mkdir()
+    sides = {"launched": command, "plain": [sys.executable]}
+    runs = {side: start(sides[side], model, data, folder / side, steps) for side in sides}
+    while None in (codes := [run.poll() for run in runs.values()]) and not any(codes):
+        if all((folder / side / "ready").exists() for side in sides) and not (folder / "begun").exists():
+            (folder / "plain" / "turn").touch()
+            (folder / "begun").touch()
+        time.sleep(0.1)
+    for side, run in runs.items():
+        run.kill()  # it waits for the other, if that failed
+        if run.returncode:
+            sys.exit(f"{side}: {(folder / f'{side}.log').read_text()[-3000:]}")
+    clocks = [json.loads((folder / side / "clock.json").read_text()) for side in sides]
+    shutil.rmtree(folder)
+    return [
+        {"wall": wall / plain_wall, "CPU": cpu / plain_cpu, "step": plain_wall / TURN}
+        for (wall, cpu), (plain_wall, plain_cpu) in zip(*clocks, strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--hidden", type=int, default=192, help="width of the model, of 4 layers")
     parser.add_argument("--ray", default=None, help="a Python that has Ray; without it Ray is left out")
     given = parser.parse_args()
-    if given.steps <= FIRST + 1:
-        parser.error(f"--steps must be above {FIRST + 1}")
+    if given.steps < FIRST + 2 * TURN or (given.steps - FIRST) % TURN:
+        parser.error(f"--steps must be {FIRST} and two or more turns of {TURN}")
     commands = {
-        "none": [sys.executable],
         "accelerate": [
             sys.executable, "-m", "tandem.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"),
         ],
     }  # fmt: skip
     if given.ray:
         commands["ray"] = [given.ray, str(ROOT / "scripts" / "ray_launch.py"), "--num_workers", "1"]
-    rounds: list[dict[str, dict[str, float]]] = []
+    turns: dict[str, list[dict[str, float]]] = {who: [] for who in commands}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, data = save_model(folder / "model", given.hidden), folder / "data"
         data.mkdir()
         tiny.save_pairs(data / "train.jsonl", tiny.hh_rows(256))
-        for number in range(given.rounds):
-            turns = list(commands)[number % len(commands) :] + list(commands)[: number % len(commands)]
-            rounds.append({who: measured(commands[who], model, data, folder, given.steps) for who in turns})
-            shown = {who: {what: round(value, 4) for what, value in rounds[-1][who].items()} for who in commands}
-            print(f"round {number + 1}: {json.dumps(shown)}", flush=True)
-    alone = statistics.median(each["none"]["median step"] for each in rounds)
-    print(f"\nMedian of {given.rounds} rounds, steps of {1000 * alone:.0f} ms without a launcher;")
-    print("in brackets the least and the greatest:\n")
-    print("| launcher | wall | median step | CPU seconds |\n|---|---|---|---|")
-    for who in commands:
-        if who != "none":
-            print(f"| {who} | {' | '.join(_cell(rounds, who, what) for what in ('wall', 'median step', 'CPU'))} |")
+        for _ in range(given.rounds):
+            for who, command in commands.items():
+                turns[who] += take_turns(command, model, data, folder / "runs", given.steps)
+    steps = [turn["step"] for each in turns.values() for turn in each]
+    print(f"Steps of {1000 * statistics.median(steps):.0f} ms without a launcher; medians over turns of {TURN} steps,")
+    print("in brackets their quartiles:\n")
+    print("| launcher | turns | wall | CPU seconds |\n|---|---|---|---|")
+    for who, each in turns.items():
+        print(f"| {who} | {len(each)} | {_cell(each, 'wall')} | {_cell(each, 'CPU')} |")
 
 
-def _cell(rounds: list[dict[str, dict[str, float]]], who: str, what: str) -> str:
-    more = sorted(each[who][what] / each["none"][what] - 1 for each in rounds)
-    return f"{statistics.median(more):+.1%} ({more[0]:+.1%} to {more[-1]:+.1%})"
+def _cell(turns: list[dict[str, float]], what: str) -> str:
+    lower, middle, upper = statistics.quantiles([turn[what] - 1 for turn in turns], n=4)
+    return f"{middle:+.1%} ({lower:+.1%} to {upper:+.1%})"
 
 
 if __name__ == "__main__":

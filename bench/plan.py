@@ -1,7 +1,7 @@
-"""`dpo.py --plan` beside the run that it plans, each in a process of its own, on the CPU.
+"""`--plan` of dpo.py and sft.py beside the run that it plans, each in a process of its own, on the CPU.
 
-    python bench/plan.py                    # about 10 minutes on one core
-    python bench/plan.py --kinds lora --batches 8
+    python bench/plan.py                    # about 20 minutes on one core
+    python bench/plan.py --runs full_8 lora_8
 
 Prints a Markdown table: resident memory at its peak and seconds of training, planned and measured. Beside the planned
 memory stands what it is without the part for the allocator.
@@ -20,23 +20,39 @@ HH = HERE.parent.parent / "shared" / "data" / "hh_harmless_base_test_part1.jsonl
 PAIRS = 16
 HEAD = "| run | planned GiB | without allocator | measured GiB | planned / measured | planned s | measured s |"
 
+# What each run adds to the command line below
+RUNS = {
+    "full_1": "--per_device_train_batch_size 1",
+    "full_4": "--per_device_train_batch_size 4",
+    "full_8": "--per_device_train_batch_size 8",
+    "lora_1": "--per_device_train_batch_size 1 --use_peft true",
+    "lora_4": "--per_device_train_batch_size 4 --use_peft true",
+    "lora_8": "--per_device_train_batch_size 8 --use_peft true",
+    "full_8_checkpointing": "--per_device_train_batch_size 8 --gradient_checkpointing true",
+    "lora_8_checkpointing": "--per_device_train_batch_size 8 --use_peft true --gradient_checkpointing true",
+    "full_2_padded": "--per_device_train_batch_size 2 --layout padded",
+    "full_8_packed": "--per_device_train_batch_size 8 --layout packed",
+    "sft_4": "--per_device_train_batch_size 4",
+}
 
-def command(kind: str, batch: int, model: str, folder: str) -> list[str]:
+
+def command(name: str, model: str, folder: str) -> list[str]:
+    script = "sft.py" if name.startswith("sft") else "dpo.py"
     flags = {
         "model_name_or_path": model,
         "dataset_name": HH,
         "max_bad_rows": 1000,
         "max_train_samples": PAIRS,
         "max_length": 512,
-        "per_device_train_batch_size": batch,
         "bf16": "false",
-        "gradient_checkpointing": "false",
-        "use_peft": str(kind == "lora").lower(),
         "save_strategy": "no",
         "output_dir": f"{folder}/run",
-        "ref_cache": f"{folder}/cache",
     }
-    return [sys.executable, str(HERE.parent / "scripts" / "dpo.py")] + [f"--{k}={v}" for k, v in flags.items()]
+    if script == "dpo.py":
+        flags["ref_cache"] = f"{folder}/cache"
+    common = [f"--{flag}={value}" for flag, value in flags.items()]
+    unless_asked = [f"--{flag}=false" for flag in ("use_peft", "gradient_checkpointing") if flag not in RUNS[name]]
+    return [sys.executable, str(HERE.parent / "scripts" / script), *common, *unless_asked, *RUNS[name].split()]
 
 
 def planned(argv: list[str]) -> tuple[float, float, float]:
@@ -61,8 +77,7 @@ def measured(argv: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=["full", "lora"], choices=("full", "lora"))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS, metavar="NAME", help=", ".join(RUNS))
     parser.add_argument("--model", default=None, help="model folder; unset: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--table", type=Path, default=None, help="file for the table, beside the console")
     options = parser.parse_args()
@@ -73,14 +88,13 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     table = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
     print(*table, sep="\n")
-    for kind in options.kinds:
-        for batch in options.batches:
-            with tempfile.TemporaryDirectory() as folder:
-                argv = command(kind, batch, model, folder)
-                (plan, allocator, promised), (peak, seconds) = planned(argv), measured(argv)
-            memory = f"{plan:.2f} | {plan - allocator:.2f} | {peak:.2f} | {plan / peak:.2f}"
-            table.append(f"| {kind}, batch {batch} | {memory} | {promised:.0f} | {seconds:.0f} |")
-            print(table[-1], flush=True)
+    for name in options.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            argv = command(name, model, folder)
+            (plan, allocator, promised), (peak, seconds) = planned(argv), measured(argv)
+        memory = f"{plan:.2f} | {plan - allocator:.2f} | {peak:.2f} | {plan / peak:.2f}"
+        table.append(f"| {name} | {memory} | {promised:.0f} | {seconds:.0f} |")
+        print(table[-1], flush=True)
     if options.table is not None:
         options.table.write_text("\n".join(table) + "\n")
 

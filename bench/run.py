@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.data.sample import sample_path
+
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared" / "data"
 HH = SHARED / "hh_harmless_base_test_part1.jsonl.gz"
@@ -67,13 +69,14 @@ COLUMNS = (
 
 
 def measure(setting: Setting, side: str, model: str) -> dict[str, Any]:
-    from tandem.data.sample import sample_path
-
     data = setting.data if setting.data.exists() else sample_path("train")
     flags = f"{SIDES[side]} {setting.flags} --pairs {setting.pairs}"
     command = [sys.executable, str(HERE / "worker.py"), *shlex.split(flags), "--model", model, "--data", str(data)]
     # On the machine's own terms: no test runner's or launcher's thread count
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    foreign = {"OMP_NUM_THREADS"}
+    if side.startswith("trl"):
+        foreign |= {"THP_MEM_ALLOC_ENABLE"}  # set by importing tandem, which a user of TRL alone does not
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment | {"HF_HUB_OFFLINE": "1"}
     )

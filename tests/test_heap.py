@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +24,24 @@ def test_freed_memory_is_not_touched_anew(how, fewest, most):
     time all of them are new, or none."""
     done = subprocess.run([sys.executable, "-c", TOUCH, how], capture_output=True, text=True, check=True)
     assert fewest <= int(done.stdout) <= most
+
+
+NAME = "THP_MEM_ALLOC_ENABLE"
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ADVISED = """
+import tandem
+import torch
+held = torch.ones(2**26)
+print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+
+
+@pytest.mark.skipif(not HUGE.exists() or "[madvise]" not in HUGE.read_text(), reason="huge pages for all, or for none")
+@pytest.mark.parametrize(("environment", "fewest", "most"), [({}, 2**17, 2**18 + 2**15), ({NAME: "0"}, 0, 2**15)])
+def test_large_tensors_have_huge_pages(monkeypatch, environment, fewest, most):
+    """A tensor of 256 MiB, as KiB of huge pages: most of it, unless the user's environment says no."""
+    monkeypatch.delenv(NAME, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, "-c", ADVISED], capture_output=True, text=True, check=True)
+    assert fewest <= int(done.stdout.split()[-1]) <= most

@@ -32,7 +32,7 @@ from tandem.training import training_data
 _NF4_BYTES = 0.5 + 0.127 / 8
 # What the resident memory is over the activations' own size: holes in glibc's heap, which are gone where each tensor is
 # mapped by itself (bench/RESULTS.md). Fitted to runs of all weights, and of LoRA, which drops more tensors in between.
-_HEAP_ALL, _HEAP_LORA = 1.27, 1.6
+_HEAP_ALL, _HEAP_LORA = 1.27, 1.5
 # Layers of the two models whose steps are timed
 _PROBED_LAYERS = (1, 5)
 _PROBE_REPEATS = 3
