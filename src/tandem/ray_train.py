@@ -181,12 +181,15 @@ def _score(job: _Job, outcome: Any, part: int, parts: int) -> None:
 def _work(config: dict[str, Any]) -> None:
     """A training worker: the script's own `main`."""
     import ray
+    import ray.train
 
     job, outcome, output = config["job"], config["outcome"], Path(config["output"])
     if ray.get(outcome.get.remote()) is not None:
         return  # started again, though there is nothing to go on with
     os.chdir(job.cwd)
     _bring_back(output)
+    if ray.train.get_context().get_world_size() == 1:
+        _leave_group()
     from tandem import session
 
     session.ADDED_CALLBACKS[:] = [_report()]
@@ -212,9 +215,16 @@ def _bring_back(output: Path) -> None:
     torch.distributed.barrier()
 
 
+def _leave_group() -> None:
+    """Undo Ray's process group of one: for its sake accelerate wraps the model in DDP, which copies every gradient."""
+    import torch.distributed
+
+    torch.distributed.destroy_process_group()
+    del os.environ["LOCAL_RANK"]
+
+
 def _report() -> Any:
     import ray.train
-    import torch.distributed
     from transformers import TrainerCallback
 
     class Report(TrainerCallback):
@@ -224,7 +234,7 @@ def _report() -> Any:
         """
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            torch.distributed.barrier()
+            args.distributed_state.wait_for_everyone()
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             mine = ray.train.Checkpoint.from_directory(str(folder)) if state.is_world_process_zero else None
             ray.train.report({"step": state.global_step}, checkpoint=mine, checkpoint_dir_name=folder.name)

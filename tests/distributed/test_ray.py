@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -119,6 +120,8 @@ def test_a_new_machine_gets_the_last_checkpoint_back(tmp_path: Path, tiny_model:
     )
     assert code == 0, screen
     weights = sha256_file(out / "adapter_model.safetensors")
+    # One worker needs no second copy of its gradients, as DDP has it
+    assert re.search(r"^ +policy +whole$", (out / "train.log").read_text(), re.MULTILINE)
     os.rename(out, tmp_path / "lost")
     code, screen = end(start(under_ray(script("dpo"), *options(tiny_model, tiny_data, tmp_path, out), workers=1)))
     assert code == 0, screen
