@@ -20,8 +20,8 @@ TURN = 5  # steps
 class Clock(TrainerCallback):
     """Writes OUTPUT/clock.json: wall-clock and CPU seconds (of this process, all threads) of each turn.
 
-    A second run has its output beside this one's. Past the first steps the two take turns on one core, by a file that
-    names whose it is.
+    A second run has its output beside this one's. Past the first steps the two take turns on one core: who ends a
+    turn puts a file into the other's folder.
     """
 
     def __init__(self) -> None:
