@@ -51,15 +51,44 @@ class StockTrainer(DPOTrainer):
 
 
 class StepClock(TrainerCallback):
-    """When each optimizer step ended. The median step is one without the cost of first touching memory, which a short
-    run pays in its first three steps and a real one never again."""
+    """How long each optimizer step but the first took, and after each a sample of what plain products of the layers'
+    shapes reach, since a shared machine is not equally fast from one minute to the next.
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    The median step is one without the cost of first touching memory, which a short run pays in its first three steps
+    and a real one never again.
+    """
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> None:
+        self.products = [
+            (torch.randn(tokens, i, dtype=dtype, device=device), torch.randn(i, o, dtype=dtype, device=device))
+            for i, o in shape.matrices
+        ]
+        self.flops = 2 * tokens * sum(i * o for i, o in shape.matrices)
+        self.seconds: list[float] = []
+        self.matmul_rates: list[float] = []
+        self.sampling = {"wall": 0.0, "cpu": 0.0}
+        self.resumed: float | None = None
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         synchronize()
-        self.ends.append(time.perf_counter())
+        if self.resumed is not None:
+            self.seconds.append(time.perf_counter() - self.resumed)
+        timed(self.sample, self.sampling)()
+        self.resumed = time.perf_counter()
+
+    def sample(self) -> None:
+        """Measure the FLOP/s of the products for a third of a second, after one round that is not counted."""
+        self.multiply()
+        started, rounds = time.perf_counter(), 0
+        while time.perf_counter() - started < 0.33:
+            self.multiply()
+            rounds += 1
+        self.matmul_rates.append(rounds * self.flops / (time.perf_counter() - started))
+
+    def multiply(self) -> None:
+        for left, right in self.products:
+            left @ right
+        synchronize()
 
 
 def synchronize() -> None:
@@ -77,25 +106,6 @@ def timed(function: Callable[..., Any], clock: dict[str, float]) -> Callable[...
             clock["cpu"] += time.process_time() - cpu
 
     return run
-
-
-def matmul_rate(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of plain matrix products of the layers' shapes, measured here and now."""
-    products = [
-        (torch.randn(tokens, i, dtype=dtype, device=device), torch.randn(i, o, dtype=dtype, device=device))
-        for i, o in shape.matrices
-    ]
-    for left, right in products:
-        left @ right
-    synchronize()
-    flops = 2 * tokens * sum(i * o for i, o in shape.matrices)
-    started, repeats = time.perf_counter(), 0
-    while time.perf_counter() - started < 2:
-        for left, right in products:
-            left @ right
-        synchronize()
-        repeats += 1
-    return repeats * flops / (time.perf_counter() - started)
 
 
 def parse() -> argparse.Namespace:
@@ -126,9 +136,12 @@ def main() -> None:
         tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows[: 4 * options.pairs]
     ]
     pairs = [pair for pair in pairs if len(pair["prompt_ids"]) < options.max_length][: options.pairs]
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, clock, monitoring, steps = run(options, model, tokenizer, Dataset.from_list(pairs), folder)
     lengths = [_lengths(pair, options.max_length) for pair in pairs]
+    tokens = sum(map(sum, lengths)) * options.batch // len(lengths)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    steps = StepClock(Shape.of(model.config), tokens, dtype, options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, clock, monitoring = run(options, model, tokenizer, Dataset.from_list(pairs), folder, steps)
     print(json.dumps(figures(options, trainer, [lengths[i] for i in _order(trainer)], clock, monitoring, steps)))
 
 
@@ -151,9 +164,9 @@ def random_llama(options: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def run(
-    options: argparse.Namespace, model: Any, tokenizer: Any, dataset: Dataset, folder: str
-) -> tuple[Any, dict[str, float], dict[str, float], StepClock]:
-    """Train for one epoch; the trainer, the clock of reference and training, the monitor's own, and the steps'."""
+    options: argparse.Namespace, model: Any, tokenizer: Any, dataset: Dataset, folder: str, steps: StepClock
+) -> tuple[Any, dict[str, float], dict[str, float]]:
+    """Train for one epoch; the trainer, the clock of reference and training, and the monitor's own."""
     ours = options.side in ("shared", "packed", "padded")
     cls = TandemDPOTrainer if ours else StockTrainer
     clock, monitoring = {"wall": 0.0, "cpu": 0.0}, {"wall": 0.0, "cpu": 0.0}
@@ -189,14 +202,15 @@ def run(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **keywords
     )
     trainer.remove_callback(PrinterCallback)
-    steps = StepClock()
     trainer.add_callback(steps)
     if ours:
         trainer._feed_monitor = timed(trainer._feed_monitor, monitoring)
         for name in ("collect", "end_step", "interval_logs"):
             setattr(trainer.monitor, name, timed(getattr(trainer.monitor, name), monitoring))
     timed(trainer.train, clock)()
-    return trainer, clock, monitoring, steps
+    for name, seconds in steps.sampling.items():
+        clock[name] -= seconds
+    return trainer, clock, monitoring
 
 
 def figures(
@@ -218,11 +232,12 @@ def figures(
 
     # Stock TRL forwards the reference within each step; otherwise it is scored before the first
     rates = [
-        flops([batch], layout, options.side == "trl") / (end - start)
-        for batch, (start, end) in zip(batches[1:], itertools.pairwise(steps.ends), strict=True)
+        flops([batch], layout, options.side == "trl") / seconds
+        for batch, seconds in zip(batches[1:], steps.seconds, strict=True)
     ]
+    # Beside the samples before and after the step
+    plain = [sum(samples) / 2 for samples in itertools.pairwise(steps.matmul_rates)]
     cold = not options.warm
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
     on_cuda = options.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -232,7 +247,8 @@ def figures(
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "flops_allow": flops(batches, "padded", cold) / flops(batches, layout, cold),
         "flop_rate": statistics.median(rates),
-        "matmul_rate": matmul_rate(shape, sum(map(sum, order)) // len(batches), dtype, options.device),
+        "matmul_rate": statistics.median(plain),
+        "of_matmul": statistics.median(rate / beside for rate, beside in zip(rates, plain, strict=True)),
         "monitor_share": monitoring["wall"] / clock["wall"],
         "unique_tokens": sum(map(sum, order)),
         "wall_s": clock["wall"],

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import PreTrainedConfig
 from trl.kernels import ChunkedLogProbFunction
@@ -28,6 +30,7 @@ def in_float32(head):
 def chunk(request, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 40 * request.param)
     monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(logprobs, "_BLOCK_WORDS", 16)  # the last of the three blocks is half a block
 
 
 @pytest.fixture(params=[0, 5, 100], ids="{} tokens kept".format)
@@ -132,8 +135,18 @@ def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     assert max(sizes) == 40 * 6  # the weight's gradient; the logits would be 440
 
 
+@given(tokens=st.integers(0, 3000), vocabulary=st.integers(1, 300_000))
+def test_chunks_cover_the_tokens_evenly_within_their_limit(tokens, vocabulary):
+    weight = torch.empty(vocabulary, 1, device="meta")
+    chunks = list(logprobs._Head(weight, None, LogitTransform(), torch.float32, tokens).chunks())
+    assert [token for chunk in chunks for token in range(chunk.start, chunk.stop)] == list(range(tokens))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert all(size <= 64 or size * vocabulary <= 3 << 22 for size in sizes)
+    assert not sizes or max(sizes) - min(sizes) < len(sizes)
+
+
 def test_bf16_is_no_further_from_float32_than_trl(monkeypatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 1)  # 64 tokens a chunk
+    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS_HALF", 1)  # 50 tokens a chunk
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(200, 64, generator=generator), torch.randn(500, 64, generator=generator) / 4
     targets = torch.randint(500, (200,), generator=generator)
