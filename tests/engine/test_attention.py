@@ -70,6 +70,12 @@ def gradients(output, states):
     return torch.autograd.grad((output * weight).sum(), states)
 
 
+@pytest.fixture(params=[2, 128], ids="{} queries a call".format)
+def query_block(request, monkeypatch):
+    monkeypatch.setattr(attention, "_CPU_QUERY_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("query_block")
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("backend", ["sdpa", "dense", "varlen"])
@@ -85,6 +91,26 @@ def test_every_backend_is_the_definition(monkeypatch, states, window, scale, bac
         assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_call_on_the_cpu_sees_no_keys_behind_its_last_query(monkeypatch, plan, states):
+    monkeypatch.setattr(attention, "_CPU_QUERY_BLOCK", 3)
+    calls = []
+
+    def attend(query, key, value, **_):
+        calls.append((query.shape[2], key.shape[2]))
+        return query
+
+    monkeypatch.setattr(attention, "_sdpa", attend)
+    PairAttention(plan, "sdpa")(*states)
+    for segment in plan.segments:
+        queries, keys = 0, segment.k_length - segment.q_length
+        while queries < segment.q_length:
+            length, seen = calls.pop(0)
+            queries, keys = queries + length, keys + length
+            assert length <= 3 and seen == keys
+    assert not calls and max(segment.q_length for segment in plan.segments) > 3
+
+
+@pytest.mark.usefixtures("query_block")
 @pytest.mark.parametrize("window", [None, 3])
 def test_soft_capping_and_sinks_are_the_definition(plan, states, window):
     sinks = torch.linspace(-1, 2, HEADS, dtype=torch.float64).requires_grad_()
