@@ -13,7 +13,6 @@ Backends:
 """
 
 import importlib.util
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from tandem.engine.layout import PairPlan, Segment
+from tandem.engine.layout import PairPlan, Segment, even_size
 
 Backend = Literal["auto", "varlen", "sdpa", "dense"]
 PAIR_ATTENTION = "pair_attention"
@@ -198,7 +197,7 @@ def _flash_attn_installed() -> bool:
 def _even_blocks(states: Tensor, limit: int) -> tuple[Tensor, ...]:
     """Consecutive tokens, at most `limit` in a block."""
     tokens = states.shape[2]
-    return states.split(math.ceil(tokens / math.ceil(tokens / limit)), dim=2) if tokens > limit else (states,)
+    return states.split(even_size(tokens, limit), dim=2) if tokens > limit else (states,)
 
 
 def _first(states: Tensor, length: int) -> Tensor:

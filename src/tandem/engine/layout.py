@@ -13,6 +13,7 @@ aligned causal attention with as many queries as keys for chosen, and fewer quer
 Everything here is index arithmetic on tensors: no model, no trl, no transformers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -184,6 +185,11 @@ def _segments(lengths: list[int], shared: list[int]) -> tuple[tuple[Segment, ...
         kept_rows += [bool(segment.q_length) for segment in of_pair]
         offset = branch + rejected
     return tuple(segments), kept_rows
+
+
+def even_size(tokens: int, limit: int) -> int:
+    """Size of the fewest blocks of at most `limit` that hold `tokens`, made even; at least 1."""
+    return max(1, math.ceil(tokens / max(1, math.ceil(tokens / limit))))
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> Tensor:

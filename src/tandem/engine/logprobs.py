@@ -5,7 +5,6 @@ Here it exists one chunk of tokens at a time. What the backward needs of it is m
 frozen, kept where it is small, and computed again where it is not.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from tandem.engine.layout import even_size
 
 # Logits of one chunk: 48 MiB in float32. Measured on CPU: a third slows the head by a quarter, twice gains nothing.
 _CHUNK_LOGITS = 3 << 22
@@ -247,8 +248,7 @@ class _Head:
         vocabulary = weight.shape[0]
         logits = _CHUNK_LOGITS if dtype == torch.float32 else _CHUNK_LOGITS_HALF
         # Even chunks: each reads all weights, and a short last one would read them for a few tokens
-        chunks = max(1, math.ceil(tokens / max(_MIN_CHUNK_TOKENS, logits // vocabulary)))
-        self.chunk_tokens = max(1, math.ceil(tokens / chunks))
+        self.chunk_tokens = even_size(tokens, max(_MIN_CHUNK_TOKENS, logits // vocabulary))
         self._logits = weight.new_empty(min(self.chunk_tokens, tokens), vocabulary, dtype=torch.float32)
         self._probs = torch.empty_like(self._logits)
 
