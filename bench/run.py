@@ -57,7 +57,7 @@ CPU = {
     "full_sharegpt_4": Setting("--batch 4", data=SHAREGPT, pairs=16),
     "bf16_full_hh_8": Setting("--batch 8 --bf16"),
     # More steps, so that the rate is of those that come after the memory was first touched
-    "packed_full_hh_8": Setting("--batch 8", (("packed", "cold"),), pairs=40),
+    "packed_full_hh_8": Setting("--batch 8", (("packed", "cold"),), pairs=80),
 }
 CUDA = {
     f"{size}_{name}": Setting(f"--device cuda --random {size} --bf16 --max_length 1024 {flags}", pairs=pairs)

@@ -30,6 +30,7 @@ def in_float32(head):
 def chunk(request, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 40 * request.param)
     monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(logprobs, "_PIECE_LOGITS", 40 * 3)
     monkeypatch.setattr(logprobs, "_BLOCK_WORDS", 16)  # the last of the three blocks is half a block
 
 
@@ -92,7 +93,7 @@ def test_a_frozen_head_gets_no_gradient_and_is_multiplied_once(head, chunk, tran
     upstream = torch.linspace(-1, 1, len(targets))
     expected = from_the_definition(hidden.requires_grad_(), weight, bias, targets, transform)["log_probs"]
     log_probs = score_tokens(hidden, weight, bias, targets, transform).log_probs
-    monkeypatch.setattr(logprobs._Head, "softmax", None)  # the backward has no need of logits
+    monkeypatch.setattr(logprobs._Head, "logits", None)  # the backward has no need of logits
     (ours,), (theirs,) = (torch.autograd.grad((scores * upstream).sum(), hidden) for scores in (log_probs, expected))
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -117,10 +118,11 @@ def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
     monkeypatch.setattr(logprobs, "_KEPT_PROBS", 200)
     monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 2)
     head = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in in_float32(head)]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
-        score_tokens(*head, LogitTransform(), FIELDS)
-    assert 4 * 40 in kept and max(kept) == 40 * 6  # whole chunks of two tokens, beside the weight
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        node = score_tokens(*head, LogitTransform(), FIELDS).log_probs.grad_fn
+    assert max(saved) == 40 * 6  # the weight
+    assert node.kept.shape == (4, 40)  # whole chunks of two tokens
 
     sizes = []
 

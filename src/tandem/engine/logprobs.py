@@ -24,6 +24,9 @@ from tandem.engine.layout import even_size
 _CHUNK_LOGITS = 3 << 22
 # In half precision each chunk also adds a whole weight gradient to the float32 sum
 _CHUNK_LOGITS_HALF = 1 << 25
+# Logits that the passes after the product take at a time on the CPU, whose caches hold them and their probabilities: a
+# quarter less time than for a chunk at once
+_PIECE_LOGITS = 3 << 19
 # Words of one product in float32 on the CPU, which its caches hold: a fifth faster than the whole vocabulary in one
 _BLOCK_WORDS = 1024
 # Probabilities kept from the forward to the backward of a trained head: 256 MiB spare it a fourth matrix product over
@@ -164,35 +167,25 @@ class _ScoreTokens(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        tokens = targets.numel()
-        head = _Head(weight, bias, transform, dtype, tokens)
+        head = _Head(weight, bias, transform, dtype, targets.numel())
         trained = differentiable and any(ctx.needs_input_grad[1:3])
         kept = hidden.new_empty(head.tokens_to_keep() if trained else 0, weight.shape[0], dtype=torch.float32)
         # Of a frozen head the backward needs d log p / d hidden alone, which is made while the probabilities are here
         frozen = differentiable and not trained and ctx.needs_input_grad[0]
         jacobian = torch.empty_like(hidden, dtype=dtype) if frozen else None
 
-        result = {name: hidden.new_empty(tokens, dtype=torch.float32) for name in ("log_probs", *outputs)}
-        if "is_top1" in outputs:
-            result["is_top1"] = torch.empty_like(targets, dtype=torch.bool)
+        scores = []
         for rows in head.chunks():
-            logits, log_sum_exp, probs = head.softmax(hidden[rows].to(dtype), kept[rows])
-            target = targets[rows]
-            result["log_probs"][rows] = logits.gather(-1, target[:, None]).squeeze(-1) - log_sum_exp
-            if "mean_logits" in outputs:
-                result["mean_logits"][rows] = logits.mean(-1)
-            if "is_top1" in outputs:
-                result["is_top1"][rows] = logits.argmax(-1) == target
-            if "entropy" in outputs:
-                result["entropy"][rows] = log_sum_exp - torch.linalg.vecdot(probs, logits)
-            if "log_sum_sq_probs" in outputs:
-                result["log_sum_sq_probs"][rows] = torch.linalg.vecdot(probs, probs).log()
+            logits, probs = head.logits(hidden[rows].to(dtype)), head.room(kept[rows], rows)
+            scores += [_score(*piece, outputs=outputs) for piece in head.pieces(logits, probs, targets[rows])]
             if jacobian is not None:
-                upstream = torch.ones_like(target, dtype=torch.float32)
-                jacobian[rows] = head.grad_logits(logits, probs, target, upstream) @ head.weight
+                upstream = torch.ones_like(targets[rows], dtype=torch.float32)
+                jacobian[rows] = head.grad_logits(logits, probs, targets[rows], upstream) @ head.weight
 
         ctx.dtype, ctx.transform = dtype, transform
-        ctx.save_for_backward(hidden, weight, bias, targets, kept, jacobian)
+        ctx.kept = kept  # not saved for backward, which overwrites it
+        ctx.save_for_backward(hidden, weight, bias, targets, jacobian)
+        result = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
         log_probs, *others = (result.get(field) for field in TokenScores.__dataclass_fields__)
         ctx.mark_non_differentiable(*(other for other in others if other is not None))
         ctx.set_materialize_grads(False)
@@ -201,31 +194,33 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, kept, jacobian = ctx.saved_tensors
+        hidden, weight, bias, targets, jacobian = ctx.saved_tensors
         if grad_log_probs is None:
             return (None,) * 7
         if jacobian is not None:
             return (jacobian.float() * grad_log_probs[:, None]).to(hidden.dtype), *(None,) * 6
+        # A second backward finds none and computes them again
+        kept, ctx.kept = ctx.kept, torch.empty_like(ctx.kept[:0])
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
             head = _Head(weight, bias, ctx.transform, ctx.dtype, targets.numel())
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-            for rows in head.chunks():
+            for rows in head.chunks(len(kept)):
                 states = hidden[rows].to(ctx.dtype)
-                logits, probs = None, kept[rows]
-                if len(probs) < len(states):
-                    logits, _, probs = head.softmax(states)
+                logits, probs = None, head.room(kept[rows], rows)
+                if rows.start >= len(kept):
+                    logits = head.logits(states)
+                    for piece in head.pieces(logits, probs):
+                        _softmax(*piece)
                 grad_logits = head.grad_logits(logits, probs, targets[rows], grad_log_probs[rows].float())
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0, dtype=torch.float32)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad_logits @ head.weight
-                if grad_weight is not None and ctx.dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.t(), states)
-                elif grad_weight is not None:
-                    grad_weight += grad_logits.t() @ states
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad_logits.t(), states, first=rows.start == 0)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -252,9 +247,17 @@ class _Head:
         self._logits = weight.new_empty(min(self.chunk_tokens, tokens), vocabulary, dtype=torch.float32)
         self._probs = torch.empty_like(self._logits)
 
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.tokens, self.chunk_tokens):
+    def chunks(self, first: int = 0) -> Iterator[slice]:
+        """Consecutive tokens, after the `first` ones as one chunk. Without any token, one chunk of none."""
+        if first:
+            yield slice(0, first)
+        for start in range(first, max(1, self.tokens), self.chunk_tokens):
             yield slice(start, min(start + self.chunk_tokens, self.tokens))
+
+    def pieces(self, *chunk: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """A chunk's tensors, some tokens of each at a time."""
+        limit = _PIECE_LOGITS // len(self.weight) if self._logits.device.type == "cpu" else self.chunk_tokens
+        return zip(*(tensor.split(even_size(self.chunk_tokens, max(1, limit))) for tensor in chunk), strict=True)
 
     def tokens_to_keep(self) -> int:
         """Of how many tokens the probabilities fit into what may be kept, in whole chunks."""
@@ -263,21 +266,13 @@ class _Head:
         fitting = _KEPT_PROBS // self.weight.shape[0]
         return self.tokens if self.tokens <= fitting else fitting - fitting % self.chunk_tokens
 
-    def softmax(self, states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(chunk, V) transformed logits, their (chunk,) log-sum-exp and (chunk, V) probabilities, float32.
+    def room(self, kept: Tensor, rows: slice) -> Tensor:
+        """(chunk, V) float32 memory for the probabilities of a chunk: their own where they are kept, else shared."""
+        return kept if len(kept) else self._probs[: rows.stop - rows.start]
 
-        The product is in the states' dtype. The next call overwrites logits and probabilities, but for probabilities
-        in an `out` of the right size.
-        """
-        logits = self.transform.apply_(self._product(states))
-        if out is None or len(out) < len(states):
-            out = self._probs[: len(states)]
-        # Not torch's softmax and logsumexp, which would each do half of this again, nor its log_softmax, whose sums
-        # over a large vocabulary are biased by 1e-7
-        largest = logits.amax(-1, keepdim=True)
-        probs = torch.sub(logits, largest, out=out).exp_()
-        total = probs.sum(-1, keepdim=True)
-        return logits, (largest + total.log()).squeeze(-1), probs.div_(total)
+    def logits(self, states: Tensor) -> Tensor:
+        """(chunk, V) transformed logits, float32, in memory that chunks share; the product is in the states' dtype."""
+        return self.transform.apply_(self._product(states))
 
     def _product(self, states: Tensor) -> Tensor:
         """(chunk, V) float32: the states times the weights, plus the bias."""
@@ -294,8 +289,48 @@ class _Head:
         return logits
 
     def grad_logits(self, logits: Tensor | None, probs: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
-        """(chunk, V) gradient of sum(upstream * log p(target)) by the logits before their transform."""
+        """(chunk, V) gradient of sum(upstream * log p(target)) by the logits before their transform.
+
+        It takes the place of the probabilities.
+        """
         # d log p(target) / d logit_j = [j = target] - p_j
-        gradient = torch.mul(probs, -upstream[:, None], out=self._probs[: len(probs)])
+        gradient = probs.mul_(-upstream[:, None])
         gradient.scatter_add_(-1, targets[:, None], upstream[:, None])
         return self.transform.chain_(gradient, logits).to(self.weight.dtype)
+
+
+def _score(logits: Tensor, probs: Tensor, targets: Tensor, *, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """Fields of `TokenScores` from (n, V) transformed logits, whose softmax it writes into `probs`."""
+    log_sum_exp = _softmax(logits, probs)
+    scores = {"log_probs": logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum_exp}
+    if "mean_logits" in outputs:
+        scores["mean_logits"] = logits.mean(-1)
+    if "is_top1" in outputs:
+        scores["is_top1"] = logits.argmax(-1) == targets
+    if "entropy" in outputs:
+        scores["entropy"] = log_sum_exp - torch.linalg.vecdot(probs, logits)
+    if "log_sum_sq_probs" in outputs:
+        scores["log_sum_sq_probs"] = torch.linalg.vecdot(probs, probs).log()
+    return scores
+
+
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """(n,) log-sum-exp of (n, V) logits; their softmax goes into `out`.
+
+    Not torch's softmax and logsumexp, which would each do half of this again, nor its softmax or log_softmax alone,
+    whose sums over a large vocabulary are biased by up to 3e-6.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    total = torch.sub(logits, largest, out=out).exp_().sum(-1, keepdim=True)
+    out.div_(total)
+    return (largest + total.log()).squeeze(-1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left @ right in float32, or total = left @ right where it holds nothing yet."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
