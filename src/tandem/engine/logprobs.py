@@ -183,8 +183,8 @@ class _ScoreTokens(torch.autograd.Function):
                 jacobian[rows] = head.grad_logits(logits, probs, targets[rows], upstream) @ head.weight
 
         ctx.dtype, ctx.transform = dtype, transform
-        ctx.kept = kept  # not saved for backward, which overwrites it
-        ctx.save_for_backward(hidden, weight, bias, targets, jacobian)
+        ctx.spent = False
+        ctx.save_for_backward(hidden, weight, bias, targets, kept, jacobian)
         result = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
         log_probs, *others = (result.get(field) for field in TokenScores.__dataclass_fields__)
         ctx.mark_non_differentiable(*(other for other in others if other is not None))
@@ -194,13 +194,13 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, jacobian = ctx.saved_tensors
+        hidden, weight, bias, targets, kept, jacobian = ctx.saved_tensors
         if grad_log_probs is None:
             return (None,) * 7
         if jacobian is not None:
             return (jacobian.float() * grad_log_probs[:, None]).to(hidden.dtype), *(None,) * 6
-        # A second backward finds none and computes them again
-        kept, ctx.kept = ctx.kept, torch.empty_like(ctx.kept[:0])
+        # The gradient takes their place, without autograd's knowledge: a second backward computes them again
+        kept, ctx.spent = kept.data[: 0 if ctx.spent else len(kept)], True
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
             head = _Head(weight, bias, ctx.transform, ctx.dtype, targets.numel())
