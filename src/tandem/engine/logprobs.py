@@ -199,7 +199,8 @@ class _ScoreTokens(torch.autograd.Function):
             return (None,) * 7
         if jacobian is not None:
             return (jacobian.float() * grad_log_probs[:, None]).to(hidden.dtype), *(None,) * 6
-        # The gradient takes their place, without autograd's knowledge: a second backward computes them again
+        # The gradient takes the place of the kept probabilities. Autograd must not see it, or would refuse a second
+        # backward, which computes them again
         kept, ctx.spent = kept.data[: 0 if ctx.spent else len(kept)], True
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
