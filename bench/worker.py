@@ -27,7 +27,7 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
-from tandem.heap import keep_freed_memory
+from tandem.heap import keep_freed_memory, refuse_huge_pages
 from tandem.models import load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, LoraOptions, ModelOptions
@@ -198,6 +198,7 @@ def run(
         dataset = dataset.remove_columns("pair_id")
     if ours and options.device == "cpu":
         keep_freed_memory()  # as run_dpo does
+        refuse_huge_pages()
     lora = lora_config(LORA) if options.lora else None
     trainer: Any = cls(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **keywords

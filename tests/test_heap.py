@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap and Linux's pages")
+
 TOUCH = """
 import resource, sys
 import torch
@@ -17,7 +19,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 @pytest.mark.parametrize(("how", "fewest", "most"), [("keep", 0, 31), ("return", 32, 2**20)])
 def test_freed_memory_is_not_touched_anew(how, fewest, most):
     """A tensor of 64 MiB, made and freed 40 times, is 16,384 pages, or 32 where the kernel takes huge ones: the last
@@ -26,22 +27,42 @@ def test_freed_memory_is_not_touched_anew(how, fewest, most):
     assert fewest <= int(done.stdout) <= most
 
 
-NAME = "THP_MEM_ALLOC_ENABLE"
-HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-ADVISED = """
+ALIGNMENT = "THP_MEM_ALLOC_ENABLE"
+ALIGNED = """
+import mmap
 import tandem
 import torch
+print(torch.ones(2**26).data_ptr() % mmap.PAGESIZE)
+"""
+
+
+@pytest.mark.parametrize(("environment", "aligned"), [({}, True), ({ALIGNMENT: "0"}, False)])
+def test_large_tensors_begin_at_a_page(monkeypatch, environment, aligned):
+    """Unless the user's environment says no."""
+    monkeypatch.delenv(ALIGNMENT, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, "-c", ALIGNED], capture_output=True, text=True, check=True)
+    assert (int(done.stdout.split()[-1]) == 0) is aligned
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ADVISED = """
+import sys
+import tandem
+import torch
+from tandem.heap import refuse_huge_pages
+if sys.argv[1] == "refuse":
+    refuse_huge_pages()
 held = torch.ones(2**26)
 print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
 """
 
 
 @pytest.mark.skipif(not HUGE.exists() or "[madvise]" not in HUGE.read_text(), reason="huge pages for all, or for none")
-@pytest.mark.parametrize(("environment", "fewest", "most"), [({}, 2**17, 2**18 + 2**15), ({NAME: "0"}, 0, 2**15)])
-def test_large_tensors_have_huge_pages(monkeypatch, environment, fewest, most):
-    """A tensor of 256 MiB, as KiB of huge pages: most of it, unless the user's environment says no."""
-    monkeypatch.delenv(NAME, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    done = subprocess.run([sys.executable, "-c", ADVISED], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("how", "fewest", "most"), [("take", 2**17, 2**18 + 2**15), ("refuse", 0, 2**15)])
+def test_huge_pages_are_refused(monkeypatch, how, fewest, most):
+    """A tensor of 256 MiB, as KiB of huge pages: most of it, as torch asks for them, or none."""
+    monkeypatch.delenv(ALIGNMENT, raising=False)
+    done = subprocess.run([sys.executable, "-c", ADVISED, how], capture_output=True, text=True, check=True)
     assert fewest <= int(done.stdout.split()[-1]) <= most
