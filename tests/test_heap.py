@@ -47,22 +47,18 @@ def test_large_tensors_begin_at_a_page(monkeypatch, environment, aligned):
 
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-ADVISED = """
+ENABLED = """
 import sys
-import tandem
-import torch
 from tandem.heap import refuse_huge_pages
 if sys.argv[1] == "refuse":
     refuse_huge_pages()
-held = torch.ones(2**26)
-print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("THP_enabled")))
 """
 
 
-@pytest.mark.skipif(not HUGE.exists() or "[madvise]" not in HUGE.read_text(), reason="huge pages for all, or for none")
-@pytest.mark.parametrize(("how", "fewest", "most"), [("take", 2**17, 2**18 + 2**15), ("refuse", 0, 2**15)])
-def test_huge_pages_are_refused(monkeypatch, how, fewest, most):
-    """A tensor of 256 MiB, as KiB of huge pages: most of it, as torch asks for them, or none."""
-    monkeypatch.delenv(ALIGNMENT, raising=False)
-    done = subprocess.run([sys.executable, "-c", ADVISED, how], capture_output=True, text=True, check=True)
-    assert fewest <= int(done.stdout.split()[-1]) <= most
+@pytest.mark.skipif(not HUGE.exists(), reason="a kernel without huge pages")
+@pytest.mark.parametrize(("how", "enabled"), [("take", "1"), ("refuse", "0")])
+def test_huge_pages_are_refused(how, enabled):
+    """By the kernel's own word: how many a process gets where they are not refused depends on what memory is free."""
+    done = subprocess.run([sys.executable, "-c", ENABLED, how], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == enabled
