@@ -27,7 +27,7 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
-from tandem.heap import keep_freed_memory, refuse_huge_pages
+from tandem.heap import prepare_for_training
 from tandem.models import load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options import EngineOptions, LoraOptions, ModelOptions
@@ -197,8 +197,7 @@ def run(
     else:
         dataset = dataset.remove_columns("pair_id")
     if ours and options.device == "cpu":
-        keep_freed_memory()  # as run_dpo does
-        refuse_huge_pages()
+        prepare_for_training()  # as run_dpo does
     lora = lora_config(LORA) if options.lora else None
     trainer: Any = cls(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **keywords

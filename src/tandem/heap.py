@@ -9,6 +9,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _PR_SET_THP_DISABLE = 41
 
 
+def prepare_for_training() -> None:
+    """What a process that trains on the CPU wants of its heap."""
+    keep_freed_memory()
+    refuse_huge_pages()
+
+
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep for itself what is freed, as long as the process lives; nothing elsewhere.
 
@@ -23,7 +29,7 @@ def refuse_huge_pages() -> None:
     """Let Linux give this process and its children pages of the usual size only; nothing elsewhere.
 
     torch asks for huge ones where it aligns large tensors (`THP_MEM_ALLOC_ENABLE`, see `tandem`). For a heap that is
-    kept they are no gain, and finding them costs more than the faults they spare: bench/RESULTS.md.
+    kept they were no gain, and cost more system time than the faults they spare: bench/RESULTS.md.
     """
     _call("prctl", _PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
 

@@ -16,7 +16,7 @@ from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.errors import UserError
 from tandem.habana import is_lazy
-from tandem.heap import keep_freed_memory, refuse_huge_pages
+from tandem.heap import prepare_for_training
 from tandem.log import logger
 from tandem.models import fast_bf16, has_accelerator, load_model, load_tokenizer
 from tandem.options import DPOOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions, check_training
@@ -108,8 +108,7 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
 
 def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
     if not has_accelerator():
-        keep_freed_memory()
-        refuse_huge_pages()
+        prepare_for_training()
     loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
     loaded.config.use_cache = False
     return loaded
