@@ -63,7 +63,7 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Tandem beside stock TRL, about 30 minutes
+bench: setup ## Tandem beside stock TRL, over an hour on two cores
 	$(BIN)/python bench/run.py
 
 SECONDS ?= 600

@@ -1,6 +1,6 @@
 """Tandem beside stock TRL: the same model, pairs, order and seed, each in a process of its own, interleaved.
 
-    make bench                                                # about 30 minutes on two cores
+    make bench                                                # over an hour on two cores, more without AVX-512 BF16
     python bench/run.py --settings full_hh_8 --repeats 3
     python bench/run.py --device cuda                         # random-weight Llamas of 1B and 8B in bfloat16
 
