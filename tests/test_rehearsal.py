@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tandem.engine.layout import Layout
 from tandem.options import LoraOptions, ModelOptions, TrainOptions
-from tandem.rehearsal import Batch, Rehearsal, _random_like, _replace_tensors, _Storages, build
+from tandem.rehearsal import Batch, Rehearsal, _optimizer, _random_like, _replace_tensors, _Storages, build
 
 # Two pairs: chosen rows, then rejected, of 9, 5, 7 and 4 tokens after prompts of 3 and 2
 ROWS = [
@@ -109,6 +109,23 @@ def test_optimizers_without_moments(tiny_model: Path):
     usage = rehearsal.count_step(Batch.of(ROWS, "shared"), micro_batches=1, has_state=True)
     # And a number for each tensor, made anew in the step
     assert 0 <= usage["optimizer"] - factored <= 4 * len(tensors)
+
+
+def test_moments_of_eight_bits():
+    """Figures of bitsandbytes 0.50.2: a byte a moment and a float a block of 256, but all floats in what is small, and
+    transformers leaves embeddings out."""
+    small, large = nn.Linear(273, 15, bias=False), nn.Linear(64, 64, bias=False)
+    model = nn.ModuleList([nn.Embedding(100, 50), nn.Linear(50, 100), small, large])
+    train = TrainOptions("out", bf16=False)
+    train.optim = "adamw_8bit"  # which the constructor refuses where bitsandbytes is not installed
+    optimizer = _optimizer(train, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(2):
+        optimizer.step()
+    kept = [sum(tensor.nbytes for tensor in optimizer.state[own].values()) for own in model.parameters()]
+    embedding, weight, bias = 8 * 5000, 2 * (5000 + 4 * 20), 8 * 100
+    assert kept == [embedding, weight, bias, 8 * 4095, 2 * (4096 + 4 * 16)]
 
 
 def test_gradient_checkpoints_take_less(tiny_model: Path):

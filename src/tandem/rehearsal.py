@@ -6,6 +6,7 @@ Fake tensors have shapes, types and lifetimes, and no values. Every storage that
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 import weakref
 from collections import Counter
@@ -182,7 +183,7 @@ class _Step:
         self.model = model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.max_grad_norm = train.max_grad_norm
-        self.optimizer = _optimizer(train, self.trained)
+        self.optimizer = _optimizer(train, model)
         self.autocast = autocast
 
     def loss(self, batch: Batch) -> Tensor:
@@ -257,13 +258,51 @@ class _Storages(TorchDispatchMode):
         return result
 
 
-def _optimizer(train: TrainOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """One with the state of `train.optim`; those of 8 bits are counted as AdamW."""
+def _optimizer(train: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """One of the model's trained parameters, with the state of `train.optim`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if train.optim == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-6)
+        return torch.optim.SGD(trained, lr=1e-6)
     if train.optim == "adafactor":
-        return Adafactor(parameters, lr=1e-6, scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(parameters, lr=1e-6)
+        return Adafactor(trained, lr=1e-6, scale_parameter=False, relative_step=False)
+    if "8bit" in train.optim:
+        # As transformers' trainer has it, and bitsandbytes below 4096 numbers
+        embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        return _EightBitState(trained, {own for own in trained if own in embeddings or own.numel() < 4096})
+    return torch.optim.AdamW(trained, lr=1e-6)
+
+
+class _EightBitState(torch.optim.SGD):
+    """What bitsandbytes' AdamW of 8 bits keeps; its kernels take no fake tensors, so the update is SGD's.
+
+    Two moments of a byte a number, with a float32 factor for each block of 256 (arXiv 2110.02861, section 2.1).
+
+    Args:
+        parameters: what is trained.
+        exact: those of them whose moments are float32.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], exact: set[nn.Parameter]) -> None:
+        super().__init__(parameters, lr=1e-6)
+        self.exact = exact
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = self._moments(parameter)
+        return loss
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        size = parameter.numel()
+        if parameter in self.exact:
+            return {"moments": parameter.new_empty(2 * size, dtype=torch.float32)}
+        factors = 2 * math.ceil(size / 256)
+        return {
+            "moments": parameter.new_empty(2 * size, dtype=torch.uint8),
+            "factors": parameter.new_empty(factors, dtype=torch.float32),
+        }
 
 
 def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:

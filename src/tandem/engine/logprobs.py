@@ -175,8 +175,9 @@ class _ScoreTokens(torch.autograd.Function):
         jacobian = torch.empty_like(hidden, dtype=dtype) if frozen else None
 
         scores = []
-        for rows in head.chunks():
-            logits, probs = head.logits(hidden[rows].to(dtype)), head.room(kept[rows], rows)
+        # All that is kept is one product; in half precision, that would be a matrix beside it first
+        for rows in head.chunks(len(kept) if dtype == torch.float32 else 0):
+            logits, probs = head.logits(hidden[rows].to(dtype), kept[rows])
             scores += [_score(*piece, outputs=outputs) for piece in head.pieces(logits, probs, targets[rows])]
             if jacobian is not None:
                 upstream = torch.ones_like(targets[rows], dtype=torch.float32)
@@ -210,9 +211,9 @@ class _ScoreTokens(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
             for rows in head.chunks(len(kept)):
                 states = hidden[rows].to(ctx.dtype)
-                logits, probs = None, head.room(kept[rows], rows)
+                logits, probs = None, kept[rows]
                 if rows.start >= len(kept):
-                    logits = head.logits(states)
+                    logits, probs = head.logits(states, probs)
                     for piece in head.pieces(logits, probs):
                         _softmax(*piece)
                 grad_logits = head.grad_logits(logits, probs, targets[rows], grad_log_probs[rows].float())
@@ -231,7 +232,7 @@ class _ScoreTokens(torch.autograd.Function):
 
 
 class _Head:
-    """A head of (V, D) weights over chunks of some tokens. The chunks share two buffers: to touch fresh memory costs
+    """A head of (V, D) weights over chunks of some tokens. The chunks share their memory: to touch fresh memory costs
     more than a pass over it."""
 
     def __init__(
@@ -246,7 +247,8 @@ class _Head:
         # Even chunks: each reads all weights, and a short last one would read them for a few tokens
         self.chunk_tokens = even_size(tokens, max(_MIN_CHUNK_TOKENS, logits // vocabulary))
         self._logits = weight.new_empty(min(self.chunk_tokens, tokens), vocabulary, dtype=torch.float32)
-        self._probs = torch.empty_like(self._logits)
+        # The derivative of soft-capping takes the logits themselves; else the probabilities take their place
+        self._probs = self._logits if transform.softcap is None else torch.empty_like(self._logits)
 
     def chunks(self, first: int = 0) -> Iterator[slice]:
         """Consecutive tokens, after the `first` ones as one chunk. Without any token, one chunk of none."""
@@ -267,27 +269,27 @@ class _Head:
         fitting = _KEPT_PROBS // self.weight.shape[0]
         return self.tokens if self.tokens <= fitting else fitting - fitting % self.chunk_tokens
 
-    def room(self, kept: Tensor, rows: slice) -> Tensor:
-        """(chunk, V) float32 memory for the probabilities of a chunk: their own where they are kept, else shared."""
-        return kept if len(kept) else self._probs[: rows.stop - rows.start]
+    def logits(self, states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """(chunk, V) transformed logits, float32, and the memory for their probabilities, which may be the same.
 
-    def logits(self, states: Tensor) -> Tensor:
-        """(chunk, V) transformed logits, float32, in memory that chunks share; the product is in the states' dtype."""
-        return self.transform.apply_(self._product(states))
+        It is `kept` where that is not empty; otherwise chunks share it. The product is in the states' dtype.
+        """
+        rows = len(states)
+        logits, probs = (kept, kept) if len(kept) else (self._logits[:rows], self._probs[:rows])
+        return self.transform.apply_(self._product(states, logits)), probs
 
-    def _product(self, states: Tensor) -> Tensor:
+    def _product(self, states: Tensor, out: Tensor) -> Tensor:
         """(chunk, V) float32: the states times the weights, plus the bias."""
-        logits = self._logits[: len(states)]
-        if states.dtype != logits.dtype:
-            return logits.copy_(F.linear(states, self.weight, self.bias))
+        if states.dtype != out.dtype:
+            return out.copy_(F.linear(states, self.weight, self.bias))
         block = _BLOCK_WORDS if states.device.type == "cpu" else len(self.weight)
         for start in range(0, len(self.weight), block):
             words = slice(start, start + block)
             if self.bias is None:
-                torch.mm(states, self.weight[words].t(), out=logits[:, words])
+                torch.mm(states, self.weight[words].t(), out=out[:, words])
             else:
-                torch.addmm(self.bias[words], states, self.weight[words].t(), out=logits[:, words])
-        return logits
+                torch.addmm(self.bias[words], states, self.weight[words].t(), out=out[:, words])
+        return out
 
     def grad_logits(self, logits: Tensor | None, probs: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
         """(chunk, V) gradient of sum(upstream * log p(target)) by the logits before their transform.
@@ -301,30 +303,36 @@ class _Head:
 
 
 def _score(logits: Tensor, probs: Tensor, targets: Tensor, *, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Fields of `TokenScores` from (n, V) transformed logits, whose softmax it writes into `probs`."""
-    log_sum_exp = _softmax(logits, probs)
+    """Fields of `TokenScores` from (n, V) transformed logits, whose softmax it writes into `probs`, even over them."""
+    powers, total, log_sum_exp = _powers(logits)
     scores = {"log_probs": logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum_exp}
     if "mean_logits" in outputs:
         scores["mean_logits"] = logits.mean(-1)
     if "is_top1" in outputs:
         scores["is_top1"] = logits.argmax(-1) == targets
     if "entropy" in outputs:
-        scores["entropy"] = log_sum_exp - torch.linalg.vecdot(probs, logits)
+        scores["entropy"] = log_sum_exp - torch.linalg.vecdot(powers, logits) / total.squeeze(-1)
     if "log_sum_sq_probs" in outputs:
-        scores["log_sum_sq_probs"] = torch.linalg.vecdot(probs, probs).log()
+        scores["log_sum_sq_probs"] = torch.linalg.vecdot(powers, powers).log() - 2 * total.squeeze(-1).log()
+    torch.div(powers, total, out=probs)
     return scores
 
 
-def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """(n,) log-sum-exp of (n, V) logits; their softmax goes into `out`.
+def _softmax(logits: Tensor, out: Tensor) -> None:
+    powers, total, _ = _powers(logits)
+    torch.div(powers, total, out=out)
+
+
+def _powers(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V) exp(logit - the largest), their (n, 1) sums, and (n,) log-sum-exp.
 
     Not torch's softmax and logsumexp, which would each do half of this again, nor its softmax or log_softmax alone,
     whose sums over a large vocabulary are biased by up to 3e-6.
     """
     largest = logits.amax(-1, keepdim=True)
-    total = torch.sub(logits, largest, out=out).exp_().sum(-1, keepdim=True)
-    out.div_(total)
-    return (largest + total.log()).squeeze(-1)
+    powers = (logits - largest).exp_()
+    total = powers.sum(-1, keepdim=True)
+    return powers, total, (largest + total.log()).squeeze(-1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
