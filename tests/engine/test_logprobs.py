@@ -142,7 +142,7 @@ def test_chunks_cover_the_tokens_evenly_within_their_limit(tokens, vocabulary):
     chunks = list(logprobs._Head(weight, None, LogitTransform(), torch.float32, tokens).chunks())
     assert [token for chunk in chunks for token in range(chunk.start, chunk.stop)] == list(range(tokens))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert all(size <= 64 or size * vocabulary <= 3 << 22 for size in sizes)
+    assert all(size <= 64 or size * vocabulary <= logprobs._CHUNK_LOGITS for size in sizes)
     assert not sizes or max(sizes) - min(sizes) < len(sizes)
 
 
