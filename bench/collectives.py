@@ -70,7 +70,7 @@ def worker(kind: str, report: str, argv: list[str]) -> None:
     """One process of a counted run."""
     if kind == "gpu":
         run_script.take_cpu_for_gpu()
-    from tandem.trainers.trl import TandemDPOTrainer
+    from tandem.training.trainers.trl import TandemDPOTrainer
 
     counter = CollectiveBytes()
     built, scored = TandemDPOTrainer.__init__, TandemDPOTrainer._score_reference

@@ -21,8 +21,8 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.forward import add_pair_forward
-from tandem.models import load_model, load_tokenizer
-from tandem.options import ModelOptions
+from tandem.models.load import load_model, load_tokenizer
+from tandem.options.training import ModelOptions
 
 BATCHES = (1, 2, 4, 6, 8, 10, 12, 16)
 REPEATS = 2

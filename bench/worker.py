@@ -27,11 +27,11 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
-from tandem.heap import prepare_for_training
-from tandem.models import load_model, load_tokenizer, lora_config
+from tandem.models.load import load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
-from tandem.options import EngineOptions, LoraOptions, ModelOptions
-from tandem.trainers.trl import TandemDPOTrainer
+from tandem.options.training import EngineOptions, LoraOptions, ModelOptions
+from tandem.training.cpu_memory import prepare_for_training
+from tandem.training.trainers.trl import TandemDPOTrainer
 
 # Llama's shapes: hidden, intermediate, layers, heads, key-value heads. `tiny` only shows that the mode runs.
 LLAMAS = {

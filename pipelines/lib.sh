@@ -35,7 +35,7 @@ log_to() {
 # preflight STAGES: have the command lines of all stages of the function STAGES checked before the first of them runs.
 preflight() {
   [[ -z ${TANDEM_LOG:-} ]] || return 0 # log_to starts the script a second time
-  PREFLIGHT=1 "$1" | python -m tandem.preflight "$ACCELERATE_CONFIG"
+  PREFLIGHT=1 "$1" | python -m tandem.launch.preflight "$ACCELERATE_CONFIG"
 }
 
 # stage NAME OUTPUT COMMAND…: run COMMAND, which leaves OUTPUT in the run folder $RUN, unless it has done so before.

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from tandem.config import parse, save
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import script_main
-from tandem.options import TextOptions
+from tandem.options.parsing import parse, save
+from tandem.options.training import TextOptions
 
 
 def main(argv: list[str]) -> None:

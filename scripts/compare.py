@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from tandem.compare import CompareOptions, compare, to_markdown
-from tandem.config import parse, save
+from tandem.answers.backends.options import GenerationOptions
+from tandem.answers.compare import CompareOptions, compare, to_markdown
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
-from tandem.generation.options import GenerationOptions
-from tandem.sampling import SamplingOptions
+from tandem.models.sampling import SamplingOptions
+from tandem.options.parsing import parse, save
 
 
 def main(argv: list[str]) -> None:

@@ -1,9 +1,9 @@
 """Train a policy on preference pairs with DPO, from a model or an SFT adapter."""
 
-from tandem.config import parse
 from tandem.errors import script_main
-from tandem.options import PlanOptions, explain_unknown
-from tandem.run_options import DPORun, check, classes
+from tandem.options.parsing import parse
+from tandem.options.training import PlanOptions, explain_unknown
+from tandem.training.option_sets import DPORun, check, classes
 
 
 def main(argv: list[str]) -> None:
@@ -17,11 +17,11 @@ def main(argv: list[str]) -> None:
     )
     run = DPORun(*options)
     if plan.plan:
-        from tandem.plan import plan_run  # after the options, as below: importing TRL takes seconds
+        from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
 
         print(plan_run(run, plan))
         return
-    from tandem.training import run_dpo
+    from tandem.training.stages import run_dpo
 
     run_dpo(run)
 

@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-from tandem import processes
-from tandem.config import parse, save
+from tandem import ranks
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
-from tandem.evaluate import EvaluateOptions, evaluate, to_markdown
-from tandem.options import TextOptions
+from tandem.evaluation.evaluate import EvaluateOptions, evaluate, to_markdown
+from tandem.options.parsing import parse, save
+from tandem.options.training import TextOptions
 
 
 def main(argv: list[str]) -> None:
     classes = (EvaluateOptions, TextOptions, DataOptions)
     options, text, data = parse(argv, classes, prog="evaluate.py", description=__doc__)
-    with processes.joined():
+    with ranks.joined():
         results = evaluate(options, text, load_held_out(data))
-    if processes.is_first():
+    if ranks.is_first():
         print(to_markdown(results))
         save(Path(options.output_file).with_suffix(".yaml"), options, text, data)
 

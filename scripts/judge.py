@@ -1,10 +1,10 @@
 """Have a judge compare the answers of two models, after trying the judge itself on labelled pairs."""
 
-from tandem.config import parse, save
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
 from tandem.judge.options import JudgeOptions
+from tandem.options.parsing import parse, save
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Merge a LoRA adapter into its base model."""
 
-from tandem.config import parse, save
 from tandem.errors import script_main
-from tandem.merge import MergeOptions, merge
+from tandem.models.merge import MergeOptions, merge
+from tandem.options.parsing import parse, save
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Make a model's or adapter's folder of a checkpoint that FSDP has saved in shards."""
 
-from tandem.config import parse, save
 from tandem.errors import script_main
-from tandem.merge import MergeShardsOptions, merge_shards
+from tandem.models.merge import MergeShardsOptions, merge_shards
+from tandem.options.parsing import parse, save
 
 
 def main(argv: list[str]) -> None:

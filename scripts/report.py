@@ -1,7 +1,7 @@
 """Write report.html, the one page on a run that a person opens at its end."""
 
-from tandem.config import parse
 from tandem.errors import script_main
+from tandem.options.parsing import parse
 from tandem.report.page import ReportOptions, write_report
 
 

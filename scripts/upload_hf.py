@@ -1,8 +1,8 @@
 """Push a trained model to the Hugging Face Hub, with a model card that carries its numbers."""
 
-from tandem.config import parse
 from tandem.errors import script_main
-from tandem.upload import UploadOptions, upload
+from tandem.options.parsing import parse
+from tandem.report.upload import UploadOptions, upload
 
 
 def main(argv: list[str]) -> None:

@@ -20,12 +20,20 @@ from tandem.data.options import DataOptions
 from tandem.data.sample import sample_path
 from tandem.data.sources import load_splits
 from tandem.data.texts import render, tokenize_pair
-from tandem.models import load_model, load_tokenizer
+from tandem.models.load import load_model, load_tokenizer
+from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions
-from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions
-from tandem.run_options import DPORun
+from tandem.options.training import (
+    DPOOptions,
+    EngineOptions,
+    GaudiOptions,
+    LoraOptions,
+    ModelOptions,
+    TextOptions,
+    TrainOptions,
+)
 from tandem.runs import is_complete
-from tandem.scoring import Scorer
+from tandem.training.option_sets import DPORun
 from tests import tiny
 
 PAIRS = 4
@@ -87,7 +95,7 @@ class Checks:
         return scorer.pair_logps(self.pairs, None)
 
     def _train(self) -> None:
-        from tandem.training import run_dpo
+        from tandem.training.stages import run_dpo
 
         adapter = (Path(self.model) / "adapter_config.json").is_file()
         run = DPORun(

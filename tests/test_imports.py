@@ -13,16 +13,14 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tandem"
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 
-# A module may import from its own layer and from lower ones; unnamed modules at the top of tandem are stages
+# A module may import from its own layer and from lower ones
 LAYERS = {
-    **dict.fromkeys(("config", "credentials", "errors", "estimates", "log", "options", "runs", "sampling"), 0),
-    **dict.fromkeys(("blind", "heap", "refusals", "servers"), 0),
-    **dict.fromkeys(("engine", "monitor", "data", "judge", "report", "generation", "models", "scoring"), 1),
-    **dict.fromkeys(("habana", "processes", "run_options"), 1),
-    "trainers": 2,
+    **dict.fromkeys(("credentials", "demo", "errors", "intervals", "lifeline", "log", "runs", "servers"), 0),
+    **dict.fromkeys(("options", "engine", "monitor", "data", "judge", "report", "models", "ranks"), 1),
+    **dict.fromkeys(("answers", "evaluation", "training"), 2),
+    "launch": 3,
 }
-STAGE = 3
-ARITHMETIC = ("estimates", "engine.layout", "monitor.tail", "judge.statistics", "judge.verdicts")
+ARITHMETIC = ("intervals", "engine.layout", "monitor.tail", "judge.statistics", "judge.verdicts")
 FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
 HEAVY = {"torch", "trl", "transformers", "accelerate", "peft", "datasets"}
 
@@ -67,12 +65,12 @@ def own_imports(path: Path) -> set[str]:
 
 
 def layer(module: str) -> int:
-    return LAYERS.get(module.split(".")[0], STAGE)
+    return LAYERS[module.split(".")[0]]
 
 
 def test_the_modules_were_found():
-    assert {"config", "training", "engine.layout", "data.sources", "judge.verdicts"} <= set(MODULES)
-    assert own_imports(MODULES["training"]) >= {"session", "trainers.select", "data.sources"}
+    assert {"options.parsing", "training.stages", "engine.layout", "data.sources", "judge.verdicts"} <= set(MODULES)
+    assert own_imports(MODULES["training.stages"]) >= {"training.session", "training.trainers.select", "data.sources"}
     assert len(SCRIPTS) >= 9
 
 

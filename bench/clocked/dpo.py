@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tandem import session
 from tandem.errors import script_main
+from tandem.training import session
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dpo.py"
 FIRST = 10  # steps before the clock starts, in which memory and caches fill

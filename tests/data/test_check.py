@@ -10,7 +10,7 @@ from tandem.data.lint import lint
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import UserError
-from tandem.options import TextOptions
+from tandem.options.training import TextOptions
 from tests import tiny
 from tests.data.pairs import pair
 

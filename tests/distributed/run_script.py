@@ -20,14 +20,14 @@ def take_cpu_for_gpu() -> None:
     from accelerate.utils import DistributedType
     from transformers import training_args
 
-    import tandem.training
+    import tandem.training.stages
 
     def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = backend
     training_args.is_torch_bf16_gpu_available = lambda: True
-    tandem.training.has_accelerator = lambda: True
+    tandem.training.stages.has_accelerator = lambda: True
     torch.accelerator.device_count = lambda: 64
     torch.Tensor.pin_memory = lambda self: self  # of offloaded weights, for a device to come
 

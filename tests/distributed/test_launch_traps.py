@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tandem.errors import UserError
-from tandem.trainers.topology import check_launch
+from tandem.training.trainers.topology import check_launch
 from tests.distributed.launches import ROOT, start
 
 ON_CPU = {"use_cpu": True, "bf16": False, "fp16": False, "save_strategy": "steps"}

@@ -15,8 +15,8 @@ import pytest
 from pyarrow import fs
 
 from tandem.errors import UserError
+from tandem.launch.ray import launch
 from tandem.monitor.margins import read_margins_log
-from tandem.ray_train import launch
 from tandem.runs import checkpoints, damage, read_jsonl, sha256_file
 from tests.distributed.ranks import flags, script, start, torchrun
 

@@ -1,6 +1,6 @@
 """Log-probs of pairs and greedy answers: `python scores.py WHOSE ASKED.json RESULT.json`.
 
-WHOSE is `ours`, `tandem.scoring` in either environment, or `padded`: TRL 1.16's own forward of padded rows.
+WHOSE is `ours`, `tandem.models.scorer` in either environment, or `padded`: TRL 1.16's own forward of padded rows.
 """
 
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from tandem.models import load_model, load_tokenizer
-from tandem.options import ModelOptions
-from tandem.sampling import Sampling
-from tandem.scoring import load_scorer
+from tandem.models.load import load_model, load_tokenizer
+from tandem.models.sampling import Sampling
+from tandem.models.scorer import load_scorer
+from tandem.options.training import ModelOptions
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 BATCH = 4

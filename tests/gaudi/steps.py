@@ -13,16 +13,24 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from tandem import habana
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
-from tandem.models import load_model, load_tokenizer
+from tandem.models import habana
+from tandem.models.load import load_model, load_tokenizer
 from tandem.monitor.callback import Monitor
 from tandem.monitor.options import MonitorOptions
-from tandem.options import DPOOptions, EngineOptions, GaudiOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions
-from tandem.run_options import DPORun, SFTRun
-from tandem.training import _arguments
+from tandem.options.training import (
+    DPOOptions,
+    EngineOptions,
+    GaudiOptions,
+    LoraOptions,
+    ModelOptions,
+    TextOptions,
+    TrainOptions,
+)
+from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.stages import _arguments
 
 
 @dataclasses.dataclass
@@ -43,7 +51,7 @@ class Case:
 
 
 def build(trainer: str, case: Case) -> Any:
-    """The trainer of a case, as `tandem.training` builds it, its micro-batches recorded in `trainer.steps`."""
+    """The trainer of a case, as `tandem.training.stages` builds it, its micro-batches recorded in `trainer.steps`."""
     model = ModelOptions(model_name_or_path=case.model)
     lora = LoraOptions(use_peft=True, lora_r=4) if case.use_peft else LoraOptions()
     text = TextOptions(max_length=case.max_length)
@@ -88,10 +96,10 @@ def build(trainer: str, case: Case) -> Any:
 def _builders(trainer: str) -> Any:
     if trainer == "gaudi":
         habana.prepare()
-        from tandem.trainers import gaudi
+        from tandem.training.trainers import gaudi
 
         return gaudi
-    from tandem.trainers import trl
+    from tandem.training.trainers import trl
 
     return trl
 
@@ -99,7 +107,7 @@ def _builders(trainer: str) -> Any:
 def _stock(policy: Any, tokenizer: Any, arguments: dict[str, Any], text: Any, lora: Any, dpo: Any, data: Any) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    from tandem.models import lora_config
+    from tandem.models.load import lora_config
 
     class Spied(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

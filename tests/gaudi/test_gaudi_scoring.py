@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.sampling import Sampling
-from tandem.scoring import Scorer, load_scorer
+from tandem.models.sampling import Sampling
+from tandem.models.scorer import Scorer, load_scorer
 from tests import tiny
 
 HERE = Path(__file__).parent

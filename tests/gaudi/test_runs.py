@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 KILLER = """
 import os, runpy, signal, sys
 from transformers import TrainerCallback
-from tandem.trainers import gaudi
+from tandem.training.trainers import gaudi
 init = gaudi.TandemGaudiDPOTrainer.__init__
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):

@@ -35,7 +35,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_one_shape(tiny_model: Path, uneven: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_peft: bool):
-    from tandem.trainers.gaudi import TandemGaudiDPOTrainer
+    from tandem.training.trainers.gaudi import TandemGaudiDPOTrainer
 
     reference: list[tuple[int, ...]] = []
     scored = TandemGaudiDPOTrainer.compute_ref_log_probs

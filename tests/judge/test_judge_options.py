@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from tandem.config import parse
 from tandem.errors import UserError
 from tandem.judge.options import JudgeOptions
+from tandem.options.parsing import parse
 
 GIVEN = {"judge_model": "m", "base_url": "http://localhost:1/v1", "run_dir": "run"}
 

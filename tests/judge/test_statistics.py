@@ -243,7 +243,7 @@ def coverage(runs, n, seed):
 
 
 def test_a_fair_judge_is_covered(monkeypatch):
-    monkeypatch.setattr("tandem.estimates.RESAMPLES", 499)
+    monkeypatch.setattr("tandem.intervals.RESAMPLES", 499)
     for share in coverage(400, 250, seed=1):
         # ±3.3 standard errors of 400 runs around 95%
         assert 0.914 <= share <= 0.986
@@ -251,7 +251,7 @@ def test_a_fair_judge_is_covered(monkeypatch):
 
 @pytest.mark.slow
 def test_a_fair_judge_is_covered_as_often_as_promised(monkeypatch):
-    monkeypatch.setattr("tandem.estimates.RESAMPLES", 1_999)
+    monkeypatch.setattr("tandem.intervals.RESAMPLES", 1_999)
     for share in coverage(4000, 250, seed=1):
         assert 0.94 <= share <= 0.965
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tandem.config import options_of, parse
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
 from tandem.monitor.tail import TailConfig
+from tandem.options.parsing import options_of, parse
 
 BAD = {
     "tail_delta": ("0", "1", "-0.1"),

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from tandem.config import resolved, to_yaml
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
-from tandem.estimates import estimate
-from tandem.evaluate import HeldOut, Samples, kl_metrics, summarize
+from tandem.evaluation.evaluate import HeldOut, Samples, kl_metrics, summarize
+from tandem.intervals import estimate
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.run import VerdictLog, summarise
 from tandem.monitor.margins import MarginsLog
 from tandem.monitor.tail import TailConfig, TailState, update
-from tandem.options import DPOOptions, LoraOptions, ModelOptions, SFTOptions, TextOptions, TrainOptions
+from tandem.options.parsing import resolved, to_yaml
+from tandem.options.training import DPOOptions, LoraOptions, ModelOptions, SFTOptions, TextOptions, TrainOptions
 from tandem.runs import write_json
 
 HOSTILE = (

@@ -13,7 +13,7 @@ from tandem.data.options import CheckOptions
 from tandem.data.show import print_pair, show_pairs
 from tandem.data.texts import render
 from tandem.errors import UserError
-from tandem.options import TextOptions
+from tandem.options.training import TextOptions
 from tandem.runs import write_atomic, write_json
 
 Json = dict[str, Any]
@@ -35,8 +35,8 @@ def run_check(
     _check_options(options)
     tokenizer = None
     if options.tokenizer_name_or_path:
-        from tandem.models import load_tokenizer
-        from tandem.options import ModelOptions
+        from tandem.models.load import load_tokenizer
+        from tandem.options.training import ModelOptions
 
         tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
     figures, findings = lint(splits, tokenizer, text)

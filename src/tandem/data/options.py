@@ -3,9 +3,9 @@
 import dataclasses
 import difflib
 
-from tandem.config import REQUIRED, opt, refuse
 from tandem.data.formats import FORMATS
 from tandem.errors import UserError
+from tandem.options.parsing import REQUIRED, opt, refuse
 
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (

@@ -6,7 +6,7 @@ import numpy as np
 
 from tandem.data.formats import Row, prompt_id
 from tandem.data.row_checks import answer_text
-from tandem.estimates import Estimate, wilson
+from tandem.intervals import Estimate, wilson
 
 FEWEST = 100  # pairs from which a classifier is worth fitting
 _MOST = 10_000  # pairs it is fitted on: the accuracy is then known to 1%

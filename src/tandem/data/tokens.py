@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from tandem.data.formats import Message, Row
 from tandem.data.texts import closed, common_length, render, tokenize_pair, trim_prompt
-from tandem.options import TextOptions
+from tandem.options.training import TextOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

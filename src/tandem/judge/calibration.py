@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.data.formats import as_messages
-from tandem.estimates import LEVEL, Array, Estimate, estimate, length_terciles, wilson
+from tandem.intervals import LEVEL, Array, Estimate, estimate, length_terciles, wilson
 from tandem.judge import statistics
 from tandem.judge.requests import Comparison
 

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from tandem.config import REQUIRED, opt
 from tandem.errors import UserError
+from tandem.options.parsing import REQUIRED, opt
 from tandem.servers import OPENAI_URL, checked_url
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tandem import processes
+from tandem import ranks
 from tandem.data.held_out import CHOSEN, chosen_answers
 from tandem.errors import UserError
-from tandem.estimates import Array
+from tandem.intervals import Array
 from tandem.judge import calibration, statistics, verdicts
 from tandem.judge.client import Admission, Client, OverBudget
 from tandem.judge.options import JudgeOptions
@@ -47,7 +47,7 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
         UserError: nothing to judge, the server cannot be used, --max_cost is reached, or another judge is at work in
             the folder.
     """
-    processes.refuse_several("judge")
+    ranks.refuse_several("judge")
     if not comparisons:
         raise UserError("there is nothing to judge: no prompt was answered by both models")
     if options.dry_run:

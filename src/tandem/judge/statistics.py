@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.estimates import LEVEL, Array, Estimate, bootstrap, estimate, mean, wilson
+from tandem.intervals import LEVEL, Array, Estimate, bootstrap, estimate, mean, wilson
 
 MIN_PROMPTS = 20  # a cluster-robust interval from fewer clusters is too short
 

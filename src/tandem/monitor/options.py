@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from tandem.config import opt
 from tandem.errors import UserError
 from tandem.monitor.tail import TailConfig
+from tandem.options.parsing import opt
 
 ACTIONS = ("warn", "stop")
 

@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tandem.config import REQUIRED, opt
 from tandem.judge.calibration import distrust
+from tandem.options.parsing import REQUIRED, opt
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
 from tandem.runs import write_atomic, write_json
 

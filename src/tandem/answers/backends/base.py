@@ -1,0 +1,65 @@
+"""What an engine is, and what those that hold the model here have in common."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tandem.answers.backends.options import GenerationOptions
+from tandem.data.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_SIZE = 8  # prompts at a time, where the user and the engine leave it open
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `n_tokens` counts the end-of-sequence token too; None where a server does not say."""
+
+    text: str
+    n_tokens: int | None
+    finish_reason: str  # stop: the model ended it; length: the limit did; a server may have further words
+
+
+class Engine(Protocol):
+    """Draws answers, one model at a time."""
+
+    def load(self, model: str) -> None:
+        """Make `model` the one that answers: a model's or adapter's folder or Hub name, or the name served.
+
+        Raises:
+            UserError: there is no such model, or the engine cannot take it.
+        """
+
+    def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
+        """Answers to the prompts with the indices `wanted`, each with its index, as they get ready.
+
+        The draw for a prompt depends on the seed, the prompt and the rest of `prompts`, never on `wanted`.
+
+        Raises:
+            UserError: a server failed, or refused a prompt.
+        """
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+def weights_dtype(options: GenerationOptions) -> str:
+    """The type that models are loaded in: the user's, or bfloat16 where an accelerator multiplies it, or float32."""
+    from tandem.models.load import fast_bf16, has_accelerator
+
+    return options.dtype or ("bfloat16" if has_accelerator() and fast_bf16() else "float32")
+
+
+def encode(prompts: Sequence[list[Message]], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[list[int]]:
+    """Token ids of prompts as the model sees them, cut to `max_tokens` from the left."""
+    from tandem.data.texts import prompt_ids, trim_prompt
+
+    return [prompt_ids(trim_prompt(list(messages), tokenizer, max_tokens), tokenizer) for messages in prompts]
+
+
+def read_answer(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> Answer:
+    """Token ids of an answer, its end-of-sequence token among them if it came, as an Answer."""
+    text: Any = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return Answer(text.strip(), len(ids), "stop" if ids and ids[-1] in ends else "length")

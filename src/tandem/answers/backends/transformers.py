@@ -1,0 +1,46 @@
+"""Answers drawn by transformers' `generate`, in batches of prompts of like length."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+from tandem import ranks
+from tandem.answers.backends.base import BATCH_SIZE, Answer, encode, read_answer, weights_dtype
+from tandem.answers.backends.options import GenerationOptions
+from tandem.data.formats import Message
+from tandem.models.sampling import SamplingOptions
+from tandem.models.scorer import Scorer, load_scorer
+
+
+class TransformersEngine:
+    """An `Engine` that holds one model in this process, and shares the batches with the others of a launch."""
+
+    def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:
+        self._batch_size = options.batch_size or BATCH_SIZE
+        self._dtype = weights_dtype(options)
+        self._sampling = sampling
+        self._scorer: Scorer | None = None
+
+    def load(self, model: str) -> None:
+        """See `Engine`."""
+        self._scorer = None  # before the next one comes into memory
+        self._scorer = load_scorer(model, self._dtype, batch_size=self._batch_size)
+
+    def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
+        """See `Engine`. Batches are fixed by `prompts`, and each has a seed of its own."""
+        assert self._scorer is not None
+        scorer, sampling = self._scorer, self._sampling
+        ids = encode(prompts, scorer.tokenizer, sampling.max_prompt_length)
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        batches = {start: order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)}
+
+        def draw(start: int) -> list[list[int]]:
+            return scorer.sample([ids[index] for index in batches[start]], sampling.sampling, sampling.seed + start)
+
+        starts = [start for start, batch in batches.items() if not set(batch).isdisjoint(wanted)]
+        for start, drawn in zip(starts, ranks.in_turns(starts, draw), strict=True):
+            for index, answer in zip(batches[start], drawn, strict=True):
+                if index in wanted:
+                    yield index, read_answer(answer, scorer.tokenizer, scorer.ends)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._scorer = None

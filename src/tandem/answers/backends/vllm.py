@@ -1,0 +1,193 @@
+"""Answers drawn by vLLM 0.30: a model and the adapters on it share one engine, on one GPU, several, or a CPU."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from tandem.answers.backends.base import Answer, encode, read_answer, weights_dtype
+from tandem.answers.backends.options import GenerationOptions
+from tandem.data.formats import Message, prompt_id
+from tandem.errors import UserError
+from tandem.models.load import base_of_adapter, load_tokenizer
+from tandem.models.sampling import SamplingOptions, prompt_seed
+from tandem.models.scorer import end_ids
+from tandem.options.training import ModelOptions, is_adapter
+
+# Before vLLM is imported: nothing is reported to anybody, and the progress bar is not buried in its log
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+STOP_TIMEOUT = 5.0  # seconds
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+class VllmEngine:
+    """An `Engine` over vLLM's asynchronous one, which alone spreads prompts over data-parallel copies by itself.
+
+    Each prompt has a seed of its own, so that its draw depends neither on the others nor on a resume (but for the
+    rounding of another batch's sums).
+    """
+
+    def __init__(self, models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> None:
+        self._adapters = [model for model in models if is_adapter(model)]
+        self._options = options
+        self._sampling = sampling
+        self._loop = asyncio.new_event_loop()
+        self._base = ""
+        self._llm: AsyncLLM | None = None
+        self._lora: LoRARequest | None = None
+        self._tokenizer: Any = None
+        self._ends: set[int] = set()
+
+    def load(self, model: str) -> None:
+        """See `Engine`. A model that the last one was an adapter on, or the other way round, is there already."""
+        from vllm.lora.request import LoRARequest
+
+        self._tokenizer = load_tokenizer(ModelOptions(model_name_or_path=model))
+        base, self._lora = model, None
+        if is_adapter(model):
+            base = base_of_adapter(model)
+            number = self._adapters.index(model) + 1  # vLLM's ids of adapters begin at 1
+            self._lora = LoRARequest(f"adapter{number}", number, model)
+        if _place(base) != self._base:
+            self._stop()
+            self._llm, self._base = self._start(base), _place(base)
+        self._ends = end_ids(_configured_ends(base), self._tokenizer)
+
+    def _start(self, base: str) -> "AsyncLLM":
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        options, keywords = self._options, {}
+        if ranks := [_rank(adapter) for adapter in self._adapters if _place(base_of_adapter(adapter)) == _place(base)]:
+            keywords = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _allowed_rank(max(ranks))}
+        if options.batch_size is not None:
+            keywords["max_num_seqs"] = options.batch_size
+        arguments = AsyncEngineArgs(
+            model=base,
+            dtype=weights_dtype(options),
+            max_model_len=self._sampling.max_prompt_length + self._sampling.max_new_tokens,
+            tensor_parallel_size=options.tensor_parallel_size,
+            data_parallel_size=options.data_parallel_size,
+            enforce_eager=options.enforce_eager,
+            seed=self._sampling.seed,
+            generation_config="vllm",  # not the model's own: its filters would change the distribution
+            disable_log_stats=True,
+            **keywords,
+        )
+        try:
+            return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"{base}: vLLM cannot serve it: {_first_line(error)}") from error
+
+    def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
+        """See `Engine`."""
+        stream = self._stream(prompts, sorted(wanted))
+        while (item := self._loop.run_until_complete(anext(stream, None))) is not None:
+            yield item
+
+    async def _stream(self, prompts: Sequence[list[Message]], wanted: list[int]) -> AsyncIterator[tuple[int, Answer]]:
+        ids = encode([prompts[index] for index in wanted], self._tokenizer, self._sampling.max_prompt_length)
+        asked = [
+            asyncio.ensure_future(self._ask(index, tokens, prompts[index]))
+            for index, tokens in zip(wanted, ids, strict=True)
+        ]
+        try:
+            for ready in asyncio.as_completed(asked):
+                yield await ready
+        finally:
+            for task in asked:
+                task.cancel()
+
+    async def _ask(self, index: int, ids: list[int], messages: list[Message]) -> tuple[int, Answer]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self._llm is not None
+        draw, key = self._sampling.sampling, prompt_id(messages)
+        parameters = SamplingParams(
+            max_tokens=draw.max_new_tokens,
+            temperature=draw.temperature,
+            top_p=draw.top_p,
+            seed=prompt_seed(self._sampling.seed, key),
+            stop_token_ids=sorted(self._ends),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=ids)
+        drawn: Sequence[int] = ()
+        try:
+            async for output in self._llm.generate(prompt, parameters, key, lora_request=self._lora):
+                drawn = output.outputs[0].token_ids  # there is one output: the whole
+        except EngineDeadError:
+            raise UserError(
+                f"{self._base}: vLLM's engine has died, see above; answers so far are kept, the same command goes on"
+            ) from None
+        return index, read_answer(drawn, self._tokenizer, self._ends)
+
+    def _stop(self) -> None:
+        if self._llm is None:
+            return
+        self._llm.shutdown()
+        self._llm = None
+        # vLLM's own tasks still wait for output, and would complain when the loop is gone
+        if left := asyncio.all_tasks(self._loop):
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(left, timeout=STOP_TIMEOUT))
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._stop()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
+def _place(model: str) -> str:
+    """One name for one folder, however it was written."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _rank(adapter: str) -> int:
+    """The rank of an adapter's LoRA.
+
+    Raises:
+        UserError: another kind of adapter, or one with whole layers beside it: vLLM would leave them out.
+    """
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    more = config.get("modules_to_save") or config.get("use_dora") or is_adapter(base_of_adapter(adapter))
+    if config.get("peft_type") != "LORA" or more:
+        raise UserError(f"{adapter}: vLLM takes plain LoRA on a model only; merge it first (scripts/merge_lora.py)")
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
+def _allowed_rank(rank: int) -> int:
+    from vllm.config.lora import MaxLoRARanks
+
+    allowed = [size for size in get_args(MaxLoRARanks) if size >= rank]
+    if not allowed:
+        raise UserError(f"a LoRA of rank {rank} is more than vLLM takes; merge it first (scripts/merge_lora.py)")
+    return min(allowed)
+
+
+def _configured_ends(base: str) -> int | list[int] | None:
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        configured: int | list[int] | None = GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:  # it ships none
+        configured = AutoConfig.from_pretrained(base).eos_token_id
+    return configured
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

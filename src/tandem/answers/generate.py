@@ -1,0 +1,141 @@
+"""Answers of models to held-out prompts, a line a prompt, resumable."""
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem import ranks
+from tandem.answers.backends.options import GenerationOptions
+from tandem.data.formats import Message, prompt_id
+from tandem.errors import UserError
+from tandem.models.sampling import SamplingOptions
+from tandem.options.parsing import REQUIRED, opt
+from tandem.options.training import is_adapter
+from tandem.runs import append_jsonl, locked, read_jsonl
+
+_LABEL = re.compile(r"\w[\w.-]*")
+
+
+@dataclass
+class GenerateOptions:
+    """Generate."""
+
+    models: list[str] = opt(
+        REQUIRED, "label=MODEL for each: a model's or adapter's folder, or Hub name, or name served; base=MODEL dpo=out"
+    )
+    output_dir: str = opt(REQUIRED, "folder for a generations_<label>.jsonl of each")
+
+    def __post_init__(self) -> None:
+        for given in self.models:
+            label, _, model = given.partition("=")
+            if not _LABEL.fullmatch(label) or not model:
+                raise UserError(f"--models {given}: must be label=MODEL, as base=MODEL or dpo=out")
+        if len(self.by_label) < len(self.models):
+            raise UserError(f"--models {' '.join(self.models)}: a label is there twice")
+
+    @property
+    def by_label(self) -> dict[str, str]:
+        """Models by label."""
+        return {label: model for label, _, model in (given.partition("=") for given in self.models)}
+
+
+def generate(
+    models: Mapping[str, str],
+    prompts: Sequence[list[Message]],
+    sampling: SamplingOptions,
+    options: GenerationOptions,
+    folder: Path,
+) -> dict[str, Path]:
+    """Have every model, by label, answer the same prompts under the same sampling; returns their files by label.
+
+    What `folder`/generations_<label>.jsonl holds already is kept, and a killed run goes on where it was; with nothing
+    missing, nothing is loaded.
+
+    Raises:
+        UserError: a file holds answers of another model, of a model trained since or of other sampling, another
+            process writes into the folder, or the engine cannot answer.
+    """
+    if options.engine == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
+        raise UserError("--max_prompt_length has no effect with --engine openai: the server has the tokenizer")
+    if options.engine != "transformers":
+        ranks.refuse_several(f"--engine {options.engine}")
+    files = {label: folder / f"generations_{label}.jsonl" for label in models}
+    with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
+        sources = {label: _source(model, sampling, options) for label, model in models.items()}
+        done = {label: _answered(files[label], model, sources[label]) for label, model in models.items()}
+        wanted = {
+            label: {index for index, messages in enumerate(prompts) if prompt_id(messages) not in done[label]}
+            for label in models
+        }
+        unfinished = {label: models[label] for label in models if wanted[label]}
+        if unfinished:
+            from tandem.answers.backends.open import open_engine
+
+            with open_engine(unfinished.values(), options, sampling) as engine:
+                # Models on one base follow each other: an engine that shares it loads it once
+                for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
+                    engine.load(models[label])
+                    _write_answers(engine, label, prompts, wanted[label], sources[label], files[label])
+    return files
+
+
+def _write_answers(
+    engine: Any, label: str, prompts: Sequence[list[Message]], wanted: set[int], source: dict[str, Any], file: Path
+) -> None:
+    from tqdm import tqdm
+
+    done, tokens = len(prompts) - len(wanted), 0
+    description, writes = f"answers of {label}", ranks.is_first()
+    with tqdm(total=len(prompts), initial=done, desc=description, unit="prompt", disable=not writes) as bar:
+        for index, answer in engine.answers(prompts, wanted):
+            if not writes:
+                continue
+            identity = {"prompt_id": prompt_id(prompts[index]), "messages": prompts[index]}
+            append_jsonl(file, identity | source | asdict(answer))
+            tokens += answer.n_tokens or 0
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+def _source(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
+    """The fields of a line that say where the answer comes from."""
+    base, adapter, max_prompt_length = model, None, None
+    if options.engine != "openai":  # there, the server's names say nothing
+        max_prompt_length = sampling.max_prompt_length
+        if is_adapter(model):
+            from tandem.models.load import base_of_adapter
+
+            base, adapter = base_of_adapter(model), model
+    return {
+        "model": base,
+        "adapter": adapter,
+        "engine": options.engine,
+        "sampling": asdict(sampling.sampling) | {"max_prompt_length": max_prompt_length},
+        "seed": sampling.seed,
+    }
+
+
+def _answered(file: Path, model: str, source: Mapping[str, Any]) -> set[str]:
+    """Prompts that `file` holds answers to; which engine drew them makes no difference.
+
+    Raises:
+        UserError: they are not what `source` would draw.
+    """
+    records = read_jsonl(file)
+    identity = [name for name in source if name != "engine"]
+    for record in records:
+        if any(record.get(name) != source[name] for name in identity):
+            raise UserError(f"{file}: holds answers of another model than {model} or of other sampling; move it away")
+    if records and _trained_at(source) > file.stat().st_mtime:
+        raise UserError(f"{file}: holds answers from before {model} was last trained or copied; move it away")
+    return {record["prompt_id"] for record in records}
+
+
+def _trained_at(source: Mapping[str, Any]) -> float:
+    """When the weights on disk were last written, in seconds since the epoch; 0 for a model of the Hub or a server."""
+    folders = [Path(name) for name in (source["model"], source["adapter"]) if name is not None]
+    weights = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]
+    return max((file.stat().st_mtime for file in weights), default=0.0)

@@ -1,0 +1,383 @@
+"""Held-out metrics of each model against one reference, with intervals and tests of their differences."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem import ranks
+from tandem.data.formats import Row
+from tandem.errors import UserError
+from tandem.intervals import Array, Estimate, bootstrap, length_terciles, mean, wilson
+from tandem.options.parsing import REQUIRED, opt
+from tandem.runs import write_atomic, write_json
+
+REFERENCE = "base"  # label of the reference among the models
+
+
+@dataclass
+class EvaluateOptions:
+    """Evaluate."""
+
+    reference_model: str = opt(REQUIRED, "model that implicit rewards and KL are measured against")
+    sft_model: str | None = opt(None, "model or adapter folder of the SFT policy")
+    dpo_model: str | None = opt(None, "model or adapter folder of the DPO policy")
+    output_file: str = opt("results.json", "where the numbers go; the tables go beside it as .md")
+    eval_batch_size: int = opt(8, "pairs per batch")
+    max_eval_samples: int | None = opt(None, "use the first N held-out pairs")
+    kl_prompts: int = opt(32, "held-out prompts that each policy answers twice to estimate its KL; 0: none")
+    kl_max_new_tokens: int = opt(64, "longest of these answers")
+    eval_seed: int = opt(42, "seed of these answers and of the bootstrap")
+    eval_dtype: str = opt(
+        "auto",
+        "type of the weights held, one for all models; auto: float32 on the CPU, else the type they are stored in, or "
+        "float32 where they differ",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    eval_bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise UserError("nothing to evaluate: give --sft_model, --dpo_model or both")
+        for name, low in {"eval_batch_size": 1, "max_eval_samples": 1, "kl_prompts": 0, "kl_max_new_tokens": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name} must be at least {low}, not {value}")
+        if Path(self.output_file).suffix != ".json":
+            raise UserError(f"--output_file {self.output_file}: must end in .json")
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """Models to evaluate against the reference, by label."""
+        named = {"sft": self.sft_model, "dpo": self.dpo_model}
+        return {label: name for label, name in named.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A policy's own answers, two to each of k prompts, as pairs, and its log-probs (k, 2) of them in nats."""
+
+    pairs: list[dict[str, list[int]]]
+    logps: Array
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured: n pairs and every model's log-probs of them.
+
+    Attributes:
+        logps: by label, the reference among them: (n, 2) nats, summed over the completion, chosen then rejected
+        chosen_tokens: (n,) tokens of each chosen completion
+        length_difference: (n,) tokens of chosen less those of rejected
+        sources: (n,) where each pair came from
+    """
+
+    logps: Mapping[str, Array]
+    chosen_tokens: Array
+    length_difference: Array
+    sources: Array
+
+    def lead(self, label: str) -> Array:
+        """(n,) log π(y_w|x) − log π(y_l|x)."""
+        return self.logps[label][:, 0] - self.logps[label][:, 1]
+
+    def margins(self, label: str) -> Array:
+        """(n,) M of Rafailov et al. 2023, Eq. 5, without its β: the lead, less the reference's."""
+        return self.lead(label) - self.lead(REFERENCE)
+
+    def part(self, rows: Array) -> "HeldOut":
+        """Some of the pairs, by index."""
+        logps = {label: logps[rows] for label, logps in self.logps.items()}
+        return HeldOut(logps, self.chosen_tokens[rows], self.length_difference[rows], self.sources[rows])
+
+
+def accuracy(leads: Array) -> Estimate:
+    """Share of leads (n,) above 0, ties as ½, with Wilson's interval on n pairs."""
+    wins = float((leads > 0).sum() + 0.5 * (leads == 0).sum())
+    return wilson(wins, len(leads), "there is no pair")
+
+
+def _median(values: Array, axis: int) -> Any:
+    return np.median(values, axis)
+
+
+def _ratio(sums: Array, counts: Array, axis: int) -> Any:
+    return sums.sum(axis) / counts.sum(axis)
+
+
+def _perplexity(logps: Array, counts: Array, axis: int) -> Any:
+    return np.exp(-_ratio(logps, counts, axis))
+
+
+def _perplexity_difference(logps: Array, other: Array, counts: Array, axis: int) -> Any:
+    return _perplexity(logps, counts, axis) - _perplexity(other, counts, axis)
+
+
+def pair_metrics(held_out: HeldOut, label: str, seed: int) -> dict[str, Estimate]:
+    """Accuracies, margins and perplexity of one model. The reference has no margins: they are measured against it.
+
+    Preference accuracy is the share of pairs with M > 0; ranking accuracy the share whose chosen answer is the likelier
+    one, which needs no reference (Chen et al. 2024, Preference Learning Algorithms Do Not Learn Preference Rankings).
+    Perplexity is over all tokens of the chosen answers. Intervals resample pairs.
+    """
+    metrics: dict[str, Estimate] = {}
+    if label != REFERENCE:
+        margins = held_out.margins(label)
+        metrics |= {
+            "preference_accuracy": accuracy(margins),
+            "mean_margin": bootstrap(mean, [margins], seed),
+            "median_margin": bootstrap(_median, [margins], seed),
+        }
+    chosen = held_out.logps[label][:, 0]
+    return metrics | {
+        "ranking_accuracy": accuracy(held_out.lead(label)),
+        "perplexity_chosen": bootstrap(_perplexity, [chosen, held_out.chosen_tokens], seed),
+    }
+
+
+def kl_metrics(samples: Samples, reference: Array, seed: int) -> dict[str, Estimate]:
+    """KL(π‖π_ref) by the mean log-ratio on the policy's own samples, per token and per answer, in nats.
+
+    `reference`: (k, 2) the reference's log-probs of the samples. Intervals resample prompts.
+    """
+    if not samples.pairs:
+        return {}
+    log_ratio = (samples.logps - reference).sum(1)
+    lengths = np.array([len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in samples.pairs], float)
+    return {
+        "kl_per_token": bootstrap(_ratio, [log_ratio, lengths], seed),
+        "kl_per_sequence": bootstrap(mean, [log_ratio / 2], seed),
+    }
+
+
+def differences(held_out: HeldOut, label: str, other: str, seed: int) -> dict[str, Estimate]:
+    """Metrics of one model less those of another on the same pairs, intervals by resampling pairs.
+
+    `p` is that of the exact McNemar test on the pairs that one model alone gets right, and for margins, in which the
+    reference cancels, of the Wilcoxon signed-rank test.
+    """
+    lead, other_lead = held_out.lead(label), held_out.lead(other)
+    chosen, other_chosen = held_out.logps[label][:, 0], held_out.logps[other][:, 0]
+    found: dict[str, Estimate] = {}
+    if other != REFERENCE:
+        found["preference_accuracy"] = _accuracy_difference(held_out.margins(label), held_out.margins(other), seed)
+    return found | {
+        "mean_margin": bootstrap(mean, [lead - other_lead], seed) | {"p": wilcoxon(lead - other_lead)},
+        "ranking_accuracy": _accuracy_difference(lead, other_lead, seed),
+        "perplexity_chosen": bootstrap(_perplexity_difference, [chosen, other_chosen, held_out.chosen_tokens], seed),
+    }
+
+
+def _accuracy_difference(leads: Array, other: Array, seed: int) -> Estimate:
+    scores = (np.sign(leads) - np.sign(other)) / 2  # right 1, tie ½, wrong 0, as `accuracy` counts
+    return bootstrap(mean, [scores], seed) | {"p": mcnemar(leads > 0, other > 0)}
+
+
+def mcnemar(right: Array, other: Array) -> float:
+    """p of the exact McNemar test that two models, right (n,) or not on the same pairs, are right equally often."""
+    from statsmodels.stats.contingency_tables import mcnemar as test
+
+    table = [[(right & other).sum(), (right & ~other).sum()], [(~right & other).sum(), (~right & ~other).sum()]]
+    return float(test(table, exact=True).pvalue)
+
+
+def wilcoxon(differences: Array) -> float:
+    """p of the Wilcoxon signed-rank test that (n,) `differences` are symmetric about 0, zeros ranked (Pratt 1959)."""
+    from scipy import stats
+
+    if not differences.any():
+        return 1.0
+    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue)
+
+
+def breakdown(held_out: HeldOut, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The policies' metrics by tercile of the length difference and, of data from several sources, by source."""
+    policies = [label for label in held_out.logps if label != REFERENCE]
+
+    def group(name: str, rows: Array) -> dict[str, Any]:
+        part = held_out.part(rows)
+        return {
+            "name": name,
+            "n": len(rows),
+            "tokens": [int(part.length_difference.min()), int(part.length_difference.max())],
+            "models": {label: pair_metrics(part, label, seed) for label in policies},
+        }
+
+    terciles = length_terciles(held_out.length_difference)
+    sources = {str(name): np.flatnonzero(held_out.sources == name) for name in np.unique(held_out.sources)}
+    return {
+        "length_difference": [group(name, rows) for name, rows in terciles.items() if len(rows)],
+        "source": [group(name, rows) for name, rows in sources.items() if len(sources) > 1],
+    }
+
+
+def summarize(held_out: HeldOut, kl: Mapping[str, dict[str, Estimate]], seed: int) -> dict[str, Any]:
+    """The metrics of every `models`, with its KL, the `differences` of each two of them, and the `breakdown`."""
+    return {
+        "models": {label: pair_metrics(held_out, label, seed) | kl.get(label, {}) for label in held_out.logps},
+        "differences": [
+            {"model": label, "other": other, "metrics": differences(held_out, label, other, seed)}
+            for other, label in itertools.combinations(held_out.logps, 2)
+        ],
+        "breakdown": breakdown(held_out, seed),
+    }
+
+
+def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[str, Any]:
+    """Score every model on the same pairs, write `output_file` and its tables, and return what the file holds.
+
+    One model is in memory at a time; the reference, last, scores the pairs and every policy's samples.
+    """
+    from tandem.data.texts import render, tokenize_pair
+    from tandem.models.load import check_model, load_tokenizer
+    from tandem.options.training import ModelOptions
+
+    for name in (*options.policies.values(), options.reference_model):
+        check_model(name)
+    tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.reference_model))
+    pairs = pairs[: options.max_eval_samples]
+    tokenized = [tokenize_pair(render(pair, text.use_chat_template), tokenizer) for pair in pairs]
+    kept = [index for index, pair in enumerate(tokenized) if len(pair["prompt_ids"]) < text.max_length]
+    if not kept:
+        raise UserError(f"--max_length {text.max_length}: no held-out pair keeps any of its answers")
+    fitting = [tokenized[index] for index in kept]
+
+    dtype = _dtype(options)
+    logps: dict[str, Array] = {REFERENCE: np.empty(0)}  # scored last, shown first
+    samples = {}
+    for label, name in options.policies.items():
+        logps[label], samples[label] = _score_policy(_scorer(name, options, dtype), label, fitting, options, text)
+    reference = _scorer(options.reference_model, options, dtype)
+    logps[REFERENCE] = reference.pair_logps(fitting, text.max_length, "reference")
+    held_out = HeldOut(
+        logps,
+        chosen_tokens=np.array(
+            [min(len(pair["chosen_ids"]), text.max_length - len(pair["prompt_ids"])) for pair in fitting], float
+        ),
+        length_difference=np.array([len(pair["chosen_ids"]) - len(pair["rejected_ids"]) for pair in fitting]),
+        sources=np.array([pairs[index]["source"] for index in kept]),
+    )
+    kl = {
+        label: kl_metrics(answers, reference.pair_logps(answers.pairs, None, f"samples of {label}"), options.eval_seed)
+        for label, answers in samples.items()
+    }
+    results = {
+        **summarize(held_out, kl, options.eval_seed),
+        "reference": options.reference_model,
+        "paths": options.policies,
+        "dtype": dtype,
+        "n_pairs": len(fitting),
+        "n_dropped": len(tokenized) - len(fitting),
+    }
+    if ranks.is_first():
+        write_json(Path(options.output_file), results)
+        write_atomic(Path(options.output_file).with_suffix(".md"), to_markdown(results) + "\n")
+    return results
+
+
+def _dtype(options: EvaluateOptions) -> str:
+    """One type for all models: weights rounded in one of two models alone would look like a difference of theirs."""
+    from tandem.models.load import has_accelerator, stored_dtype
+
+    if options.eval_dtype != "auto":
+        return options.eval_dtype
+    if not has_accelerator():
+        return "float32"
+    stored = {stored_dtype(name) for name in (options.reference_model, *options.policies.values())}
+    return stored.pop() if len(stored) == 1 else "float32"
+
+
+def _scorer(name: str, options: EvaluateOptions, dtype: str) -> Any:
+    from tandem.models.scorer import load_scorer
+
+    return load_scorer(name, dtype, batch_size=options.eval_batch_size, bf16=options.eval_bf16)
+
+
+def _score_policy(
+    scorer: Any, label: str, pairs: list[dict[str, list[int]]], options: EvaluateOptions, text: Any
+) -> tuple[Array, Samples]:
+    from tandem.models.sampling import Sampling
+
+    logps = scorer.pair_logps(pairs, text.max_length, label)
+    prompts = list(dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs))[: options.kl_prompts]
+    prompts.sort(key=len)  # prompts of like length together: less padding
+    own = Sampling(options.kl_max_new_tokens, temperature=1.0, top_p=1.0)
+
+    def sample(start: int) -> list[dict[str, list[int]]]:
+        batch = [list(prompt) for prompt in prompts[start : start + options.eval_batch_size]]
+        answers = scorer.sample(batch * 2, own, options.eval_seed + start)
+        return [
+            {"prompt_ids": prompt, "chosen_ids": first, "rejected_ids": second}
+            for prompt, first, second in zip(batch, answers, answers[len(batch) :], strict=False)
+        ]
+
+    starts = range(0, len(prompts), options.eval_batch_size)
+    samples = list(itertools.chain.from_iterable(ranks.in_turns(starts, sample)))
+    return logps, Samples(samples, scorer.pair_logps(samples, None, f"samples of {label}"))
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The metrics, the models' differences and the breakdown, as Markdown tables."""
+    models = results["models"]
+    # The reference lacks some of the metrics, so the order is a policy's
+    names = list(dict.fromkeys(name for metrics in reversed(models.values()) for name in metrics))
+    tables = [
+        _table(
+            [f"{results['n_pairs']} held-out pairs", *models],
+            [[_words(name), *(_cell(metrics.get(name)) for metrics in models.values())] for name in names],
+        )
+    ]
+    found = results["differences"]
+    tables.append(
+        _table(
+            ["difference", *(f"{each['model']} − {each['other']}" for each in found)],
+            [
+                [_words(name), *(_cell(each["metrics"].get(name)) for each in found)]
+                for name in names
+                if any(name in each["metrics"] for each in found)
+            ],
+        )
+    )
+    for by, groups in results["breakdown"].items():
+        if groups:
+            tables.append(_breakdown_table(by, groups))
+    return "\n\n".join(tables)
+
+
+def _breakdown_table(by: str, groups: Sequence[Mapping[str, Any]]) -> str:
+    labels = list(groups[0]["models"])
+    rows = []
+    for group in groups:
+        low, high = group["tokens"]
+        name = f"{_words(group['name'])} ({low:+d} to {high:+d} tokens)" if by == "length_difference" else group["name"]
+        shown = [
+            _cell(group["models"][label][metric])
+            for metric in ("preference_accuracy", "mean_margin")
+            for label in labels
+        ]
+        rows.append([name, str(group["n"]), *shown])
+    header = [f"by {_words(by)}", "pairs"]
+    return _table([*header, *(f"{metric}, {label}" for metric in ("accuracy", "margin") for label in labels)], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    text = f"{estimate['value']:.3f}"
+    if estimate["low"] is not None:
+        text += f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    if "p" in estimate:
+        text += f", p = {estimate['p']:.2g}"
+    return text

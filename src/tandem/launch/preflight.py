@@ -1,0 +1,99 @@
+"""Check the command lines of all stages of a pipeline before the first of them runs: `pipelines/lib.sh` calls it.
+
+    python -m tandem.launch.preflight ACCELERATE_CONFIG < STAGES
+
+On standard input comes, for each stage, the number of words that follow, its name, its output and its command, each
+ended by a NUL. Nothing is loaded that a wrong command line does not need, and nothing is written.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_splits
+from tandem.errors import UserError, script_main
+from tandem.options.parsing import refuse
+
+
+def main(argv: list[str]) -> None:
+    """Check the stages on standard input, which are to be launched with the accelerate config `argv` names.
+
+    Raises:
+        UserError: naming what is wrong with each of them.
+    """
+    processes = _processes(Path(argv[0]))
+    problems: list[str] = []
+    read: list[dict[str, Any]] = []
+    for name, command in _stages(sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")):
+        try:
+            with _world_size(processes if command[0] == "launch" else 1):
+                values = _parsed(command)
+            data = {field.name: values[field.name] for field in dataclasses.fields(DataOptions) if field.name in values}
+            # The first stage will read the data; those of a stage that reads them otherwise are tried here
+            if data and read and data not in read:
+                load_splits(DataOptions(**data))
+            if data:
+                read.append(data)
+        except UserError as problem:
+            problems.append(f"stage {name}: {problem}")
+    refuse(problems)
+
+
+def _stages(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+    while len(words) > 1:
+        count = int(words[0])
+        name, _output, *command = words[1 : count + 1]
+        yield name, command
+        words = words[count + 1 :]
+
+
+def _processes(config: Path) -> int:
+    """The number of processes that accelerate starts."""
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        return int(values.get("num_processes") or 1)
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"ACCELERATE_CONFIG {config}: cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _world_size(processes: int) -> Iterator[None]:
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(processes)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
+def _parsed(command: list[str]) -> dict[str, Any]:
+    """The options of the script in a command, which reads them and stops at --print_config.
+
+    Raises:
+        UserError: what the script itself would say.
+    """
+    at = next(index for index, word in enumerate(command) if word.endswith(".py"))
+    spec = importlib.util.spec_from_file_location(f"script_{Path(command[at]).stem}", command[at])
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.suppress(SystemExit):
+        script.main([*command[at + 1 :], "--print_config"])
+    values: dict[str, Any] = yaml.safe_load(screen.getvalue())
+    return values
+
+
+if __name__ == "__main__":
+    script_main(main)

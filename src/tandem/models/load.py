@@ -1,0 +1,333 @@
+"""Models and tokenizers loaded from a folder or the Hub, with the mistakes of doing so told in one line."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.options.training import LoraOptions, ModelOptions, is_adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+# Of transformers, PEFT and safetensors over files that are missing, torn or of another model
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
+
+
+def has_hpu() -> bool:
+    """Whether there is an Intel Gaudi."""
+    hpu = getattr(torch, "hpu", None)  # put there by Intel's plugin
+    return hpu is not None and bool(hpu.is_available())
+
+
+def has_mps() -> bool:
+    """Whether there is an Apple GPU."""
+    return torch.backends.mps.is_available()
+
+
+def fast_bf16() -> bool:
+    """Whether this process's device multiplies bfloat16 in hardware, so that autocast to it pays."""
+    if has_hpu():
+        return True
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if has_mps():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a CUDA, MPS, XPU or HPU device."""
+    return torch.accelerator.is_available() or has_hpu()
+
+
+def device_count() -> int:
+    """How many accelerators this machine has. Gaudi's are counted by Intel's plugin, which torch may not ask."""
+    return int(torch.hpu.device_count()) if has_hpu() else torch.accelerator.device_count()  # type: ignore[attr-defined]
+
+
+def base_of_adapter(folder: str) -> str:
+    """The model that the adapter in `folder` was trained on.
+
+    Raises:
+        UserError: the adapter's config does not say, or cannot be read.
+    """
+    try:
+        base = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: adapter_config.json cannot be read: {_first_line(error)}") from error
+    if not base:
+        raise UserError(f"{folder}: adapter_config.json has no base_model_name_or_path")
+    return str(base)
+
+
+def stored_dtype(name: str) -> str:
+    """The type that the weights of a model are stored in, by its config; an adapter's is its base's.
+
+    Raises:
+        UserError: no config can be read.
+    """
+    if is_adapter(name):
+        return stored_dtype(base_of_adapter(name))
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: its config cannot be read: {_first_line(error)}") from error
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of `options`, with a pad token and a chat template.
+
+    Raises:
+        UserError: nothing there that is a tokenizer.
+    """
+    name = options.tokenizer_name_or_path or options.model_name_or_path
+    revision = options.model_revision if options.tokenizer_name_or_path is None else None
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").exists():
+        name = base_of_adapter(name)
+    _check_folder(name, "tokenizer_config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: no tokenizer can be loaded: {_first_line(error)}") from error
+    if tokenizer.chat_template is not None:
+        _try_template(name, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if ensure_chat_template(tokenizer):
+        logger.info("%s has no chat template: using %r (turns as HH transcripts)", name, PLAIN_TEMPLATE)
+    return tokenizer
+
+
+def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    # transformers renders in a sandbox, where a template that reaches for more than its messages ends here
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except (TemplateError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{name}: its chat template cannot render a user's turn: {_first_line(error)}") from error
+
+
+def load_model(
+    options: ModelOptions, *, trainable_adapter: bool = False, quantize: bool = False, tp_size: int = 1
+) -> PreTrainedModel:
+    """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
+    adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism), sharded over the processes
+    that have the same slice.
+
+    Safetensors only: a pickle checkpoint can run code, and is refused.
+
+    Raises:
+        UserError: a folder that is not a model, weights that are missing, of another shape or in another format, no
+            quantization library.
+    """
+    name = options.model_name_or_path
+    if is_adapter(name):
+        base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize, tp_size=tp_size)
+        return load_adapter(base, name, trainable=trainable_adapter)
+    _check_folder(name, "config.json")
+    check_weights(Path(name))
+    keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
+    if tp_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        alike = int(os.environ["WORLD_SIZE"]) // tp_size
+        keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
+    else:
+        keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
+    if options.attn_implementation:
+        keywords["attn_implementation"] = options.attn_implementation
+    if options.model_revision:
+        keywords["revision"] = options.model_revision
+    try:
+        model, loading = _create_model(
+            name,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **keywords,
+        )
+    except _LOADING_ERRORS as error:
+        raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
+    return model
+
+
+def _create_model(name: str, *, dtype: str, **keywords: Any) -> Any:
+    try:
+        from trl.trainer.utils import create_model_from_path
+    except ImportError:  # TRL 0.9.6, which optimum-habana needs; beside it is transformers 4
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype, **keywords)
+    return create_model_from_path(name, dtype=dtype, **keywords)
+
+
+def check_model(name: str) -> None:
+    """Refuse a model or adapter that cannot be loaded, as far as that shows without its weights: before others are.
+
+    Raises:
+        UserError: no such folder or Hub name, or one with no readable config or tokenizer, or with its weights missing.
+    """
+    if is_adapter(name):
+        _check_adapter(name)
+        check_model(base_of_adapter(name))
+    else:
+        folder = Path(name)
+        _check_folder(name, "config.json")
+        stored_dtype(name)
+        check_weights(folder)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise UserError(f"{name}: has no weights (.safetensors)")
+    load_tokenizer(ModelOptions(model_name_or_path=name))
+
+
+def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False) -> "PeftModel":
+    """`base` with the adapter in `folder` on it.
+
+    Raises:
+        UserError: no adapter in safetensors there, or one of another model.
+    """
+    from peft import PeftModel
+
+    _check_adapter(folder)
+    try:
+        with adapters_of_whole_layers():
+            return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    except _LOADING_ERRORS as error:
+        why = f"cannot be loaded as an adapter of {base.name_or_path}: {_first_line(error)}"
+        raise UserError(f"{folder}: {why}") from error
+
+
+def _check_adapter(folder: str) -> None:
+    if (Path(folder) / "adapter_model.safetensors").is_file():
+        return
+    if (Path(folder) / "adapter_model.bin").is_file():
+        raise _pickled(folder, "adapter_model.bin")
+    raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
+
+
+@contextlib.contextmanager
+def adapters_of_whole_layers() -> Iterator[None]:
+    """While PEFT makes an adapter: under tensor parallelism it begins as that of the whole layer, of which each process
+    keeps its part.
+
+    PEFT 0.21 makes it as wide as this process's part of the layer (`tuners_utils._get_in_out_features`): another start
+    than that of one process, and a width that transformers 5.23 then takes for the layer's.
+    """
+    from peft.tuners.lora import layer
+
+    if not hasattr(layer, "_get_in_out_features"):  # PEFT 0.17, of Gaudi's environment, which has no tensor parallelism
+        yield
+        return
+    width_of_part = layer._get_in_out_features
+
+    def width(module: torch.nn.Module) -> tuple[int, int] | tuple[None, None]:
+        if isinstance(module, torch.nn.Linear):
+            return module.in_features, module.out_features
+        return width_of_part(module)
+
+    layer._get_in_out_features = width
+    try:
+        yield
+    finally:
+        layer._get_in_out_features = width_of_part
+
+
+def lora_config(options: LoraOptions) -> "LoraConfig | None":
+    """The PEFT configuration of `options`, or None without `--use_peft`."""
+    if not options.use_peft:
+        return None
+    from peft import LoraConfig
+
+    modules: list[str] | str = options.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+    )
+
+
+def _check_folder(name: str, needed: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / needed).is_file():
+        raise UserError(f"{name}: not a model folder: it has no {needed}")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name}: no such model folder")
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse what a model's folder must not hold; a Hub name is no folder, and passes.
+
+    Raises:
+        UserError: its weights are a pickle, or its index names files anywhere else.
+    """
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(
+            file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name not in _NO_WEIGHTS
+        )
+        if pickles:
+            raise _pickled(str(folder), pickles[0])
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
+
+
+def _pickled(folder: str, name: str) -> UserError:
+    return UserError(
+        f"{folder}: {name} is a pickle, which can run code when it is loaded; "
+        "convert it to safetensors first: SECURITY.md says how"
+    )
+
+
+def _replace_name(options: ModelOptions, name: str) -> ModelOptions:
+    from dataclasses import replace
+
+    return replace(options, model_name_or_path=name, model_revision=None)
+
+
+def _four_bits() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'tandem[quantization]'") from None
+    if not torch.cuda.is_available():
+        raise UserError("--load_in_4bit needs a CUDA device")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,155 @@
+"""Log-probabilities of pairs under a model, and samples from it: what evaluate, generate and compare share."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tandem import ranks
+from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.pairs import PairCollator, completion_logps, round_up
+from tandem.errors import UserError
+from tandem.models import habana
+from tandem.models.load import fast_bf16, has_hpu, load_model, load_tokenizer
+from tandem.models.sampling import Sampling
+from tandem.options.training import ModelOptions
+
+TokenizedPair = dict[str, list[int]]
+
+# Columns between two lengths of rows where each shape is compiled
+_BUCKET = 128
+
+
+def load_scorer(name: str, dtype: str, *, batch_size: int, bf16: bool | None = None) -> "Scorer":
+    """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
+    habana.prepare()
+    source = ModelOptions(model_name_or_path=name, dtype=dtype)
+    return Scorer(load_model(source), load_tokenizer(source), batch_size=batch_size, bf16=bf16)
+
+
+class Scorer:
+    """A model ready to score and sample on the device at hand.
+
+    On Gaudi, batches are filled up with copies, and rows to a multiple of `_BUCKET` tokens: a program is compiled for
+    every shape. Elsewhere pairs go through the pair engine.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, bf16: bool | None = None
+    ) -> None:
+        self.device = _device()
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.bf16 = fast_bf16() if bf16 is None else bf16
+        self.ends = end_ids(model.generation_config.eos_token_id, tokenizer)
+        # A repetition penalty or other filter that the model ships would make its answers another distribution's
+        model.generation_config = type(model.generation_config)(eos_token_id=sorted(self.ends) or None)
+        self.few_shapes = habana.few_shapes()
+        if not self.few_shapes:
+            from tandem.engine.forward import add_pair_forward
+
+            add_pair_forward(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 where the device multiplies it fast; sums of log-probs stay in float32."""
+        if not self.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def pair_logps(self, pairs: Sequence[TokenizedPair], max_length: int | None, label: str = "") -> np.ndarray:
+        """(n, 2) float64: summed log-probs in nats of chosen and rejected, each given its prompt.
+
+        Raises:
+            UserError: one that is not finite: accuracies and margins made of them would mean nothing.
+        """
+        multiple, size = (_BUCKET, self.batch_size) if self.few_shapes else (1, None)
+        collate = PairCollator(self.tokenizer.pad_token_id, max_length, multiple=multiple, size=size)
+        order = sorted(range(len(pairs)), key=lambda index: _tokens(pairs[index]))
+        batches = list(_batches(order, self.batch_size))
+
+        def score(batch: list[int]) -> np.ndarray:
+            logps = self._token_logps(collate([pairs[index] for index in batch])).sum(1).view(2, -1)
+            values: np.ndarray = logps[:, : len(batch)].T.cpu().double().numpy()
+            return values
+
+        result = np.empty((len(pairs), 2))
+        bar = tqdm(batches, desc=f"scoring {label}".strip(), leave=False, disable=not ranks.is_first())
+        for batch, values in zip(bar, ranks.in_turns(batches, score), strict=True):
+            result[batch] = values
+        if not np.isfinite(result).all():
+            raise UserError(
+                f"{self.model.name_or_path}: its log-probabilities are not finite: its training diverged, or "
+                "bfloat16 is too coarse for it"
+            )
+        return result
+
+    def _token_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(2B, S − 1) float32 nats, zero outside of completions."""
+        ids, mask, completions = (
+            batch[name].to(self.device) for name in ("input_ids", "attention_mask", "completion_mask")
+        )
+        with self.autocast():
+            if self.few_shapes:
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                return completion_logps(logits, ids, completions)
+            labels = ids.masked_fill(completions == 0, IGNORED_LABEL)
+            output = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False)
+            log_probs: torch.Tensor = output.log_probs.float()
+            return log_probs
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
+        """One answer of token ids to each prompt of one batch, its end-of-sequence token included if it came."""
+        torch.manual_seed(seed)
+        rows, width = list(prompts), max(map(len, prompts))
+        if self.few_shapes:
+            rows += [rows[0]] * (-len(rows) % self.batch_size)
+            width = round_up(width, _BUCKET)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in rows], device=self.device)
+        # Without autocast: it would convert every weight again for every token, since it caches none without gradients
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, pad_token_id=pad, **self._cache(), **sampling.keywords()
+        )
+        return [_until_end(answer, self.ends) for answer in output[: len(prompts), width:].tolist()]
+
+    def _cache(self) -> dict[str, Any]:
+        """Arguments of `generate`: keys and values of a fixed length where shapes count."""
+        if habana.has_optimum_habana():  # whose `generate` keeps to them by itself
+            return {"use_cache": True, "lazy_mode": habana.is_lazy()}
+        return {"use_cache": True} | ({"cache_implementation": "static"} if self.few_shapes else {})
+
+
+def _device() -> torch.device:
+    if has_hpu():
+        return torch.device("hpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _tokens(pair: TokenizedPair) -> int:
+    return sum(map(len, pair.values()))
+
+
+def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def end_ids(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: those of the model's generation config, and the tokenizer's."""
+    ends = configured if isinstance(configured, list) else [configured]
+    return {end for end in [*ends, tokenizer.eos_token_id] if end is not None}
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[: index + 1]
+    return ids

@@ -1,0 +1,72 @@
+"""Evaluation and generation on several processes: each has the whole model, and they take turns with the batches."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from tandem.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def count() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_several(task: str) -> None:
+    """Refuse a launch of several processes, each of which would do all of the work and write the same files.
+
+    Raises:
+        UserError: naming the task.
+    """
+    if count() > 1:
+        raise UserError(f"{task} runs as one process, not {count()}: start it without a launcher")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Bring the processes of a launch together, each on a device of its own.
+
+    Raises:
+        UserError: the launch would shard the model, or its processes do not find each other.
+    """
+    if count() == 1:
+        yield
+        return
+    for variable, engine in _SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+            raise UserError(
+                f"the accelerate config asks for {engine}, but each process holds the whole model here: use "
+                "accelerate_configs/ddp.yaml"
+            )
+    from accelerate import PartialState
+
+    from tandem.models.load import has_accelerator
+
+    state = PartialState(cpu=not has_accelerator())
+    if state.num_processes != count():
+        raise UserError(f"the launcher started {count()} processes, but accelerate sees {state.num_processes}")
+    yield
+    state.destroy_process_group()
+
+
+def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+    """`work` of each item, in their order, on every process; each item is worked on by one of them. Collective."""
+    if count() == 1:
+        yield from map(work, items)
+        return
+    from accelerate.utils import gather_object
+
+    own = int(os.environ["RANK"])
+    for start in range(0, len(items), count()):
+        yield from gather_object([work(item) for item in items[start + own : start + own + 1]])

@@ -1,0 +1,84 @@
+"""Everything that a run of SFT or DPO is asked for: the option classes of its command line, one instance each.
+
+Light to import: the scripts parse these before anything loads.
+"""
+
+import typing
+from typing import Any, NamedTuple
+
+from tandem.data.options import DataOptions
+from tandem.data.sources import may_hold_out
+from tandem.errors import UserError
+from tandem.monitor.options import MonitorOptions
+from tandem.options.parsing import refuse
+from tandem.options.training import (
+    DPOOptions,
+    EngineOptions,
+    GaudiOptions,
+    LoraOptions,
+    ModelOptions,
+    SFTOptions,
+    TextOptions,
+    TrainOptions,
+    check_training,
+)
+
+
+class SFTRun(NamedTuple):
+    """The options of an SFT run."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    text: TextOptions
+    data: DataOptions
+    train: SFTOptions
+    gaudi: GaudiOptions
+
+
+class DPORun(NamedTuple):
+    """The options of a DPO run."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    text: TextOptions
+    data: DataOptions
+    train: TrainOptions
+    dpo: DPOOptions
+    engine: EngineOptions
+    monitor: MonitorOptions
+    gaudi: GaudiOptions
+
+
+def classes(run: type[SFTRun] | type[DPORun]) -> tuple[type, ...]:
+    """The option classes of a run, for `config.parse`, in the order in which `run` takes their instances."""
+    return tuple(typing.get_type_hints(run).values())
+
+
+def check(*options: Any) -> None:
+    """Refuse, before anything is loaded, options of a run that do not go together; for `config.parse`.
+
+    Args:
+        options: instances of a run's `classes`, and perhaps others.
+
+    Raises:
+        UserError: naming all of them together.
+    """
+    given = {type(each): each for each in options}
+    data, monitor, dpo = given[DataOptions], given.get(MonitorOptions), given.get(DPOOptions)
+    train = given.get(SFTOptions) or given[TrainOptions]
+    problems = []
+    for conflict in (
+        lambda: check_training(given[ModelOptions], given[LoraOptions], train, dpo),
+        lambda: _check_held_out(train, data),
+        lambda: monitor.check_beta(dpo.beta) if monitor and dpo else None,
+    ):
+        try:
+            conflict()
+        except UserError as problem:
+            problems.append(str(problem))
+    refuse(problems)
+
+
+def _check_held_out(train: TrainOptions, data: DataOptions) -> None:
+    if train.eval_strategy != "no" and not may_hold_out(data):
+        raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")

@@ -1,0 +1,427 @@
+"""What a run will take, before it is started: parameters, peak memory by part, steps, tokens and time.
+
+No weights are loaded: `tandem.training.rehearsal` plays the run's largest batches through. Sharding is arithmetic on
+top.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+
+from tandem.data.texts import common_length
+from tandem.engine.layout import Layout
+from tandem.errors import UserError
+from tandem.models.load import fast_bf16, has_accelerator, load_tokenizer
+from tandem.monitor.memory import GIB, read_memory
+from tandem.options.parsing import StrictLoader
+from tandem.options.training import PlanOptions, check_training, is_adapter
+from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.rehearsal import Batch, Rehearsal, Usage, build
+from tandem.training.stages import training_data
+
+# Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
+_NF4_BYTES = 0.5 + 0.127 / 8
+# What the resident memory is over the activations' own size: holes in glibc's heap, which are gone where each tensor is
+# mapped by itself (bench/RESULTS.md). Fitted to runs of all weights, and of LoRA, which drops more tensors in between.
+_HEAP_ALL, _HEAP_LORA = 1.27, 1.5
+# Layers of the two models whose steps are timed
+_PROBED_LAYERS = (1, 5)
+_PROBE_REPEATS = 3
+_PROBE_LIMIT = 2 * GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """Where the run goes.
+
+    Attributes:
+        device: `cpu` or the accelerator's type.
+        processes: data-parallel processes.
+        sharded: which of weights, gradients and optimizer are cut over the processes.
+        copies_gradients: whether DDP holds a second copy of the gradients, for communication.
+        limit: memory of one device in bytes, None where it is not known.
+        is_here: whether this machine is the one.
+    """
+
+    device: str
+    processes: int
+    sharded: frozenset[str]
+    copies_gradients: bool
+    limit: int | None
+    is_here: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Memory in bytes at the moment of the training step that needs most, on one device."""
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    allocator: int
+    libraries: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
+    """The hardware of an accelerate config file, or of this process without one.
+
+    Raises:
+        UserError: the file cannot be read, or is not an accelerate config.
+    """
+    config: dict[str, Any] = {}
+    if options.accelerate_config is not None:
+        try:
+            config = yaml.load(Path(options.accelerate_config).read_text(encoding="utf-8"), Loader=StrictLoader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--accelerate_config {options.accelerate_config}: cannot be read: {error}") from error
+        if not isinstance(config, dict) or "distributed_type" not in config:
+            raise UserError(f"--accelerate_config {options.accelerate_config}: not a config of accelerate")
+    kind = str(config.get("distributed_type", "NO"))
+    on_cpu = use_cpu or bool(config.get("use_cpu")) or (not config and not has_accelerator())
+    stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+    sharded = {"weights", "gradients", "optimizer"} if kind == "FSDP" or stage == 3 else set()
+    sharded |= {"optimizer"} if stage >= 1 else set()
+    sharded |= {"gradients"} if stage >= 2 else set()
+    is_here = on_cpu or has_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if has_accelerator() else None
+    limit = None if options.device_memory_gib is None else int(options.device_memory_gib * GIB)
+    if limit is None and on_cpu:
+        limit = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    elif limit is None and torch.cuda.is_available():
+        limit = torch.cuda.mem_get_info()[1]
+    return Hardware(
+        device="cpu" if on_cpu else accelerator.type if accelerator else "cuda",
+        processes=int(config.get("num_processes") or 1),
+        sharded=frozenset(sharded),
+        copies_gradients=kind.startswith("MULTI_"),
+        limit=limit,
+        is_here=is_here,
+    )
+
+
+def plan_run(run: SFTRun | DPORun, options: PlanOptions) -> str:
+    """The plan of a run as text, a line for each figure.
+
+    Raises:
+        UserError: options that do not go together or that no plan counts, a model or data that cannot be read.
+    """
+    check_training(run.model, run.lora, run.train, run.dpo if isinstance(run, DPORun) else None)
+    if run.train.tp_size > 1:
+        raise UserError("--plan does not count --tp_size")
+    hardware = read_hardware(options, run.train.use_cpu)
+    data = training_data(run, load_tokenizer(run.model))
+    # The run has the same interpreter, libraries and data; elsewhere a round guess at the device's context
+    libraries = read_memory(torch.device("cpu")).allocated if hardware.device == "cpu" else GIB // 2
+    return "\n".join(_Plan(run, hardware, data, libraries).lines())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One run's figures; changed copies of it are the candidates where it does not fit.
+
+    Attributes:
+        data: the tokenized pairs that it trains on.
+        libraries: bytes of everything that is not tensors.
+    """
+
+    run: SFTRun | DPORun
+    hardware: Hardware
+    data: Dataset
+    libraries: int
+
+    def changed(self, options: dict[str, Any]) -> Self:
+        """The same with other values of these options."""
+        parts = {
+            name: dataclasses.replace(part, **{key: value for key, value in options.items() if hasattr(part, key)})
+            for name, part in self.run._asdict().items()
+        }
+        return dataclasses.replace(self, run=self.run._replace(**parts))
+
+    # Steps and tokens
+
+    @functools.cached_property
+    def accumulation(self) -> int:
+        """Micro-batches of a process in an optimizer step."""
+        return self.run.train.accumulation(self.hardware.processes)
+
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        at_a_time = self.run.train.per_device_train_batch_size * self.hardware.processes
+        return math.ceil(math.ceil(len(self.data) / at_a_time) / self.accumulation)
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.run.train
+        if train.debug:
+            return 4
+        if train.max_steps != -1:
+            return train.max_steps
+        return math.ceil(train.num_train_epochs * self.steps_per_epoch)
+
+    @functools.cached_property
+    def batches(self) -> list[list[list[int]]]:
+        """The pairs of each micro-batch of each optimizer step, of all processes, as the sampler deals them."""
+        train = self.run.train
+        size, in_a_step = train.per_device_train_batch_size, self.accumulation * self.hardware.processes
+        steps: list[list[list[int]]] = []
+        for epoch in range(math.ceil(self.steps / self.steps_per_epoch)):
+            # As accelerate's SeedableRandomSampler does
+            generator = torch.Generator().manual_seed(train.seed + epoch)
+            order = torch.randperm(len(self.data), generator=generator)
+            steps += _cut(_cut(order.tolist(), size), in_a_step)
+        return steps[: self.steps]
+
+    @property
+    def layout(self) -> Layout:
+        return self.run.engine.layout if isinstance(self.run, DPORun) else "padded"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("chosen_ids", "rejected_ids") if isinstance(self.run, DPORun) else ("chosen_ids",)
+
+    @functools.cached_property
+    def lengths(self) -> list[tuple[list[int], int]]:
+        """For each pair the lengths of its rows in tokens, and of the beginning that they share."""
+        longest, found = self.run.text.max_length, []
+        for pair in self.data:
+            prompt, answers = len(pair["prompt_ids"]), [pair[side] for side in self.sides]
+            rows = [min(prompt + len(answer), longest) for answer in answers]
+            found.append((rows, min(prompt + common_length(answers[0], answers[-1]), *rows)))
+        return found
+
+    def tokens(self, batch: Iterable[int]) -> int:
+        """Tokens that the backbone forwards for a batch, padding among them."""
+        lengths = [self.lengths[index] for index in batch]
+        rows = [row for of_pair, _ in lengths for row in of_pair]
+        if self.layout == "padded":
+            return len(rows) * max(rows)
+        return sum(rows) - (sum(shared for _, shared in lengths) if self.layout == "shared" else 0)
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        pairs = [self.data[index] for index in indices]
+        rows = [(pair["prompt_ids"] + pair[side], len(pair["prompt_ids"])) for side in self.sides for pair in pairs]
+        return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout)
+
+    def largest(self, batches: Iterable[list[int]]) -> Batch:
+        return self.batch(max(batches, key=self.tokens))
+
+    # The model
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return build(self.run.model, self.run.lora, checkpoints=self.checkpoints)
+
+    @property
+    def checkpoints(self) -> bool:
+        return self.run.train.gradient_checkpointing is not False
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.run.lora.use_peft or is_adapter(self.run.model.model_name_or_path)
+
+    def rehearse(self, model: Any) -> Rehearsal:
+        train = self.run.train
+        bf16 = train.bf16 if train.bf16 is not None else not self.hardware.is_here or fast_bf16()
+        autocast = torch.float16 if train.fp16 else torch.bfloat16 if bf16 else None
+        dropout = not (isinstance(self.run, DPORun) and self.run.dpo.disable_dropout)
+        return Rehearsal(model, train, autocast, dropout)
+
+    # Memory
+
+    @functools.cached_property
+    def peak(self) -> Peak:
+        """Peak memory of the run on one device."""
+        step = self.rehearse(self.model)
+        first, *later = self.batches
+        micro_batches = min(self.accumulation, 2)
+        # The first step makes the optimizer's state, so it has none while it needs its activations
+        usages = [step.count_step(self.largest(first), micro_batches=micro_batches, has_state=False)]
+        if later:
+            usages.append(
+                step.count_step(self.largest(itertools.chain(*later)), micro_batches=micro_batches, has_state=True)
+            )
+        if isinstance(self.run, DPORun):
+            usages.append(self.reference_usage(step))
+        peak = max(map(self.on_device, usages), key=lambda peak: peak.total)
+        if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
+            return dataclasses.replace(peak, allocator=self.changed({"gradient_checkpointing": False}).peak.allocator)
+        return peak
+
+    def reference_usage(self, step: Rehearsal) -> Usage:
+        """Of the pass that scores the reference before training: pairs of like length together, the longest last."""
+        by_length = sorted(range(len(self.data)), key=lambda index: self.tokens([index]))
+        usage = step.count_forward(self.batch(by_length[-self.run.train.per_device_train_batch_size :]))
+        if isinstance(self.run, DPORun) and self.run.dpo.reference_model:  # counted as large as the policy
+            usage["reference"] = usage["weights"]
+        return usage
+
+    def on_device(self, usage: Usage) -> Peak:
+        """What one device has of a usage that was counted as if it were alone."""
+
+        def share(part: str) -> int:
+            kind = "weights" if part == "reference" else part
+            size = usage[part] - (self.saved_by_4_bits if part == "weights" else 0)
+            return size // (self.hardware.processes if kind in self.hardware.sharded else 1)
+
+        activations = usage["activations"]
+        if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
+            blocks = max(_size(module) for module in self.model.modules() if isinstance(module, nn.ModuleList))
+            activations += 2 * blocks // self.model.config.get_text_config().num_hidden_layers
+        return Peak(
+            weights=share("weights"),
+            reference=share("reference"),
+            gradients=share("gradients") * (2 if self.hardware.copies_gradients else 1),
+            optimizer=share("optimizer"),
+            activations=activations,
+            allocator=int(usage["activations"] * (self.heap - 1)),
+            libraries=self.libraries,
+        )
+
+    @property
+    def heap(self) -> float:
+        """Memory that the allocator holds for activations, over their size; on an accelerator counted as 1."""
+        if self.hardware.device != "cpu":
+            return 1.0
+        return _HEAP_LORA if self.trains_adapter else _HEAP_ALL
+
+    @property
+    def saved_by_4_bits(self) -> int:
+        """Bytes that the linear layers take less in 4 bits."""
+        if not self.run.lora.load_in_4bit:
+            return 0
+        head = self.model.get_output_embeddings().weight
+        linear = {
+            id(module.weight): module.weight
+            for module in self.model.modules()
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight is not head
+        }
+        return int(sum(weight.numel() * (weight.element_size() - _NF4_BYTES) for weight in linear.values()))
+
+    # Time
+
+    def seconds(self) -> tuple[float, float] | None:
+        """Seconds of a micro-batch's step and of a forward without gradient, from models of a few layers.
+
+        The batch is the one nearest to the mean in tokens. None where the device is not here, or is too small for it.
+        """
+        if not self.hardware.is_here or self.run.lora.load_in_4bit:
+            return None
+        batches = list(itertools.chain(*self.batches))
+        mean = sum(map(self.tokens, batches)) / len(batches)
+        batch = self.batch(min(batches, key=lambda batch: abs(self.tokens(batch) - mean)))
+        all_layers = self.model.config.get_text_config().num_hidden_layers
+        few, more = (min(layers, all_layers) for layers in _PROBED_LAYERS)
+        timings = []
+        for layers in (few, more):
+            model = build(self.run.model, self.run.lora, checkpoints=self.checkpoints, layers=layers)
+            if _size(model) * 4 > _PROBE_LIMIT:
+                return None
+            timings.append(self.rehearse(model).time(batch, torch.device(self.hardware.device), _PROBE_REPEATS))
+        if few == more:
+            return timings[0]
+        scale = (all_layers - few) / (more - few)
+        step, forward = (first + scale * max(second - first, 0.0) for first, second in zip(*timings, strict=True))
+        return step, forward
+
+    # The text
+
+    def lines(self) -> Iterator[str]:
+        """The plan."""
+        parameters = list(self.model.parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        yield f"parameters: {count:,}; trained: {trained:,} ({trained / count:.2%})"
+        limit, processes = self.hardware.limit, self.hardware.processes
+        size, unit = self.run.train.per_device_train_batch_size, "pairs" if len(self.sides) == 2 else "examples"
+        where = f"{processes} x {self.hardware.device}, batch {size}, layout {self.layout}"
+        yield f"peak memory per device ({where}): {self.peak.total / GIB:.2f} GiB"
+        for name, part in dataclasses.asdict(self.peak).items():
+            yield f"  {name}: {part / GIB:.2f} GiB"
+        yield f"steps: {self.steps} of {size} x {self.accumulation} x {processes} {unit}"
+        yield f"tokens forwarded in training: {sum(map(self.tokens, itertools.chain(*self.batches))):,}"
+        yield self.time_line()
+        if limit is None:
+            yield "memory of the device is not known: give --device_memory_gib to see whether this fits"
+        elif self.peak.total <= limit:
+            yield f"fits: {limit / GIB:.1f} GiB are there"
+        else:
+            yield f"WILL NOT FIT: {limit / GIB:.1f} GiB are there; {self.remedy(limit)}"
+
+    def time_line(self) -> str:
+        if (seconds := self.seconds()) is None:
+            return "time: not measured, since the run's device is not here or the model is too large for a probe"
+        step, forward = seconds
+        micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.batches)
+        line = f"time: {_duration(step * micro_batches)} of training"
+        if isinstance(self.run, DPORun):
+            batches = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
+            line += f", {_duration(forward * batches)} of the reference where not cached"
+        return line
+
+    def remedy(self, limit: int) -> str:
+        """The cheapest change, of those that are known, with which the run fits into `limit` bytes."""
+        for change in self.ways_out():
+            if (total := self.changed(change).peak.total) <= limit:
+                flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+                return f"the cheapest change that fits is {flags} ({total / GIB:.2f} GiB)"
+        return (
+            "smaller batches, gradient checkpointing and LoRA are not enough: shard it (FSDP), or take a smaller model"
+        )
+
+    def ways_out(self) -> Iterator[dict[str, Any]]:
+        """Changes of options, each alone and with all before it."""
+        together: dict[str, Any] = {}
+        for change in self.changes():
+            yield change
+            together |= change
+            if together != change:
+                yield dict(together)
+
+    def changes(self) -> Iterator[dict[str, Any]]:
+        """Changes by what they cost: first nothing, then time, last what is trained."""
+        if self.layout != "shared" and isinstance(self.run, DPORun):
+            yield {"layout": "shared"}
+        size, accumulation = self.run.train.per_device_train_batch_size, self.accumulation
+        while size % 2 == 0:
+            size, accumulation = size // 2, accumulation * 2
+            smaller = {"per_device_train_batch_size": size}
+            # A global batch size already says how many there are in a step
+            yield (
+                smaller if self.run.train.global_batch_size else smaller | {"gradient_accumulation_steps": accumulation}
+            )
+        if not self.checkpoints:
+            yield {"gradient_checkpointing": True}
+        if not self.trains_adapter:
+            yield {"use_peft": True}
+
+
+def _cut(items: list[Any], size: int) -> list[list[Any]]:
+    """Pieces of `size`, the last of which may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,181 @@
+"""The SFT and DPO stages: options → data → trainer → a complete model folder."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from tandem.data.formats import Row
+from tandem.data.sources import load_splits, load_training
+from tandem.data.texts import render, tokenize_pair, trim_prompt
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.models.habana import is_lazy
+from tandem.models.load import fast_bf16, has_accelerator, load_model, load_tokenizer
+from tandem.options.training import DPOOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions, check_training
+from tandem.training.cpu_memory import prepare_for_training
+from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.session import open_session
+from tandem.training.trainers import select
+from tandem.training.trainers.topology import check_launch
+
+
+def run_sft(run: SFTRun) -> None:
+    """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
+    check_training(run.model, run.lora, run.train)
+    arguments = _arguments(run.train, run.model)
+    builders = select.builders(run.model, run.lora, run.train, run.gaudi)
+    with open_session(run.train, run, "examples") as session:
+        if session is None:
+            return
+        tokenizer = load_tokenizer(run.model)
+        splits = _splits(run, tokenizer)
+        builders.start_processes(arguments)
+        policy = _trainable(run.model, run.lora, run.train.tp_size)
+        session.start(splits["train_dataset"])
+        examples = {name: _examples(rows) for name, rows in splits.items()}
+        session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
+
+
+def run_dpo(run: DPORun) -> None:
+    """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
+    check_training(run.model, run.lora, run.train, run.dpo)
+    run.monitor.check_beta(run.dpo.beta)
+    arguments = _arguments(run.train, run.model)
+    builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
+    with open_session(run.train, run, "pairs") as session:
+        if session is None:
+            return
+        tokenizer = load_tokenizer(run.model)
+        rendered = _splits(run, tokenizer)
+        splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
+        builders.start_processes(arguments)
+        policy = _trainable(run.model, run.lora, run.train.tp_size)
+        reference = _reference(run.model, run.dpo, run.train.tp_size)
+        session.start(rendered["train_dataset"])
+        logs_dir = session.folder / "logs"
+        session.train(builders.dpo_trainer(run, policy, reference, tokenizer, arguments, logs_dir, splits))
+
+
+def training_data(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The tokenized pairs that a run trains on. SFT, which takes the chosen answers alone, has them on both sides."""
+    rows = _splits(run, tokenizer)["train_dataset"]
+    if isinstance(run, SFTRun):
+        rows = [row | {"rejected": row["chosen"]} for row in rows]
+    return _tokenized_pairs(rows, tokenizer, run.text.max_length)
+
+
+def fill_reference_cache(run: DPORun, *, part: int, parts: int) -> None:
+    """Score every `parts`-th pair of a DPO run, from `part` on, with its reference, into the cache that it will read.
+
+    One process alone, beside others with other parts; nothing is trained, and `output_dir` is left as it is.
+    """
+    arguments = _arguments(run.train, run.model)
+    builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
+    tokenizer = load_tokenizer(run.model)
+    splits = {
+        name: _tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
+        for name, rows in _splits(run, tokenizer).items()
+        if rows[part::parts]
+    }
+    if "train_dataset" not in splits:
+        return
+    # A trainer scores what its cache lacks when it is built
+    with tempfile.TemporaryDirectory() as folder:
+        builders.dpo_trainer(
+            run,
+            _trainable(run.model, run.lora, tp_size=1),
+            _reference(run.model, run.dpo, tp_size=1),
+            tokenizer,
+            arguments | {"output_dir": folder, "report_to": ["none"]},
+            Path(folder),
+            splits,
+        )
+
+
+def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
+    if not dpo.reference_model:
+        return None
+    own = dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
+    return load_model(own, tp_size=tp_size)
+
+
+def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
+    if not has_accelerator():
+        prepare_for_training()
+    loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
+    loaded.config.use_cache = False
+    return loaded
+
+
+def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
+    """The TrainingArguments that SFT and DPO have in common."""
+    own = {"max_train_samples", "max_eval_samples", "mount_dir", "debug", "resume_from_checkpoint", "allow_changed"}
+    own |= {"tp_size", "global_batch_size"}
+    arguments = {
+        field.name: getattr(train, field.name) for field in dataclasses.fields(TrainOptions) if field.name not in own
+    }
+    on_cpu = train.use_cpu or not has_accelerator()
+    arguments["use_cpu"] = on_cpu
+    processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size
+    arguments["gradient_accumulation_steps"] = train.accumulation(max(processes, 1))
+    arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
+    check_launch(os.environ, arguments, cpu_asked=train.use_cpu, tp_size=train.tp_size)
+    if train.gradient_checkpointing is None:
+        arguments["gradient_checkpointing"] = not is_lazy()
+    if train.debug:
+        arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
+    return arguments | {
+        "trust_remote_code": model.trust_remote_code,
+        "dataloader_pin_memory": not on_cpu,
+        "eval_steps": train.eval_steps,
+    }
+
+
+def _splits(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
+    """Rendered training pairs and, where the run evaluates, held-out pairs, under the trainer's argument names.
+
+    Raises:
+        UserError: an evaluation without held-out pairs, or no pair left to train on.
+    """
+    data, text, train = run.data, run.text, run.train
+    pairs, held_out = load_splits(data) if train.eval_strategy != "no" else (load_training(data), [])
+    if train.eval_strategy != "no" and not held_out:
+        raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")
+    limit = 32 if train.debug else train.max_train_samples
+    splits = {"train_dataset": _render(pairs[:limit], text, tokenizer)}
+    if held_out:
+        splits["eval_dataset"] = _render(held_out[: train.max_eval_samples], text, tokenizer)
+    return splits
+
+
+def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    rows = [render(pair, text.use_chat_template) for pair in pairs]
+    if text.max_prompt_length is None:
+        return rows
+    return [row | {"prompt": trim_prompt(row["prompt"], tokenizer, text.max_prompt_length)} for row in rows]
+
+
+def _examples(rows: list[Row]) -> Dataset:
+    """Prompt + chosen, for SFT."""
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+
+
+def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    pairs = [tokenize_pair(row, tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
+    fitting = [pair for pair in pairs if len(pair["prompt_ids"]) < max_length]
+    if len(fitting) < len(pairs):
+        logger.warning(
+            "%d of %d pairs left out: the prompt alone fills --max_length", len(pairs) - len(fitting), len(pairs)
+        )
+    if not fitting:
+        raise UserError(
+            f"--max_length {max_length}: no pair keeps any of its answers; raise it or set --max_prompt_length"
+        )
+    return Dataset.from_list(fitting)

@@ -1,0 +1,407 @@
+"""optimum-habana's trainers on Intel Gaudi, with Tandem's batches, log-probs, reference cache and monitor.
+
+Imports with optimum-habana 1.21 and TRL 0.9.6 only. On an HPU each new shape is compiled, and each look at a value
+waits for the device: so every batch has one shape, nothing is selected by a mask, and values are read once a step, by
+the monitor.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from optimum.habana import GaudiConfig, GaudiTrainer
+from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer, GaudiSFTConfig, GaudiSFTTrainer
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.utils import CONFIG_NAME
+
+from tandem.data.texts import tokenize_pair
+from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
+from tandem.engine.ref_cache import RefCache, fingerprint
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.models.habana import is_lazy
+from tandem.models.load import lora_config
+from tandem.monitor.options import MonitorOptions
+from tandem.options.training import DPOOptions, EngineOptions, GaudiOptions
+from tandem.runs import write_json
+from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
+from tandem.training.trainers.pair_trainer import CompleteCheckpoints, PairTrainer
+
+
+class _OnGaudi(CompleteCheckpoints):
+    """Mixin over GaudiTrainer: transformers' own order of the data, and batches of one shape."""
+
+    model: Any
+    data_collator: Any
+
+    # optimum-habana's sampler fills the last batch with other rows drawn at random, which then count twice
+    _get_train_sampler = Trainer._get_train_sampler
+
+    def _prepare_forward(self, gaudi: GaudiOptions, max_length: int) -> None:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        config = base.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            raise UserError("the router's auxiliary loss is not there on Gaudi: set output_router_logits to false")
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        accepted = inspect.signature(type(base).forward).parameters
+        self._flags = model_flags(
+            gaudi, accepted, lazy=self.args.use_lazy_mode, window=window if window and window < max_length else None
+        )
+
+    def _token_logps(self, model: Any, inputs: dict[str, Any], completion_mask: torch.Tensor) -> torch.Tensor:
+        """(N, S − 1) nats, of right-padded rows; with the flags the run asked for, which the stock forward drops."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **self._flags).logits
+        return completion_logps(logits, ids, completion_mask)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return GaudiTrainer.get_train_dataloader(self)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        collator, size = self.data_collator, self.args.per_device_eval_batch_size  # type: ignore[attr-defined]
+        self.data_collator = dataclasses.replace(collator, size=size)
+        try:
+            return GaudiTrainer.get_eval_dataloader(self, eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        file = Path(output_dir or self.args.output_dir) / CONFIG_NAME
+        if file.exists():
+            # It names Intel's class, which only this environment knows: other loaders, as vLLM, go by that name
+            config = json.loads(file.read_text())
+            config["architectures"] = [name.removeprefix("Gaudi") for name in config["architectures"]]
+            write_json(file, config)
+
+    def end(self) -> None:
+        """Finish the trackers and destroy the process group, as transformers 5 has it."""
+        self.accelerator.end_training()
+
+
+class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
+    """optimum-habana's GaudiDPOTrainer on tokenized pairs with their `pair_id`, with TRL 1.16's numbers.
+
+    The losses are those of TRL 0.9.6, which it calls. Against the stock class: accumulation is a mean over its
+    micro-batches; the reference is that of the cache; attention flags reach the model; a batch that is not full is
+    filled with copies that weigh nothing; metrics are means over all ranks, read when they are logged.
+    """
+
+    _stored_metrics: dict[str, dict[str, list[torch.Tensor]]]
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        *arguments: Any,
+        ref_model: PreTrainedModel | None,
+        dpo: DPOOptions,
+        gaudi: GaudiOptions,
+        engine: EngineOptions,
+        monitor: MonitorOptions,
+        logs_dir: Path,
+        **keywords: Any,
+    ) -> None:
+        self._ref_cache = RefCache(engine.ref_cache)
+        # The stock class would record the reference it is given as an HPU graph, in eager mode too
+        super().__init__(*arguments, **keywords)
+        self.losses = list(zip(dpo.loss_type, dpo.loss_weights or [1.0] * len(dpo.loss_type), strict=True))
+        self.ld_alpha = dpo.ld_alpha
+        self._prepare_forward(gaudi, self.data_collator.max_length)
+        self._grad_norm: torch.Tensor | None = None
+        self._tokens = torch.zeros((), device=self.args.device)
+        self.accelerator.clip_grad_norm_ = self._recorded(self.accelerator.clip_grad_norm_)
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self._new_adapter = keywords.get("peft_config") is not None
+        self._precompute_reference()
+        self._add_monitor(monitor, logs_dir)
+
+    @staticmethod
+    def tokenize_row(row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    # Reference
+
+    def _precompute_reference(self) -> None:
+        """Log-probs of the reference, while policy and reference are still the same model."""
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        with _trained_adapter_as_reference(model, self._new_adapter):
+            self._precompute_model_hash = fingerprint(model)
+        size = self.args.per_device_train_batch_size  # the shape of training, which is compiled anyway
+        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", size)
+        self.ref_model = None
+
+    def _reference_collator(self, batch_size: int) -> PairCollator:
+        return dataclasses.replace(self.data_collator, size=batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        without_adapter = self.ref_model is None and self._new_adapter
+        adapter = self.null_ref_context() if without_adapter else contextlib.nullcontext()
+        model.eval()
+        with torch.no_grad(), adapter, self.compute_loss_context_manager():
+            return self._logps(model, inputs)
+
+    # Loss and metrics
+
+    def _logps(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = inputs["completion_mask"]
+        per_token = self._token_logps(model, inputs, mask)
+        chosen, rejected = sequence_logps(per_token, mask[:, 1:], self.ld_alpha).chunk(2)
+        return chosen, rejected
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        chosen, rejected = self._logps(model, inputs)
+        loss, metrics = self._loss_and_metrics(chosen, rejected, inputs)
+        self.store_metrics(metrics, "train")
+        self._feed_monitor(inputs["pair_id"], inputs, chosen.detach(), rejected.detach(), loss)
+        self._tokens = self._tokens + (inputs["attention_mask"].sum(1) * inputs["pair_weights"].repeat(2)).sum()
+        # The stock training step adds micro-batches up, where transformers takes their mean
+        return loss / self.current_gradient_accumulation_steps
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self._loss_and_metrics(*self._logps(model, inputs), inputs)
+        self.store_metrics({f"eval_{name}": value for name, value in metrics.items()}, "eval")
+        return loss, None, None
+
+    def _loss_and_metrics(
+        self, chosen: torch.Tensor, rejected: torch.Tensor, batch: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Means over the batch's pairs, those that only fill it up left out; () each, on the device."""
+        references = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        weights = batch["pair_weights"] / batch["pair_weights"].sum()
+        loss = (self._losses(chosen, rejected, *references, batch["completion_mask"]) * weights).sum()
+        chosen, rejected = chosen.detach(), rejected.detach()
+        chosen_rewards, rejected_rewards = self.beta * (chosen - references[0]), self.beta * (rejected - references[1])
+        metrics = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        return loss, {name: (values * weights).sum() for name, values in metrics.items()}
+
+    def _losses(
+        self,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        ref_chosen: torch.Tensor,
+        ref_rejected: torch.Tensor,
+        completion_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B,) weighted sum of the run's losses, each pair's."""
+        logps = (chosen, rejected, ref_chosen, ref_rejected)
+        lengths = completion_mask.sum(1).clamp(min=1).chunk(2)
+        # IPO is in means over tokens, in TRL of every version, as its authors confirmed to TRL's
+        means = [values / length for values, length in zip(logps, [*lengths, *lengths], strict=True)]
+        total = torch.zeros_like(chosen)
+        for name, weight in self.losses:
+            self.loss_type = name
+            total = total + weight * self.dpo_loss(*(means if name == "ipo" else logps))[0]
+        return total
+
+    def _averages(self, kind: str) -> dict[str, float]:
+        """Means of the metrics stored since the log before, over all ranks. Collective; waits for the device."""
+        stored = self._stored_metrics.pop(kind, {})
+        if not stored:
+            return {}
+        means = torch.stack([torch.stack(values).mean() for values in stored.values()])
+        over_ranks = self.accelerator.gather(means).view(-1, len(stored)).mean(0)
+        return dict(zip(stored, over_ranks.tolist(), strict=True))
+
+    def _num_tokens(self) -> int:
+        return int(self.accelerator.gather(self._tokens[None]).sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None, **_: Any) -> None:
+        if any(name.startswith("eval_") for name in logs):
+            logs.update(self._averages("eval"))
+        else:
+            logs.update(self._averages("train"))
+            logs["num_tokens"] = self._num_tokens()
+            if self._grad_norm is not None:
+                logs["grad_norm"] = self._grad_norm.item()
+            logs.update(self.monitor.interval_logs())
+        GaudiTrainer.log(self, logs, start_time)
+
+    # Gradient norm
+
+    def _recorded(self, clip: Any) -> Any:
+        def recorded(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            norm: torch.Tensor = clip(*arguments, **keywords)
+            self._grad_norm = norm.detach().reshape(())
+            self.monitor.add_grad_norm(self._grad_norm)
+            return norm
+
+        return recorded
+
+    @property
+    def FusedNorm(self) -> Any:
+        """Intel's clipping kernel, or None; the training loop puts it here and calls its `clip_norm`."""
+        return self._fused_norm
+
+    @FusedNorm.setter
+    def FusedNorm(self, kernel: Any) -> None:
+        self._fused_norm = kernel
+        if kernel is not None:
+            kernel.clip_norm = self._recorded(kernel.clip_norm)
+
+    # Checkpoints
+
+    def _counters(self) -> dict[str, Any]:
+        stored = self._stored_metrics.get("train", {})
+        metrics = {name: torch.stack(values).tolist() for name, values in stored.items()}
+        return {"num_tokens": self._num_tokens(), "metrics": metrics}
+
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self._tokens = self._tokens + counters["num_tokens"]
+        for name, values in counters["metrics"].items():
+            self._stored_metrics["train"][name] = list(torch.tensor(values, device=self.args.device))
+
+
+@contextlib.contextmanager
+def _trained_adapter_as_reference(model: Any, new_adapter: bool) -> Iterator[None]:
+    """While it is open, an adapter that the run goes on training is there a second time, named `ref`: `fingerprint`
+    takes the adapter of that name for the reference's."""
+    if new_adapter or not isinstance(model, PeftModel):
+        yield
+        return
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    yield
+    model.delete_adapter("ref")
+
+
+class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
+    """optimum-habana's GaudiSFTTrainer on tokenized examples, with the loss of TRL 1.16: on completions alone."""
+
+    def __init__(self, *arguments: Any, gaudi: GaudiOptions, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.model_accepts_loss_kwargs = True  # so that the loop counts a step's completion tokens for `compute_loss`
+        self._prepare_forward(gaudi, self.data_collator.max_length)
+
+    def _counters(self) -> dict[str, Any]:
+        return {}
+
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        pass
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        completions = (inputs["labels"] != IGNORED_LABEL).to(torch.int64)
+        total = -self._token_logps(model, inputs, completions).sum()
+        if num_items_in_batch is None:
+            return total / completions.sum().clamp(min=1)
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * ranks / num_items_in_batch
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+
+def start_processes(arguments: Mapping[str, Any]) -> None:
+    """See `select.Builders`: optimum-habana's arguments do it when a trainer is built, and each card loads the whole
+    model. The seed is set here because an adapter starts at random, and is made before the stock class sets it."""
+    set_seed(arguments["seed"])
+
+
+def sft_trainer(
+    run: SFTRun,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    splits: dict[str, Dataset],
+) -> TandemGaudiSFTTrainer:
+    """See `select.Builders`."""
+    config = training_arguments(arguments, lazy=is_lazy(), graphs=True)
+    max_length = run.text.max_length
+    return TandemGaudiSFTTrainer(
+        model=policy,
+        args=GaudiSFTConfig(**config, packing=False, max_seq_length=max_length),
+        gaudi_config=GaudiConfig(**gaudi_config(arguments)),
+        tokenizer=tokenizer,
+        peft_config=lora_config(run.lora),
+        data_collator=ExampleCollator(
+            tokenizer.pad_token_id, max_length, size=arguments["per_device_train_batch_size"]
+        ),
+        gaudi=run.gaudi,
+        **{name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()},
+    )
+
+
+def dpo_trainer(
+    run: DPORun,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    logs_dir: Path,
+    splits: dict[str, Dataset],
+) -> TandemGaudiDPOTrainer:
+    """See `select.Builders`."""
+    max_length = run.text.max_length
+    logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", max_length)
+    # A graph recorded with the adapter on could be replayed for the reference
+    shared = reference is None and (run.lora.use_peft or isinstance(policy, PeftModel))
+    config = training_arguments(arguments, lazy=is_lazy(), graphs=not shared)
+    return TandemGaudiDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=GaudiDPOConfig(
+            **config,
+            beta=run.dpo.beta,
+            label_smoothing=run.dpo.label_smoothing,
+            disable_dropout=run.dpo.disable_dropout,
+            max_length=max_length,
+            max_prompt_length=max_length,  # the pairs are cut already
+            precompute_ref_log_probs=True,  # ours; without it the stock class would copy the policy
+        ),
+        gaudi_config=GaudiConfig(**gaudi_config(arguments)),
+        tokenizer=tokenizer,
+        peft_config=lora_config(run.lora),
+        data_collator=PairCollator(
+            tokenizer.pad_token_id, max_length, static=True, size=arguments["per_device_train_batch_size"]
+        ),
+        dpo=run.dpo,
+        gaudi=run.gaudi,
+        engine=run.engine,
+        monitor=run.monitor,
+        logs_dir=logs_dir,
+        **splits,
+    )
+
+
+def _tokenized_examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    examples = []
+    for row in rows:
+        pair = tokenize_pair({**row, "chosen": row["completion"], "rejected": row["completion"]}, tokenizer)
+        ids = pair["prompt_ids"] + pair["chosen_ids"]
+        labels = [IGNORED_LABEL] * len(pair["prompt_ids"]) + pair["chosen_ids"]
+        examples.append({"input_ids": ids, "labels": labels})
+    return Dataset.from_list(examples)

@@ -1,0 +1,95 @@
+"""What a run's options become on Intel Gaudi, and which of them have no meaning there. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.options.training import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+
+# Losses whose formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16
+LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard")
+
+
+def check_gaudi(
+    model: ModelOptions, lora: LoraOptions, train: TrainOptions, dpo: DPOOptions | None, *, lazy: bool
+) -> None:
+    """Refuse what optimum-habana cannot do.
+
+    Raises:
+        UserError: naming all such options together.
+    """
+    problems = []
+    if train.fp16:
+        problems.append("--fp16: Gaudi computes in bfloat16 (--bf16)")
+    if "8bit" in train.optim:
+        problems.append(f"--optim {train.optim} needs CUDA")
+    if lora.load_in_4bit:
+        problems.append("--load_in_4bit needs CUDA")
+    if train.tp_size > 1:
+        problems.append("--tp_size is not there on Gaudi")
+    if model.attn_implementation:
+        problems.append("--attn_implementation: on Gaudi it is --use_flash_attention")
+    if lazy and train.gradient_checkpointing:
+        problems.append("--gradient_checkpointing fails in lazy mode: set it to false, or PT_HPU_LAZY_MODE=0")
+    if dpo is not None:
+        if missing := [name for name in dpo.loss_type if name not in LOSSES]:
+            problems.append(f"--loss_type {' '.join(missing)} is not there on Gaudi; {', '.join(LOSSES)} are")
+        if dpo.f_divergence_type != "reverse_kl":
+            problems.append(f"--f_divergence_type {dpo.f_divergence_type} is not there on Gaudi")
+        if dpo.use_weighting:
+            problems.append("--use_weighting is not there on Gaudi")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def training_arguments(arguments: Mapping[str, Any], *, lazy: bool, graphs: bool) -> dict[str, Any]:
+    """TrainingArguments of transformers 5 → those of optimum-habana.
+
+    Args:
+        arguments: transformers 5's; without an HPU they have `use_cpu`.
+        lazy: run in lazy mode.
+        graphs: record the training step as an HPU graph, where lazy mode and recomputation allow it.
+    """
+    own = {name: value for name, value in arguments.items() if name != "trust_remote_code"}
+    on_hpu = not own["use_cpu"]
+    warmup = own.pop("warmup_steps")
+    own |= {"warmup_ratio": warmup} if warmup < 1 else {"warmup_steps": int(warmup)}
+    lazy = lazy and on_hpu
+    return own | {
+        "use_habana": on_hpu,
+        "use_lazy_mode": lazy,
+        "use_hpu_graphs_for_training": lazy and graphs and not own["gradient_checkpointing"],
+        "half_precision_backend": "hpu_amp" if on_hpu else "cpu_amp",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "adam_epsilon": 1e-8,  # transformers' default, where optimum-habana has 1e-6: a recipe means one thing
+        "remove_unused_columns": False,
+        "non_blocking_data_copy": on_hpu,
+        "dataloader_pin_memory": False,
+    }
+
+
+def gaudi_config(arguments: Mapping[str, Any]) -> dict[str, bool]:
+    """Settings of optimum-habana's GaudiConfig: Intel's fused kernels where they compute what was asked for."""
+    return {
+        "use_fused_adam": str(arguments["optim"]).startswith("adamw_torch"),
+        "use_fused_clip_norm": arguments["max_grad_norm"] > 0,
+        "use_dynamic_shapes": False,
+    }
+
+
+def model_flags(gaudi: GaudiOptions, accepted: Mapping[str, Any], *, lazy: bool, window: int | None) -> dict[str, bool]:
+    """Keywords of the model's forward that the run's options ask for.
+
+    Args:
+        accepted: parameters of the model's forward.
+        window: the model's sliding window, where it is shorter than the rows.
+
+    Raises:
+        UserError: the model's forward has no flash attention, or the causal mask alone would lose the window.
+    """
+    flags = {name: True for name in gaudi.asked()}
+    if missing := [name for name in flags if name not in accepted]:
+        raise UserError(f"--{missing[0]}: this model has no flash attention in optimum-habana")
+    if window is not None and gaudi.flash_attention_causal_mask:
+        raise UserError(f"--flash_attention_causal_mask: this model's window of {window} tokens would be lost")
+    return flags | ({"lazy_mode": lazy} if "lazy_mode" in accepted else {})

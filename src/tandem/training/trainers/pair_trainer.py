@@ -1,0 +1,151 @@
+"""What the trainers of TRL and of optimum-habana have in common: complete checkpoints, reference cache, monitor."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list, tqdm
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from tandem.engine.pairs import PairCollator
+from tandem.engine.ref_cache import RefCache, pair_key
+from tandem.log import logger
+from tandem.monitor.callback import Monitor, MonitorCallback
+from tandem.monitor.options import MonitorOptions
+from tandem.training.trainers.checkpoints import CompleteCheckpoints
+
+
+class PairTrainer(CompleteCheckpoints):
+    """Mixin over a DPO trainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
+
+    The reference's log-probs are read from the cache, or computed before training and kept there. The monitor is fed
+    with every pair, and its state and the trainer's counters are in every checkpoint.
+    """
+
+    model: Any
+    model_wrapped: Any
+    ref_model: Any
+    data_collator: PairCollator
+    train_dataset: Any
+    beta: float
+    ld_alpha: float | None
+    monitor: Monitor
+    _ref_cache: RefCache
+    _precompute_model_hash: str
+    compute_ref_log_probs: Any
+    """(model, batch) → the reference's summed log-probs of chosen and of rejected answers, (B,) nats each."""
+
+    @contextlib.contextmanager
+    def _reference_ready(self) -> Iterator[Any]:
+        """The reference, ready to be forwarded on all ranks."""
+        yield self.ref_model or self.model
+
+    def _gather_scores(self, logps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probs of all ranks, each pair once. Collective."""
+        gathered: tuple[torch.Tensor, torch.Tensor] = self.accelerator.gather_for_metrics(logps)
+        return gathered
+
+    def _reference_collator(self, batch_size: int) -> PairCollator:
+        return self.data_collator
+
+    def _add_monitor(self, options: MonitorOptions, logs_dir: Path, ranks_per_batch: int = 1) -> None:
+        self.monitor = Monitor(
+            options,
+            logs_dir,
+            self.accelerator,
+            self.beta,
+            save_checkpoint=lambda: self._save_checkpoint(self.model_wrapped, None),
+            epoch_pairs=len(self.train_dataset),
+            ranks_per_batch=ranks_per_batch,
+        )
+        self.add_callback(MonitorCallback(self))  # type: ignore[attr-defined]
+
+    # Reference
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`dataset` with the reference's log-probs: from the cache, or computed and added to it batch by batch."""
+        keys = self._pair_keys(dataset)
+        known = [self._ref_cache.read(keys) if self.accelerator.is_main_process else None]
+        # Another run may add entries between the reads of two ranks, which would then forward different batches
+        found: dict[bytes, tuple[float, float]] = broadcast_object_list(known)[0]
+        missing = [index for index, key in enumerate(keys) if key not in found]
+        hits = len(keys) - len(missing)
+        logger.info("reference of %s pairs: %d of %d in %s", name, hits, len(keys), self._ref_cache.path)
+        if missing:
+            # A loader draws from the random numbers: a run must have the same left whether the cache was full or not
+            with torch.random.fork_rng(devices=[]):
+                found |= self._score_reference(dataset, keys, missing, name, batch_size)
+        chosen, rejected = zip(*(found[key] for key in keys), strict=True)
+        return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
+
+    def _pair_keys(self, dataset: Dataset) -> list[bytes]:
+        dtype = f"{self.model.dtype} under {self.accelerator.mixed_precision}"
+        longest = self.data_collator.max_length
+        keys = []
+        for pair in dataset:
+            prompt = pair["prompt_ids"]
+            rows = [(prompt + pair[side])[:longest] for side in ("chosen_ids", "rejected_ids")]
+            scored = [len(row) - len(prompt) for row in rows]
+            keys.append(pair_key(self._precompute_model_hash, rows, scored, dtype, self.ld_alpha))
+        return keys
+
+    def _score_reference(
+        self, dataset: Dataset, keys: list[bytes], missing: list[int], name: str, batch_size: int
+    ) -> dict[bytes, tuple[float, float]]:
+        # Pairs of like length together, so that batches are alike in memory and time
+        sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+        order = sorted(missing, key=lambda index: sum(len(dataset[index][side]) for side in sides))
+        collate = self._reference_collator(batch_size)
+        loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=collate)
+        scores: dict[bytes, tuple[float, float]] = {}
+        done = 0  # more than there are scores, where a pair is there twice
+        with self._reference_ready() as model:
+            for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference of {name} pairs"):
+                batch.pop("pair_id")
+                gathered = self._gather_scores(self.compute_ref_log_probs(model, batch))
+                values = torch.stack(gathered, dim=1)[: len(order) - done].tolist()
+                some = {keys[order[done + row]]: tuple(pair) for row, pair in enumerate(values)}
+                done += len(values)
+                scores |= some
+                if self.accelerator.is_main_process:
+                    self._ref_cache.write(some)
+        return scores
+
+    # Monitor and checkpoints
+
+    def _feed_monitor(
+        self,
+        pair_ids: list[str],
+        inputs: dict[str, Any],
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        loss: torch.Tensor,
+    ) -> None:
+        chosen_ratio = chosen - inputs["ref_chosen_logps"]
+        rejected_ratio = rejected - inputs["ref_rejected_logps"]
+        self.monitor.add(
+            pair_ids,
+            chosen_ratio - rejected_ratio,
+            chosen,
+            rejected,
+            loss,
+            tokens=inputs["attention_mask"].sum(),
+            # Schulman's k2 estimator of KL, http://joschu.net/blog/kl-approx.html, on the pair's answers: they are
+            # not the policy's own, so it shows drift and does not measure KL
+            kl=0.25 * (chosen_ratio**2 + rejected_ratio**2),
+            batch=lambda: inputs,
+        )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:
+            self.monitor.collect(int(self.state.epoch or 0))  # its backward steps the optimizer as well
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.monitor.save(self.checkpoint_folder(), self.model)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
+        if resume_from_checkpoint:
+            self.monitor.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)

@@ -1,0 +1,97 @@
+"""Which trainers a run gets: TRL's, or optimum-habana's on Gaudi."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.models import habana
+from tandem.options.training import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.trainers.gaudi_settings import check_gaudi
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VARIABLE = "TANDEM_TRAINERS"
+
+
+class Builders(Protocol):
+    """What `trainers.trl` and `trainers.gaudi` offer.
+
+    Throughout, `arguments` are those of transformers' TrainingArguments, and `splits` has a dataset by the trainer's
+    argument name: `train_dataset`, and `eval_dataset` where the run evaluates.
+    """
+
+    def start_processes(self, arguments: Mapping[str, Any]) -> None:
+        """Bring the processes of this run together. Before a model is loaded."""
+
+    def sft_trainer(
+        self,
+        run: SFTRun,
+        policy: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: dict[str, Any],
+        splits: "dict[str, Dataset]",
+    ) -> Any:
+        """The trainer of rendered examples, prompt + completion."""
+
+    def dpo_trainer(
+        self,
+        run: DPORun,
+        policy: "PreTrainedModel",
+        reference: "PreTrainedModel | None",
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: dict[str, Any],
+        logs_dir: Path,
+        splits: "dict[str, Dataset]",
+    ) -> Any:
+        """The trainer of tokenized pairs. Without a `reference` it is the policy as it is now."""
+
+
+def builders(
+    model: ModelOptions, lora: LoraOptions, train: TrainOptions, gaudi: GaudiOptions, dpo: DPOOptions | None = None
+) -> Builders:
+    """What builds the trainers of this run. Before any model is loaded.
+
+    optimum-habana's on an HPU where it is installed; else TRL's, which on an HPU is experimental. `TANDEM_TRAINERS`
+    (`gaudi` or `trl`) decides instead, so that optimum-habana's trainers can be tested on a CPU.
+
+    Raises:
+        UserError: an option that they do not have; `TANDEM_TRAINERS` is something else, or asks for optimum-habana
+            where it is not installed.
+    """
+    name = os.environ.get(VARIABLE) or _default()
+    if name not in ("gaudi", "trl"):
+        raise UserError(f"{VARIABLE} must be gaudi or trl, not {name}")
+    if name == "gaudi":
+        check_gaudi(model, lora, train, dpo, lazy=habana.is_lazy())
+        if not habana.has_optimum_habana():
+            raise UserError(f"{VARIABLE}=gaudi needs optimum-habana: see requirements-gaudi.txt")
+        habana.prepare()
+        from tandem.training.trainers import gaudi as on_gaudi
+
+        return on_gaudi
+    if asked := gaudi.asked():
+        raise UserError(f"--{asked[0]} is of optimum-habana's trainers on Intel Gaudi, which this run does not use")
+    from tandem.models.load import has_mps
+    from tandem.training.trainers import trl
+    from tandem.training.trainers.mps_settings import check_mps
+
+    if has_mps() and not train.use_cpu:
+        check_mps(model, lora, train, os.environ)
+    return trl
+
+
+def _default() -> str:
+    from tandem.models.load import has_hpu
+
+    if not has_hpu():
+        return "trl"
+    if habana.has_optimum_habana():
+        return "gaudi"
+    logger.warning("HPU without optimum-habana: TRL's own trainers, static shapes; experimental (docs/gaudi.md)")
+    return "trl"

@@ -1,0 +1,218 @@
+"""Policy and reference over several processes: FSDP version 2, DeepSpeed and tensor parallelism, done right for DPO."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from trl.models import prepare_deepspeed
+from trl.trainer import dpo_trainer as trl_dpo_trainer
+
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.models.load import adapters_of_whole_layers
+from tandem.training.trainers.topology import Topology
+
+
+class Sharded:
+    """Mixin over transformers' Trainer: states what the run is, shards by layer, saves whole models."""
+
+    accelerator: Accelerator
+    args: Any
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+    is_fsdp_enabled: bool
+    topology: Topology
+    unit: str
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        with adapters_of_whole_layers():
+            super().__init__(*arguments, **keywords)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = fp32_outputs(plugin.mixed_precision_policy)
+            if plugin.transformer_cls_names_to_wrap is None:
+                plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
+        check_saves_whole(self.accelerator)
+        if getattr(self.model, "fsdp_size", None) not in (None, 1):
+            gather_tied_head(self.model)
+        self.topology = Topology.of(self.accelerator, self.args, self.model)
+        if self.accelerator.is_main_process:
+            logger.info("%s", self.topology.table(self.unit, **self.table_rows()))
+
+    def table_rows(self) -> dict[str, str]:
+        """Rows of the start table that only this trainer has."""
+        return {}
+
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **keywords)  # type: ignore[misc]
+        if self.topology.engine == "tp_fsdp":
+            average_cut_adapter(self.model, self.accelerator)
+        self.topology.verify(self.model_wrapped)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a folder that anything loads; of sharded weights, too, of which transformers writes nothing.
+
+        A checkpoint (`_internal_call`) keeps its shards beside it and gets what makes a model of them (`merge_shards`).
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        elif _internal_call:
+            if self.args.should_save:
+                save_without_weights(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+        else:
+            weights = self.accelerator.get_state_dict(self.model)  # whole, on rank 0, whatever the plugin's type
+            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+
+
+def save_without_weights(model: PreTrainedModel | PeftModel, folder: str) -> None:
+    """Write a model's configuration into `folder`, or its adapter's."""
+    if isinstance(model, PeftModel):
+        config = copy.copy(model.peft_config[model.active_adapter])
+        config.inference_mode = True  # as PEFT writes it
+        config.save_pretrained(folder)
+        return
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def fp32_outputs(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | None:
+    """`policy` with outputs and gradient sums in float32: accelerate would round DPO's log-probs to its bfloat16, and
+    −72.16 nats to −72.0."""
+    if policy is None or policy.param_dtype in (None, torch.float32):
+        return policy
+    return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Class names of the repeated layers, which become one unit of sharding each.
+
+    Transformers' own list, less what this model has not; without one, the longest list of modules.
+
+    Raises:
+        UserError: there is neither: sharding would gather the whole model at once.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    named = [name for name in getattr(model, "_no_split_modules", None) or () if name in present]
+    if named:
+        return named
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no repeated layers that FSDP could shard one by one")
+    return sorted({type(layer).__name__ for layer in max(lists, key=len)})
+
+
+def gather_tied_head(model: PreTrainedModel) -> None:
+    """Have FSDP gather a tied head with the embedding whose weight it is.
+
+    transformers 5.23 shards the embedding without its head (`distributed.fsdp._resolve_tied_embed_lm_head_plan`). The
+    head would keep the sharded weight, and its gradient would be that of this process's pairs alone.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for sharded in group.fsdp_params if group else ():
+            info = sharded._module_info
+            if info.module is embedding and head not in info.shared_modules:
+                info.shared_modules.append(head)
+                info.shared_param_names.append("weight")
+
+
+def average_cut_adapter(model: nn.Module, accelerator: Accelerator) -> None:
+    """Have the gradients of an adapter on cut layers averaged over the processes that have the same part of it.
+
+    transformers 5.23 does so for what is whole on each process (`Trainer._sync_replicated_trainable_parameters`), and
+    FSDP for what it shards; an adapter's part is neither.
+    """
+    alike = accelerator.torch_device_mesh["dp_shard"].get_group()
+
+    def average(parameter: torch.Tensor) -> None:
+        if accelerator.sync_gradients and isinstance(parameter.grad, DTensor):
+            torch.distributed.all_reduce(parameter.grad.to_local(), op=torch.distributed.ReduceOp.AVG, group=alike)
+
+    for parameter in model.parameters():
+        is_part = isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == ("tp",)
+        if parameter.requires_grad and is_part:
+            parameter.register_post_accumulate_grad_hook(average)
+
+
+def check_saves_whole(accelerator: Accelerator) -> None:
+    """Refuse ZeRO-3 that would leave shards instead of a model.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    if not plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError("ZeRO-3 without zero3_save_16bit_model: true in the accelerate config would save no model")
+
+
+def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """TRL's `prepare_fsdp` with a reference sharded like the policy, a layer a unit: as one unit, each of its forwards
+    would gather the whole model."""
+    plugin = accelerator.state.fsdp_plugin
+    policy_layers = plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = layer_classes(model)
+    try:
+        return fsdp2_prepare_model(accelerator, model.requires_grad_(False)).eval()
+    finally:
+        plugin.transformer_cls_names_to_wrap = policy_layers
+
+
+@contextlib.contextmanager
+def policy_is_reference(given: PreTrainedModel | None) -> Iterator[None]:
+    """While TRL's constructor runs: it shards a reference by layer, and loads none where the policy's first weights are
+    the reference. Under FSDP it would load the model a second time, since the policy is sharded only in `train`."""
+    load, shard = trl_dpo_trainer.create_model_from_path, trl_dpo_trainer.prepare_fsdp
+    if given is None:
+        trl_dpo_trainer.create_model_from_path = lambda *_, **__: None
+    trl_dpo_trainer.prepare_fsdp = shard_frozen
+    try:
+        yield
+    finally:
+        trl_dpo_trainer.create_model_from_path, trl_dpo_trainer.prepare_fsdp = load, shard
+
+
+@contextlib.contextmanager
+def scoring(model: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """A model not trained yet, or a reference, ready to be forwarded without gradients on all processes.
+
+    Under FSDP the policy is sharded here, before its optimizer is there, and stays so for training. Afterwards nothing
+    that was gathered is kept: weights that a checkpoint brings must not meet a gathered copy of older ones.
+    """
+    state = accelerator.state
+    if getattr(state, "deepspeed_plugin", None) is not None and not hasattr(model, "zero_optimization_stage"):
+        yield prepare_deepspeed(model, accelerator)
+        return
+    if getattr(state, "fsdp_plugin", None) is not None:
+        model = fsdp2_prepare_model(accelerator, model)
+    yield model
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def of_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank: with FSDP's economical loading only it has the weights. Collective."""
+    return broadcast_object_list([value])[0]

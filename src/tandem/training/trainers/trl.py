@@ -1,0 +1,249 @@
+"""TRL's trainers on CPU, CUDA and MPS, with Tandem's engine, reference cache and monitor in their places."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer as trl_dpo_trainer
+
+from tandem.engine.forward import pair_engine
+from tandem.engine.pairs import PairCollator, sequence_logps
+from tandem.engine.ref_cache import RefCache, fingerprint
+from tandem.models.load import has_hpu, lora_config
+from tandem.monitor.memory import by_rank, read_memory
+from tandem.monitor.options import MonitorOptions
+from tandem.options.training import EngineOptions
+from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.trainers import topology
+from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
+from tandem.training.trainers.deferred import DeferredGather, Promise
+from tandem.training.trainers.pair_trainer import PairTrainer
+from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
+
+
+class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
+    """TRL's DPOTrainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
+
+    Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
+    computed before training and kept there, so that no reference model is in memory while the policy trains.
+    Losses, and the values of all metrics, are TRL's.
+    """
+
+    unit = "pairs"
+    _signature_columns: list[str]
+    _precompute_engine: Any  # TRL's: the DeepSpeed engine that its precomputation has made
+    _total_train_tokens: Any  # a promise of TRL's count while its metrics are deferred
+
+    def __init__(
+        self,
+        *arguments: Any,
+        ref_model: PreTrainedModel | None = None,
+        engine: EngineOptions,
+        monitor: MonitorOptions,
+        logs_dir: Path,
+        **keywords: Any,
+    ) -> None:
+        self._ref_cache = RefCache(engine.ref_cache)
+        self._layout = engine.layout
+        self._reference_name = ref_model.name_or_path if ref_model is not None else None
+        with pair_engine(engine.layout), _weights_hashed_by(fingerprint), policy_is_reference(ref_model):
+            super().__init__(*arguments, ref_model=ref_model, **keywords)
+        self.ref_model = None
+        self._deferred = DeferredGather(self.accelerator)
+        self._token_counts: list[Promise] = []
+        self._add_monitor(monitor, logs_dir, ranks_per_batch=self._tp_size)
+
+    def table_rows(self) -> dict[str, str]:
+        whose = self._reference_name or "the policy before training"
+        reference = f"{whose}, sharded like the policy; its log-probs come from {self._ref_cache.path}"
+        return {"reference": reference, "layout": self._layout}
+
+    @contextlib.contextmanager
+    def _reference_ready(self) -> Iterator[Any]:
+        model = self.ref_model or self._precompute_engine or self.model
+        with scoring(model, self.accelerator) as ready:
+            if self.is_deepspeed_enabled and self.ref_model is None:
+                self._precompute_engine = ready  # of the training pairs, and again of the held-out ones
+            yield ready
+
+    def _gather_scores(self, logps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._tp_size == 1:
+            return super()._gather_scores(logps)
+        # The ranks of a tensor-parallel group, neighbours, have the same pairs
+        chosen, rejected = (
+            self.accelerator.gather(side).view(-1, self._tp_size, len(side))[:, 0].flatten() for side in logps
+        )
+        return chosen, rejected
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "pair_id"]))
+
+    # Loss and metrics
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        pair_ids = inputs.pop("pair_id")
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        per_token: list[torch.Tensor] = []
+
+        def policy(*args: Any, **kwargs: Any) -> Any:
+            output = model(*args, **kwargs)
+            per_token.append(output.log_probs.detach())
+            return output
+
+        with self._metrics_deferred():
+            loss = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
+        logps = sequence_logps(per_token[0], inputs["completion_mask"][:, 1:], self.ld_alpha)
+        chosen, rejected = logps.chunk(2)
+        self._feed_monitor(pair_ids, inputs, chosen, rejected, loss)
+        return loss
+
+    @contextlib.contextmanager
+    def _metrics_deferred(self) -> Iterator[None]:
+        accelerator, counted = self.accelerator, self._total_train_tokens
+        self.accelerator, self._total_train_tokens = self._deferred, 0
+        try:
+            yield
+        finally:
+            self._token_counts.append(self._total_train_tokens)
+            self.accelerator, self._total_train_tokens = accelerator, counted
+
+    def _resolve_metrics(self) -> None:
+        """Turn what TRL's metrics were promised into numbers. Collective."""
+        if not self._token_counts:
+            return
+        self._deferred.collect()
+        metrics = self._metrics["train"]
+        self._total_train_tokens += int(sum(count.value() for count in self._token_counts))
+        self._token_counts = []
+        for name, values in metrics.items():
+            metrics[name] = [float(value.value()) if isinstance(value, Promise) else value for value in values]
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            self._resolve_metrics()
+            logs.update(self.monitor.interval_logs())
+        super().log(logs, start_time)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.monitor.add_grad_norm(grad_norm)
+        return grad_norm
+
+    # Checkpoints
+
+    def _counters(self) -> dict[str, Any]:
+        self._resolve_metrics()
+        return super()._counters()
+
+
+@contextlib.contextmanager
+def _weights_hashed_by(function: Any) -> Iterator[None]:
+    """While TRL's constructor runs, its hash of the reference is ours: taken at the same moment, cheaper, and blind
+    to adapters that are off."""
+    original = trl_dpo_trainer.hash_module
+    trl_dpo_trainer.hash_module = lambda model: of_rank_0(function(model))
+    try:
+        yield
+    finally:
+        trl_dpo_trainer.hash_module = original
+
+
+class TandemSFTTrainer(ContinuedLogs, CompleteCheckpoints, Sharded, SFTTrainer):
+    """TRL's SFTTrainer, which also logs the memory of every rank."""
+
+    unit = "examples"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(by_rank(gather_object([read_memory(self.accelerator.device).values()])))
+        super().log(logs, start_time)
+
+
+def start_processes(arguments: Mapping[str, Any]) -> None:
+    """See `select.Builders`."""
+    topology.start_processes(arguments)
+
+
+def sft_trainer(
+    run: SFTRun,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    splits: dict[str, Dataset],
+) -> TandemSFTTrainer:
+    """See `select.Builders`."""
+    max_length = run.text.max_length
+    return TandemSFTTrainer(
+        model=policy,
+        args=SFTConfig(
+            **arguments,
+            max_length=max_length,
+            pad_to_multiple_of=max_length if has_hpu() else None,  # an HPU compiles anew for every shape
+        ),
+        processing_class=tokenizer,
+        peft_config=lora_config(run.lora),
+        **splits,
+    )
+
+
+def dpo_trainer(
+    run: DPORun,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    logs_dir: Path,
+    splits: dict[str, Dataset],
+) -> TandemDPOTrainer:
+    """See `select.Builders`."""
+    dpo, engine, max_length = run.dpo, run.engine, run.text.max_length
+    loss_types, loss_weights = dpo.trl_losses
+    if has_hpu():  # which compiles anew for every shape
+        engine = dataclasses.replace(engine, layout="padded")
+    return TandemDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=DPOConfig(
+            **arguments,
+            max_length=max_length,
+            disable_dropout=dpo.disable_dropout,
+            beta=dpo.beta,
+            loss_type=loss_types,
+            loss_weights=loss_weights,
+            label_smoothing=dpo.label_smoothing,
+            f_divergence_type=dpo.f_divergence_type,
+            f_alpha_divergence_coef=dpo.f_alpha_divergence_coef,
+            ld_alpha=dpo.ld_alpha,
+            discopop_tau=dpo.discopop_tau,
+            use_weighting=dpo.use_weighting,
+            precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
+        ),
+        processing_class=tokenizer,
+        peft_config=lora_config(run.lora),
+        engine=engine,
+        monitor=run.monitor,
+        logs_dir=logs_dir,
+        data_collator=PairCollator(tokenizer.pad_token_id, max_length, static=has_hpu()),
+        **splits,
+    )

@@ -1,0 +1,95 @@
+"""Which modules FSDP shards one by one, and in what precision; in one process, whose shards are whole."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tandem.errors import UserError
+from tandem.training.trainers.sharding import check_saves_whole, fp32_outputs, layer_classes, shard_frozen
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_layers_are_found_by_the_architecture():
+    assert layer_classes(Qwen3ForCausalLM(Qwen3Config(**SMALL, intermediate_size=64, vocab_size=64))) == [
+        "Qwen3DecoderLayer"
+    ]
+    assert layer_classes(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64))) == ["GPT2Block"]
+
+
+def test_classes_that_this_model_lacks_are_left_out(tiny_model: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model._no_split_modules = [*Gemma3ForConditionalGeneration._no_split_modules, "LlamaDecoderLayer"]
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
+
+
+def test_without_a_list_of_its_own_the_longest_list_of_modules_counts(tiny_model: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model._no_split_modules = None
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
+    with pytest.raises(UserError, match="no repeated layers"):
+        layer_classes(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_outputs_stay_in_float32():
+    """accelerate's own policy for bf16 rounds the outputs, and with them DPO's log-probs."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    policy = fp32_outputs(plugin.mixed_precision_policy)
+    assert policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    assert fp32_outputs(None) is None
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_reference_is_sharded_layer_by_layer(tiny_model: Path):
+    """TRL's own `prepare_fsdp` makes one unit of it. The policy may be of another architecture."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.transformer_cls_names_to_wrap = ["GPT2Block"]
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=True,
+        device=torch.device("cpu"),
+    )
+    sharded = shard_frozen(model, accelerator)
+    assert all(isinstance(layer, FSDPModule) for layer in sharded.model.layers)
+    assert not any(parameter.requires_grad for parameter in sharded.parameters())
+    assert plugin.transformer_cls_names_to_wrap == ["GPT2Block"]
+    ids = torch.arange(8)[None]
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits
+    assert torch.allclose(sharded(ids).logits, expected, atol=1e-6)
+
+
+def test_zero3_that_would_save_no_model_is_refused():
+    def accelerator(stage: int, **zero: bool) -> SimpleNamespace:
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
+        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    check_saves_whole(accelerator(2))
+    check_saves_whole(accelerator(3, stage3_gather_16bit_weights_on_model_save=True))
+    with pytest.raises(UserError, match="zero3_save_16bit_model: true"):
+        check_saves_whole(accelerator(3, stage3_gather_16bit_weights_on_model_save=False))
