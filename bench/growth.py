@@ -22,7 +22,7 @@ from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.forward import add_pair_forward
 from tandem.models.load import load_model, load_tokenizer
-from tandem.options.training import ModelOptions
+from tandem.options.model import ModelOptions
 
 BATCHES = (1, 2, 4, 6, 8, 10, 12, 16)
 REPEATS = 2

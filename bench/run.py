@@ -112,7 +112,7 @@ def row(name: str, base: list[dict[str, Any]], ours: list[dict[str, Any]]) -> st
 
 def default_settings() -> list[str]:
     """All of the CPU's, but bfloat16 only where it has products of them: elsewhere a step takes minutes."""
-    from tandem.models.load import fast_bf16  # after the options: importing torch takes seconds
+    from tandem.devices import fast_bf16  # after the options: importing torch takes seconds
 
     left_out = [] if fast_bf16() else [name for name, setting in CPU.items() if "--bf16" in setting.flags]
     for name in left_out:

@@ -29,7 +29,8 @@ from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
 from tandem.models.load import load_model, load_tokenizer, lora_config
 from tandem.monitor.options import MonitorOptions
-from tandem.options.training import EngineOptions, LoraOptions, ModelOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import EngineOptions
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.trainers.trl import TandemDPOTrainer
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import script_main
+from tandem.options.model import ModelOptions, TextOptions
 from tandem.options.parsing import parse, save
-from tandem.options.training import TextOptions
 
 
 def main(argv: list[str]) -> None:
@@ -17,7 +17,12 @@ def main(argv: list[str]) -> None:
     train, held_out = load_splits(data, skipped)
     from tandem.data.check import run_check  # its libraries take a second to import
 
-    run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})}, skipped)
+    tokenizer = None
+    if options.tokenizer_name_or_path:
+        from tandem.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
+    run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})}, skipped, tokenizer)
     if options.report:
         save(Path(options.report).with_suffix(".yaml"), options, text, data)
 

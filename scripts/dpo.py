@@ -3,19 +3,19 @@
 from tandem.errors import script_main
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions, explain_unknown
-from tandem.training.option_sets import DPORun, check, classes
+from tandem.training.option_sets import DPOOptionSet, check, classes
 
 
 def main(argv: list[str]) -> None:
     *options, plan = parse(
         argv,
-        (*classes(DPORun), PlanOptions),
+        (*classes(DPOOptionSet), PlanOptions),
         prog="dpo.py",
         description=__doc__,
         explain_unknown=explain_unknown,
         check=check,
     )
-    run = DPORun(*options)
+    run = DPOOptionSet(*options)
     if plan.plan:
         from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
 

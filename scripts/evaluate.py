@@ -7,8 +7,8 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
 from tandem.errors import script_main
 from tandem.evaluation.evaluate import EvaluateOptions, evaluate, to_markdown
+from tandem.options.model import TextOptions
 from tandem.options.parsing import parse, save
-from tandem.options.training import TextOptions
 
 
 def main(argv: list[str]) -> None:

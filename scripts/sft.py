@@ -3,19 +3,19 @@
 from tandem.errors import script_main
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions, explain_unknown
-from tandem.training.option_sets import SFTRun, check, classes
+from tandem.training.option_sets import SFTOptionSet, check, classes
 
 
 def main(argv: list[str]) -> None:
     *options, plan = parse(
         argv,
-        (*classes(SFTRun), PlanOptions),
+        (*classes(SFTOptionSet), PlanOptions),
         prog="sft.py",
         description=__doc__,
         explain_unknown=explain_unknown,
         check=check,
     )
-    run = SFTRun(*options)
+    run = SFTOptionSet(*options)
     if plan.plan:
         from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
 

@@ -23,17 +23,11 @@ from tandem.data.texts import render, tokenize_pair
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions
-from tandem.options.training import (
-    DPOOptions,
-    EngineOptions,
-    GaudiOptions,
-    LoraOptions,
-    ModelOptions,
-    TextOptions,
-    TrainOptions,
-)
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
+from tandem.options.training import EngineOptions, GaudiOptions, TrainOptions
 from tandem.runs import is_complete
-from tandem.training.option_sets import DPORun
+from tandem.training.option_sets import DPOOptionSet
 from tests import tiny
 
 PAIRS = 4
@@ -98,7 +92,7 @@ class Checks:
         from tandem.training.stages import run_dpo
 
         adapter = (Path(self.model) / "adapter_config.json").is_file()
-        run = DPORun(
+        run = DPOOptionSet(
             ModelOptions(self.model),
             LoraOptions(use_peft=not adapter),
             TextOptions(),

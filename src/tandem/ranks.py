@@ -1,7 +1,13 @@
-"""Evaluation and generation on several processes: each has the whole model, and they take turns with the batches."""
+"""Several processes of one launch: who writes, who works on what, and how none outlives the launcher.
+
+In evaluation and generation each process has the whole model, and rank r takes every W-th batch.
+"""
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -10,6 +16,8 @@ from tandem.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_LAUNCHER = "TANDEM_LAUNCHER"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
@@ -51,7 +59,7 @@ def joined() -> Iterator[None]:
             )
     from accelerate import PartialState
 
-    from tandem.models.load import has_accelerator
+    from tandem.devices import has_accelerator
 
     state = PartialState(cpu=not has_accelerator())
     if state.num_processes != count():
@@ -70,3 +78,21 @@ def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[
     own = int(os.environ["RANK"])
     for start in range(0, len(items), count()):
         yield from gather_object([work(item) for item in items[start + own : start + own + 1]])
+
+
+def be_launcher() -> None:
+    """Tell the processes that this one starts that it is their launcher."""
+    os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def end_with_launcher() -> None:
+    """Kill this process when its launcher dies, so that a resumed run never trains beside an orphan. Linux only.
+
+    The launcher is torchrun's agent or `tandem.launch`; a script that was started by hand is left alone.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(_LAUNCHER) == str(os.getppid())
+    if sys.platform != "linux" or not launched:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before that call
+        sys.exit(1)

@@ -230,8 +230,8 @@ def test_the_type_of_the_weights(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, accelerator: bool, fast: bool, asked: str | None, expected: str
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.models.load.has_accelerator", lambda: accelerator)
-        patch.setattr("tandem.models.load.fast_bf16", lambda: fast)
+        patch.setattr("tandem.devices.has_accelerator", lambda: accelerator)
+        patch.setattr("tandem.devices.fast_bf16", lambda: fast)
         engine = TransformersEngine(GenerationOptions(dtype=asked), options())
     engine.load(str(tiny_model))
     assert str(engine._scorer.model.dtype) == f"torch.{expected}"

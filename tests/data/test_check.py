@@ -10,7 +10,7 @@ from tandem.data.lint import lint
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import UserError
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tests import tiny
 from tests.data.pairs import pair
 
@@ -30,10 +30,10 @@ def test_tables():
     assert findings_to_markdown([]) == "The check found nothing."
 
 
-def test_report_file_and_the_refusal_when_nothing_fits(tmp_path: Path, tiny_model: Path):
-    options = CheckOptions(tokenizer_name_or_path=str(tiny_model), report=str(tmp_path / "data_report.json"))
+def test_report_file_and_the_refusal_when_nothing_fits(tmp_path: Path):
+    options = CheckOptions(report=str(tmp_path / "data_report.json"))
     with pytest.raises(UserError, match="train: every prompt alone fills --max_length 3"):
-        run_check(options, TextOptions(max_length=3), {"train": TRAIN})
+        run_check(options, TextOptions(max_length=3), {"train": TRAIN}, tokenizer=tiny.tokenizer())
     report = json.loads((tmp_path / "data_report.json").read_text())
     lost = next(finding for finding in report["findings"] if finding["name"] == "answer_lost")
     assert (lost["level"], lost["count"], lost["share"], len(lost["examples"])) == ("warning", 4, 1.0, 4)
@@ -111,15 +111,15 @@ def test_wrong_options(given: dict, message: str):
 
 def test_show_needs_a_tokenizer():
     with pytest.raises(UserError, match="--show needs --tokenizer_name_or_path"):
-        run_check(CheckOptions(show=1), TextOptions(), {"train": TRAIN})
+        CheckOptions(show=1)
 
 
-def test_the_shipped_sample_has_no_errors(tiny_model: Path):
+def test_the_shipped_sample_has_no_errors():
     from tandem.data.sample import sample_path
 
     folder = str(Path(str(sample_path("train"))).parent)
     train, held_out = load_splits(DataOptions(folder))
-    run_check(CheckOptions(str(tiny_model)), TextOptions(), {"train": train, "held-out": held_out})
+    run_check(CheckOptions(), TextOptions(), {"train": train, "held-out": held_out}, tokenizer=tiny.tokenizer())
 
 
 def test_rows_that_cannot_be_read_are_in_the_report(

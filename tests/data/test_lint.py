@@ -7,7 +7,7 @@ import pytest
 from tandem.data.examine import _ALONE, _CHUNK, examine
 from tandem.data.lint import KINDS, LEVELS, Finding, lint
 from tandem.data.options import DROPPABLE
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tests import tiny
 from tests.data.pairs import pair, turns
 

@@ -11,7 +11,7 @@ import pytest
 from tandem.data.lint import HELD_OUT, TRAIN, lint
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tests import tiny
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base_test_part1.jsonl.gz"

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from tandem.data.show import print_pair, show_pairs, visible
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tests import tiny
 from tests.data.pairs import pair, turns
 

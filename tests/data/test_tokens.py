@@ -7,7 +7,7 @@ import pytest
 
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.data.tokens import Seen, check_seen, role_spans, see, special_ids, special_texts
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tests import tiny
 from tests.data.pairs import pair, turns
 

@@ -30,7 +30,7 @@ from tandem.evaluation.evaluate import (
     to_markdown,
     wilcoxon,
 )
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tests import tiny
 
 
@@ -344,7 +344,7 @@ def test_weights_are_held_as_they_are_stored_where_there_is_an_accelerator(
 ):
     for name, dtype in zip(("reference", "policy"), stored, strict=True):
         tiny.save_model(tmp_path / name, dtype=dtype)
-    monkeypatch.setattr("tandem.models.load.has_accelerator", lambda: accelerator)
+    monkeypatch.setattr("tandem.devices.has_accelerator", lambda: accelerator)
     given = options(tmp_path, tmp_path / "reference", tmp_path / "policy")
     assert _dtype(given) == expected
     assert _dtype(replace(given, eval_dtype="float16")) == "float16"

@@ -13,7 +13,7 @@ import torch
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
 from tandem.models.scorer import load_scorer
-from tandem.options.training import ModelOptions
+from tandem.options.model import ModelOptions
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 BATCH = 4

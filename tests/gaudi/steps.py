@@ -20,16 +20,10 @@ from tandem.models import habana
 from tandem.models.load import load_model, load_tokenizer
 from tandem.monitor.callback import Monitor
 from tandem.monitor.options import MonitorOptions
-from tandem.options.training import (
-    DPOOptions,
-    EngineOptions,
-    GaudiOptions,
-    LoraOptions,
-    ModelOptions,
-    TextOptions,
-    TrainOptions,
-)
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
+from tandem.options.training import EngineOptions, GaudiOptions, TrainOptions
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.stages import _arguments
 
 
@@ -80,7 +74,7 @@ def build(trainer: str, case: Case) -> Any:
     if case.loss_type == "sft":
         rendered = [render(row, True) for row in rows]
         data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rendered])
-        sft = SFTRun(model, lora, text, data_options, train, GaudiOptions())
+        sft = SFTOptionSet(model, lora, text, data_options, train, GaudiOptions())
         return _builders(trainer).sft_trainer(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
     dpo = DPOOptions(beta=case.beta, loss_type=[case.loss_type], **of_loss)
     pairs = [tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
@@ -88,7 +82,7 @@ def build(trainer: str, case: Case) -> Any:
     if trainer == "stock":
         return _stock(load_model(model), tokenizer, arguments, text, lora, dpo, data)
     engine = EngineOptions(ref_cache=f"{case.output_dir}/cache")
-    run = DPORun(model, lora, text, data_options, train, dpo, engine, MonitorOptions(), GaudiOptions())
+    run = DPOOptionSet(model, lora, text, data_options, train, dpo, engine, MonitorOptions(), GaudiOptions())
     logs_dir, splits = Path(case.output_dir) / "logs", {"train_dataset": data}
     return _builders(trainer).dpo_trainer(run, load_model(model), None, tokenizer, arguments, logs_dir, splits)
 

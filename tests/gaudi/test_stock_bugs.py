@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.errors import UserError
 from tandem.models import habana
-from tandem.options.training import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import GaudiOptions, TrainOptions
 from tandem.training.trainers import select
 from tests import tiny
 from tests.gaudi import steps

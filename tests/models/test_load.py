@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.models.load import load_model, load_tokenizer, lora_config
-from tandem.options.training import LoraOptions, ModelOptions
+from tandem.options.model import LoraOptions, ModelOptions
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tandem.models import habana
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
 from tandem.models.scorer import Scorer, _until_end
-from tandem.options.training import ModelOptions
+from tandem.options.model import ModelOptions
 from tests import tiny
 
 

@@ -37,19 +37,12 @@ from tandem.models.load import load_model, lora_config
 from tandem.models.sampling import SamplingOptions
 from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.parsing import options_of
-from tandem.options.training import (
-    DPOOptions,
-    EngineOptions,
-    GaudiOptions,
-    LoraOptions,
-    ModelOptions,
-    SFTOptions,
-    TextOptions,
-    TrainOptions,
-)
+from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
 from tandem.runs import read_jsonl
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.stages import _arguments, _render, _splits, _tokenized_pairs, _trainable
 from tandem.training.trainers import gaudi_settings, trl
 from tests import tiny
@@ -109,7 +102,7 @@ def trl_arguments(monkeypatch: pytest.MonkeyPatch, train: TrainOptions, dpo: DPO
     given: dict[str, Any] = {}
     monkeypatch.setattr(trl, "TandemDPOTrainer", lambda **keywords: given.update(keywords))
     others = (EngineOptions(), MonitorOptions(), GaudiOptions())
-    run = DPORun(ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
+    run = DPOOptionSet(ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
     trl.dpo_trainer(run, None, None, tiny.tokenizer(), _arguments(train, run.model), Path(), {})
     config: DPOConfig = given["args"]
     return config
@@ -237,7 +230,9 @@ def test_text_options_change_the_tokens(tmp_path: Path):
 
 def test_held_out_pairs_of_an_evaluation(tiny_data: Path):
     train = SFTOptions(**TRAIN, eval_strategy="epoch", max_train_samples=5, max_eval_samples=3)
-    run = SFTRun(ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions(str(tiny_data)), train, GaudiOptions())
+    run = SFTOptionSet(
+        ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions(str(tiny_data)), train, GaudiOptions()
+    )
     assert {name: len(rows) for name, rows in _splits(run, tiny.tokenizer()).items()} == {
         "train_dataset": 5,
         "eval_dataset": 3,

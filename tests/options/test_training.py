@@ -14,22 +14,18 @@ from tandem.data.options import DataOptions
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
 from tandem.monitor.options import MonitorOptions
+from tandem.options.losses import LOSS_TYPES, SMOOTHED_LOSSES, DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.parsing import parse
 from tandem.options.training import (
-    LOSS_TYPES,
-    SMOOTHED_LOSSES,
-    DPOOptions,
     EngineOptions,
-    LoraOptions,
-    ModelOptions,
     PlanOptions,
     SFTOptions,
-    TextOptions,
     TrainOptions,
     check_training,
     explain_unknown,
 )
-from tandem.training.option_sets import DPORun, SFTRun, check, classes
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, check, classes
 
 
 def trl_branches() -> dict[str, str]:
@@ -236,7 +232,7 @@ def test_conflicts_between_classes_are_named_with_those_within(tmp_path: Path):
     argv += "--eval_steps 5 --global_batch_size 12 --learning_rate -1e-5 --fp16 --use_cpu --loss_type sft --beta 2 "
     argv += "--beta_control risk"
     with pytest.raises(UserError) as error:
-        parse(argv.split(), classes(DPORun), prog="dpo.py", check=check)
+        parse(argv.split(), classes(DPOOptionSet), prog="dpo.py", check=check)
     assert str(error.value) == (
         "--lora_r has no effect without --use_peft true; "
         "--learning_rate must not be negative, got -1e-05; "
@@ -253,10 +249,10 @@ def test_held_out_pairs_that_there_may_be(given: list[str], tmp_path: Path):
     (tmp_path / "train.jsonl").touch()
     argv = f"--model_name_or_path m --dataset_name {tmp_path} --output_dir out --eval_strategy epoch".split()
     with pytest.raises(UserError, match=r"^--eval_strategy needs held-out pairs"):
-        parse(argv, classes(SFTRun), prog="sft.py", check=check)
-    parse([*argv, *given], classes(SFTRun), prog="sft.py", check=check)
+        parse(argv, classes(SFTOptionSet), prog="sft.py", check=check)
+    parse([*argv, *given], classes(SFTOptionSet), prog="sft.py", check=check)
     (tmp_path / "test.jsonl").touch()
-    parse(argv, classes(SFTRun), prog="sft.py", check=check)
+    parse(argv, classes(SFTOptionSet), prog="sft.py", check=check)
 
 
 def test_the_global_batch_is_what_all_processes_take_in_a_step():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tandem.errors import AlarmStop
 from tandem.models.load import load_model
 from tandem.monitor.margins import read_margins, read_margins_log
-from tandem.options.training import ModelOptions
+from tandem.options.model import ModelOptions
 from tandem.runs import checkpoints, damage, read_jsonl
 from tests import tiny
 from tests.pipelines.test_pipeline import Pipeline, write_recipe

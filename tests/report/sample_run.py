@@ -18,8 +18,10 @@ from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.run import VerdictLog, summarise
 from tandem.monitor.margins import MarginsLog
 from tandem.monitor.tail import TailConfig, TailState, update
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.parsing import resolved, to_yaml
-from tandem.options.training import DPOOptions, LoraOptions, ModelOptions, SFTOptions, TextOptions, TrainOptions
+from tandem.options.training import SFTOptions, TrainOptions
 from tandem.runs import write_json
 
 HOSTILE = (

@@ -16,7 +16,7 @@ from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions
-from tandem.training.option_sets import DPORun, SFTRun, classes
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
 from tandem.training.plan import Hardware, _Plan, plan_run, read_hardware
 from tandem.training.rehearsal import Usage
 from tandem.training.stages import training_data
@@ -52,7 +52,7 @@ def planned(script: Callable[[str], ModuleType], arguments: list[str], capsys: p
 
 @pytest.fixture
 def plan(arguments: list[str]) -> Callable[..., _Plan]:
-    """`plan(DPORun, "--layout", "packed", …)`: the figures behind the text, on one device of the CPU kind."""
+    """`plan(DPOOptionSet, "--layout", "packed", …)`: the figures behind the text, on one device of the CPU kind."""
 
     def make(kind: Any, *argv: str, hardware: Hardware = ALONE) -> _Plan:
         run = kind(*parse([*arguments, *argv], classes(kind), prog="plan"))
@@ -124,7 +124,7 @@ def test_the_run_forwards_as_many_tokens_as_planned(
     script(name).main([*arguments, *flags, *cache, "--save_strategy", "no"])
     monkeypatch.undo()
 
-    figures = plan(SFTRun if name == "sft" else DPORun, *flags)
+    figures = plan(SFTOptionSet if name == "sft" else DPOOptionSet, *flags)
     # An epoch has 3 + 3 + 2 micro-batches, and half a second one is two steps of 3
     assert [len(batches) for batches in figures.batches] == [3, 3, 2, 3, 3]
     assert forwarded == [figures.tokens(batch) for batches in figures.batches for batch in batches]
@@ -139,9 +139,9 @@ def test_the_reference_pass_comes_before_gradients(plan: Callable[..., _Plan], t
     (wide / "config.json").write_text(json.dumps(config | {"hidden_size": 512, "intermediate_size": 512}))
     flags = ("--model_name_or_path", str(wide), "--use_peft", "true", "--lora_r", "1")
     flags += ("--per_device_train_batch_size", "1", "--max_length", "20")
-    alone = plan(DPORun, *flags).peak
+    alone = plan(DPOOptionSet, *flags).peak
     assert (alone.reference, alone.optimizer > 0) == (0, True)
-    peak = plan(DPORun, *flags, "--reference_model", "elsewhere").peak
+    peak = plan(DPOOptionSet, *flags, "--reference_model", "elsewhere").peak
     assert (peak.reference, peak.gradients, peak.optimizer) == (peak.weights, 0, 0)
     assert peak.weights == alone.weights
 
@@ -162,7 +162,7 @@ def test_the_reference_pass_comes_before_gradients(plan: Callable[..., _Plan], t
 def test_what_is_cut_over_eight_devices(plan: Callable[..., _Plan], hardware: Any, expected: dict[str, int]):
     eight = dataclasses.replace(ALONE, device="cuda", processes=8, **hardware)
     usage = Usage(weights=800, gradients=800, optimizer=1600, activations=5000)
-    peak = plan(DPORun, hardware=eight).on_device(usage)
+    peak = plan(DPOOptionSet, hardware=eight).on_device(usage)
     # Of sharded weights two layers are whole at a time
     layers = 2 * 4 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) if "weights" in eight.sharded else 0
     assert dataclasses.asdict(peak) == expected | {
@@ -175,7 +175,7 @@ def test_what_is_cut_over_eight_devices(plan: Callable[..., _Plan], hardware: An
 
 def test_four_bits_are_saved_in_the_linear_layers(plan: Callable[..., _Plan]):
     linear = 2 * sum(inputs * outputs for inputs, outputs in ADAPTED)
-    figures = plan(DPORun, "--use_peft", "true", "--load_in_4bit", "true")
+    figures = plan(DPOOptionSet, "--use_peft", "true", "--load_in_4bit", "true")
     # 4 bits, and 32 / 64 bits in 8-bit constants with their own of 32 / 256: 0.127 bits a weight
     assert figures.saved_by_4_bits == pytest.approx(linear * (4 - 4.127 / 8), abs=1)
     assert figures.on_device(Usage(weights=10**6)).weights == 10**6 - figures.saved_by_4_bits
@@ -188,7 +188,7 @@ def test_what_does_not_fit_gets_the_cheapest_change(planned: Planned):
 
 
 def test_the_cheapest_change_is_the_first_that_fits(plan: Callable[..., _Plan]):
-    figures = plan(DPORun, "--layout", "padded")
+    figures = plan(DPOOptionSet, "--layout", "padded")
     shared = figures.changed({"layout": "shared"})
     assert shared.peak.total < figures.peak.total
     assert figures.remedy(shared.peak.total).startswith("the cheapest change that fits is --layout shared (")
@@ -202,11 +202,11 @@ def test_the_cheapest_change_is_the_first_that_fits(plan: Callable[..., _Plan]):
 
 def test_checkpoints_leave_the_heap_its_holes(plan: Callable[..., _Plan]):
     """On the CPU: the allocator's part is 0.27 of what would be kept without them; on an accelerator there is none."""
-    without, with_them = (plan(DPORun, "--gradient_checkpointing", value).peak for value in ("false", "true"))
+    without, with_them = (plan(DPOOptionSet, "--gradient_checkpointing", value).peak for value in ("false", "true"))
     assert without.allocator == pytest.approx(0.27 * without.activations, abs=1)
     assert with_them.allocator == without.allocator
     assert with_them.activations < without.activations
-    assert plan(DPORun, hardware=dataclasses.replace(ALONE, device="cuda")).peak.allocator == 0
+    assert plan(DPOOptionSet, hardware=dataclasses.replace(ALONE, device="cuda")).peak.allocator == 0
 
 
 def test_ways_out_by_what_they_cost(plan: Callable[..., _Plan]):
@@ -214,7 +214,7 @@ def test_ways_out_by_what_they_cost(plan: Callable[..., _Plan]):
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
     checkpoints, peft = {"gradient_checkpointing": True}, {"use_peft": True}
     accumulate = ("--gradient_accumulation_steps", "3")
-    assert list(plan(SFTRun, *accumulate).ways_out()) == [
+    assert list(plan(SFTOptionSet, *accumulate).ways_out()) == [
         two,
         one,
         checkpoints,
@@ -224,32 +224,32 @@ def test_ways_out_by_what_they_cost(plan: Callable[..., _Plan]):
     ]
     layout = {"layout": "shared"}
     with_all = ("--use_peft", "true", "--gradient_checkpointing", "true", "--layout", "packed")
-    assert list(plan(DPORun, *accumulate, *with_all).ways_out()) == [layout, two, layout | two, one, layout | one]
+    assert list(plan(DPOOptionSet, *accumulate, *with_all).ways_out()) == [layout, two, layout | two, one, layout | one]
     # A global batch size stays what it is
     batch = {"per_device_train_batch_size": 2}
-    assert next(plan(DPORun, "--global_batch_size", "12").ways_out()) == batch
-    assert plan(DPORun, "--global_batch_size", "12").changed(batch).accumulation == 6
+    assert next(plan(DPOOptionSet, "--global_batch_size", "12").ways_out()) == batch
+    assert plan(DPOOptionSet, "--global_batch_size", "12").changed(batch).accumulation == 6
 
 
 def test_debug_is_four_steps(plan: Callable[..., _Plan]):
-    figures = plan(DPORun, "--debug", "true")
+    figures = plan(DPOOptionSet, "--debug", "true")
     assert figures.steps == len(figures.batches) == 4
 
 
 def test_an_odd_batch_is_not_halved(plan: Callable[..., _Plan]):
-    way = next(plan(DPORun, "--per_device_train_batch_size", "3").ways_out())
+    way = next(plan(DPOOptionSet, "--per_device_train_batch_size", "3").ways_out())
     assert way == {"gradient_checkpointing": True}
 
 
 def test_what_no_plan_counts_is_refused(arguments: list[str]):
-    run = DPORun(*parse([*arguments, "--tp_size", "2"], classes(DPORun), prog="plan"))
+    run = DPOOptionSet(*parse([*arguments, "--tp_size", "2"], classes(DPOOptionSet), prog="plan"))
     with pytest.raises(UserError, match="--plan does not count --tp_size"):
         plan_run(run, PlanOptions(plan=True))
 
 
 def test_the_probe_reckons_with_all_layers(plan: Callable[..., _Plan], monkeypatch: pytest.MonkeyPatch):
     """Steps of 10 + 2 s a layer, and forwards of 5 + 1 s: two layers take 14 and 7."""
-    figures = plan(DPORun)
+    figures = plan(DPOOptionSet)
 
     def timed(rehearsal: Any, *_: Any) -> tuple[float, float]:
         layers = rehearsal.model.config.num_hidden_layers

@@ -27,7 +27,8 @@ from tandem.errors import UserError
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.merge import MergeOptions, merge
 from tandem.models.scorer import Scorer
-from tandem.options.training import LOSS_TYPES, SMOOTHED_LOSSES, ModelOptions, TextOptions
+from tandem.options.losses import LOSS_TYPES, SMOOTHED_LOSSES
+from tandem.options.model import ModelOptions, TextOptions
 from tandem.runs import checkpoints, damage, is_complete, sha256_file, write_manifest
 from tandem.training.stages import _render
 from tandem.training.trackers import _prepare_wandb

@@ -12,8 +12,8 @@ from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
+from tandem.options.model import is_adapter
 from tandem.options.parsing import REQUIRED, opt
-from tandem.options.training import is_adapter
 from tandem.runs import append_jsonl, locked, read_jsonl
 
 _LABEL = re.compile(r"\w[\w.-]*")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,8 +13,11 @@ from tandem.data.options import CheckOptions
 from tandem.data.show import print_pair, show_pairs
 from tandem.data.texts import render
 from tandem.errors import UserError
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tandem.runs import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Json = dict[str, Any]
 
@@ -23,22 +26,20 @@ _PLACES = 3  # shown of a finding
 
 
 def run_check(
-    options: CheckOptions, text: TextOptions, splits: Mapping[str, Sequence[Row]], skipped: Sequence[str] = ()
+    options: CheckOptions,
+    text: TextOptions,
+    splits: Mapping[str, Sequence[Row]],
+    skipped: Sequence[str] = (),
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
     """Print what was found, write the report and the mended data.
 
-    `skipped` says of each row that the reader left out where it is and why.
+    `skipped` says of each row that the reader left out where it is and why. Without a tokenizer nothing is counted in
+    tokens.
 
     Raises:
-        UserError: a finding of the level `fail_on`; nothing to train on; a folder for mended data that is taken.
+        UserError: a finding of the level `fail_on`; nothing to train on.
     """
-    _check_options(options)
-    tokenizer = None
-    if options.tokenizer_name_or_path:
-        from tandem.models.load import load_tokenizer
-        from tandem.options.training import ModelOptions
-
-        tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
     figures, findings = lint(splits, tokenizer, text)
     if skipped:
         findings.insert(0, unreadable(skipped, sum(map(len, splits.values()))))
@@ -56,13 +57,6 @@ def run_check(
     if options.fixed_dir:
         write_fixed(Path(options.fixed_dir), splits, mend(splits, findings, options.dropped))
     _stop_on(options, text, findings)
-
-
-def _check_options(options: CheckOptions) -> None:
-    if options.show and not options.tokenizer_name_or_path:
-        raise UserError("--show needs --tokenizer_name_or_path: tokens are of a tokenizer")
-    if options.fixed_dir and Path(options.fixed_dir).exists():
-        raise UserError(f"--fixed_dir {options.fixed_dir}: is there already, and nothing is overwritten; name another")
 
 
 def _stop_on(options: CheckOptions, text: TextOptions, findings: Sequence[Finding]) -> None:

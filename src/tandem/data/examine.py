@@ -14,7 +14,7 @@ from tandem.data.formats import Row, prompt_id
 from tandem.data.near import shingles, signatures
 from tandem.data.row_checks import answer_text, check_row, language, texts
 from tandem.data.tokens import check_seen, see, special_ids, special_texts
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

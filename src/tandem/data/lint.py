@@ -12,7 +12,7 @@ from tandem.data.formats import Row, as_messages
 from tandem.data.near import CROWD, SIMILAR, Candidates, jaccard
 from tandem.data.row_checks import answer_text
 from tandem.data.shortcuts import bag_of_words, pick_longer
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 from tandem.runs import sha256_json
 
 if TYPE_CHECKING:

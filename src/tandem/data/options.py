@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from pathlib import Path
 
 from tandem.data.formats import FORMATS
 from tandem.errors import UserError
@@ -124,6 +125,10 @@ class CheckOptions:
             raise UserError("--fix and --fixed_dir need each other: the mended data go to a new folder")
         if self.show < 0:
             raise UserError(f"--show must not be negative, got {self.show}")
+        if self.show and not self.tokenizer_name_or_path:
+            raise UserError("--show needs --tokenizer_name_or_path: tokens are of a tokenizer")
+        if self.fixed_dir and Path(self.fixed_dir).exists():
+            raise UserError(f"--fixed_dir {self.fixed_dir}: is there already, and nothing is overwritten; name another")
 
     @property
     def dropped(self) -> list[str]:

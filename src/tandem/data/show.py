@@ -10,7 +10,7 @@ from rich.text import Text
 from tandem.data.formats import Row
 from tandem.data.lint import KINDS
 from tandem.data.tokens import Seen, Span, check_seen, role_spans, see, special_ids
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

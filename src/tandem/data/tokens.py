@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from tandem.data.formats import Message, Row
 from tandem.data.texts import closed, common_length, render, tokenize_pair, trim_prompt
-from tandem.options.training import TextOptions
+from tandem.options.model import TextOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -233,7 +233,7 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     """
     from tandem.data.texts import render, tokenize_pair
     from tandem.models.load import check_model, load_tokenizer
-    from tandem.options.training import ModelOptions
+    from tandem.options.model import ModelOptions
 
     for name in (*options.policies.values(), options.reference_model):
         check_model(name)
@@ -280,7 +280,8 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
 
 def _dtype(options: EvaluateOptions) -> str:
     """One type for all models: weights rounded in one of two models alone would look like a difference of theirs."""
-    from tandem.models.load import has_accelerator, stored_dtype
+    from tandem.devices import has_accelerator
+    from tandem.models.load import stored_dtype
 
     if options.eval_dtype != "auto":
         return options.eval_dtype

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tandem.errors import Preempted, UserError
-from tandem.lifeline import be_launcher
+from tandem.ranks import be_launcher
 
 _SAVING_SECONDS = 120  # for a checkpoint, and for the others when a rank has died in the midst of a collective
 

@@ -18,9 +18,9 @@ from tandem.errors import AlarmStop, Preempted, TandemExit, UserError
 from tandem.options.parsing import REQUIRED, opt, parse
 from tandem.options.training import TrainOptions, explain_unknown
 from tandem.runs import RUN, checkpoints, is_complete
-from tandem.training.option_sets import DPORun, SFTRun, classes
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
 
-_RUNS = {"sft.py": SFTRun, "dpo.py": DPORun}
+_RUNS = {"sft.py": SFTOptionSet, "dpo.py": DPOOptionSet}
 _DESCRIPTION = "Train under Ray: ray_launch.py RAY OPTIONS… scripts/dpo.py ITS OPTIONS…, or scripts/sft.py"
 
 
@@ -63,7 +63,7 @@ def launch(argv: list[str]) -> None:
     if not Path(argv[at]).is_file():
         raise UserError(f"{argv[at]}: no such script")
     job = _Job(str(Path(argv[at]).resolve()), argv[at + 1 :], os.getcwd())
-    if options.reference_workers and job.kind is not DPORun:
+    if options.reference_workers and job.kind is not DPOOptionSet:
         raise UserError("--reference_workers has no effect with sft.py: it has no reference")
     train = job.run().train
     if importlib.util.find_spec("ray") is None:
@@ -87,7 +87,7 @@ class _Job:
         return module
 
     @property
-    def kind(self) -> type[SFTRun] | type[DPORun]:
+    def kind(self) -> type[SFTOptionSet] | type[DPOOptionSet]:
         return _RUNS[Path(self.script).name]
 
     def run(self) -> Any:

@@ -21,7 +21,7 @@ def is_lazy() -> bool:
 def few_shapes() -> bool:
     """Whether batches should come in few shapes, since an HPU compiles a program for each: so it is on an HPU, and in
     its environment on a CPU, where it is tested."""
-    from tandem.models.load import has_hpu
+    from tandem.devices import has_hpu
 
     return has_hpu() or has_optimum_habana()
 

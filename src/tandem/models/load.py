@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.errors import UserError
 from tandem.log import logger
-from tandem.options.training import LoraOptions, ModelOptions, is_adapter
+from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -26,38 +26,6 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, Saf
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
-
-
-def has_hpu() -> bool:
-    """Whether there is an Intel Gaudi."""
-    hpu = getattr(torch, "hpu", None)  # put there by Intel's plugin
-    return hpu is not None and bool(hpu.is_available())
-
-
-def has_mps() -> bool:
-    """Whether there is an Apple GPU."""
-    return torch.backends.mps.is_available()
-
-
-def fast_bf16() -> bool:
-    """Whether this process's device multiplies bfloat16 in hardware, so that autocast to it pays."""
-    if has_hpu():
-        return True
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if has_mps():
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def has_accelerator() -> bool:
-    """Whether torch sees a CUDA, MPS, XPU or HPU device."""
-    return torch.accelerator.is_available() or has_hpu()
-
-
-def device_count() -> int:
-    """How many accelerators this machine has. Gaudi's are counted by Intel's plugin, which torch may not ask."""
-    return int(torch.hpu.device_count()) if has_hpu() else torch.accelerator.device_count()  # type: ignore[attr-defined]
 
 
 def base_of_adapter(folder: str) -> str:

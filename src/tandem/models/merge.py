@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.errors import UserError
-from tandem.options.parsing import REQUIRED, opt
-from tandem.options.training import ModelOptions, changed, is_adapter
+from tandem.options.model import ModelOptions, is_adapter
+from tandem.options.parsing import REQUIRED, changed, opt
 from tandem.runs import damage, is_complete, model_files, staged_dir
 
 _SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for them

@@ -10,13 +10,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem import ranks
+from tandem.devices import fast_bf16, has_hpu
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import PairCollator, completion_logps, round_up
 from tandem.errors import UserError
 from tandem.models import habana
-from tandem.models.load import fast_bf16, has_hpu, load_model, load_tokenizer
+from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
-from tandem.options.training import ModelOptions
+from tandem.options.model import ModelOptions
 
 TokenizedPair = dict[str, list[int]]
 

@@ -374,3 +374,12 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
+
+
+def changed(options: Any) -> list[str]:
+    """Names of the options of a dataclass whose values are not their defaults."""
+    return [option.name for option in options_of(type(options)) if getattr(options, option.name) != option.default]
+
+
+def flags(names: Sequence[str]) -> str:
+    return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'}"

@@ -1,4 +1,4 @@
-"""Options of the stages that load a model: which model, how it is adapted, how it is trained.
+"""Options of training: the run itself, the engine, Gaudi, the plan, and what does not go together across classes.
 
 Only what Tandem has reviewed is here. An option of TRL or transformers that is not is refused by name rather than
 passed on: `explain_unknown` says so.
@@ -9,79 +9,18 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tandem.errors import UserError
-from tandem.options.parsing import REQUIRED, opt, options_of, refuse
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, is_adapter
+from tandem.options.parsing import REQUIRED, changed, flags, opt, refuse
 
-LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-# The others need a β·log Z(x) to cancel that only reverse KL has; TRL 1.16 refuses them
-F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 LAYOUTS = ("shared", "packed", "padded")
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit")
-
-
-@dataclasses.dataclass
-class ModelOptions:
-    """Model."""
-
-    model_name_or_path: str = opt(REQUIRED, "model folder or Hub name; an adapter's folder goes on training it")
-    model_revision: str | None = opt(None, "branch, tag or commit of a Hub model")
-    tokenizer_name_or_path: str | None = opt(None, "tokenizer folder or Hub name, where it is not the model's")
-    dtype: str = opt("float32", "type of the weights held", choices=("float32", "bfloat16", "float16", "auto"))
-    attn_implementation: str | None = opt(None, "attention of transformers used outside the pair engine")
-    trust_remote_code: bool = opt(False, "run code that the model's repository ships")
-
-
-@dataclasses.dataclass
-class LoraOptions:
-    """LoRA."""
-
-    use_peft: bool = opt(False, "train a LoRA adapter instead of all weights")
-    lora_r: int = opt(16, "rank")
-    lora_alpha: int = opt(32, "scale: the update is multiplied by alpha / r")
-    lora_dropout: float = opt(0.0, "dropout before the adapter; DPO turns it off unless --disable_dropout false")
-    lora_target_modules: list[str] = opt(["all-linear"], "modules to adapt")
-    load_in_4bit: bool = opt(False, "QLoRA: hold the base model in 4 bits (CUDA, extra: quantization)")
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.lora_r < 1:
-            problems.append(f"--lora_r must be at least 1, not {self.lora_r}")
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
-        if self.load_in_4bit and not self.use_peft:
-            problems.append("--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves")
-        without_effect = [name for name in changed(self) if name not in ("use_peft", "load_in_4bit")]
-        if without_effect and not self.use_peft:
-            problems.append(f"{_flags(without_effect)} no effect without --use_peft true")
-        refuse(problems)
-
-
-@dataclasses.dataclass
-class TextOptions:
-    """Text to tokens."""
-
-    use_chat_template: bool = opt(True, "render conversations with the tokenizer's chat template, else as transcripts")
-    max_length: int = opt(1024, "longest sequence in tokens; the answer's end is cut")
-    max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first")
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise UserError(f"--max_length must be at least 2, not {self.max_length}")
-        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
-            raise UserError(
-                f"--max_prompt_length must be at least 1 and below --max_length {self.max_length}, "
-                f"not {self.max_prompt_length}"
-            )
 
 
 _AT_LEAST_ONE = (
@@ -170,7 +109,7 @@ class TrainOptions:
 
         def inert(names: Sequence[str], reason: str) -> list[str]:
             found = [name for name in names if name in given]
-            return [f"{_flags(found)} no effect {reason}"] if found else []
+            return [f"{flags(found)} no effect {reason}"] if found else []
 
         problems = []
         if self.eval_strategy == "no":
@@ -219,77 +158,6 @@ class SFTOptions(TrainOptions):
 
 
 @dataclasses.dataclass
-class DPOOptions:
-    """DPO."""
-
-    beta: float = opt(0.1, "β: how strongly the policy is held to the reference")
-    loss_type: list[str] = opt(["sigmoid"], "one TRL loss, or several to be added", choices=LOSS_TYPES)
-    loss_weights: list[float] | None = opt(None, "weights of several losses")
-    label_smoothing: float = opt(0.0, "share of labels taken for flipped; with sigmoid this is cDPO")
-    f_divergence_type: str = opt("reverse_kl", "divergence between policy and reference", choices=F_DIVERGENCES)
-    f_alpha_divergence_coef: float = opt(0.5, "α of the alpha divergence")
-    ld_alpha: float | None = opt(None, "LD-DPO: weight of the tokens beyond the shorter answer's length")
-    discopop_tau: float = opt(0.05, "temperature of the discopop loss")
-    use_weighting: bool = opt(False, "WPO: weight pairs by the policy's own probability of them")
-    disable_dropout: bool = opt(True, "set every dropout of policy and reference to zero")
-    reference_model: str | None = opt(None, "reference model folder or Hub name; unset: the policy before training")
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.beta <= 0:
-            problems.append(f"--beta must be above 0, not {self.beta}")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            problems.append(f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type")
-        if not 0 <= self.label_smoothing < 0.5:
-            problems.append(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
-        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
-            problems.append(
-                f"--label_smoothing has no effect with --loss_type {' '.join(self.loss_type)}; "
-                f"it has with {', '.join(SMOOTHED_LOSSES)}"
-            )
-        if "exo_pair" in self.loss_type and not self.label_smoothing:
-            problems.append("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
-        if self.f_divergence_type != "reverse_kl" and not set(self.loss_type) <= set(F_DIVERGENCE_LOSSES):
-            problems.append(
-                f"--f_divergence_type {self.f_divergence_type} goes with {', '.join(F_DIVERGENCE_LOSSES)}, "
-                f"not with --loss_type {' '.join(self.loss_type)}"
-            )
-        alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
-        if alpha_given and self.f_divergence_type != "alpha_divergence":
-            problems.append("--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence")
-        if self.discopop_tau <= 0:
-            problems.append(f"--discopop_tau must be above 0, not {self.discopop_tau}")
-        if self.discopop_tau != type(self).discopop_tau and "discopop" not in self.loss_type:
-            problems.append("--discopop_tau has no effect without --loss_type discopop")
-        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
-            problems.append("--use_weighting cannot weight the losses aot and aot_unpaired: they sort the pairs apart")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            problems.append(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
-        inert = [name for name in ("beta", "f_divergence_type", "ld_alpha", "reference_model") if name in changed(self)]
-        if inert and set(self.loss_type) == {"sft"}:
-            problems.append(f"{_flags(inert)} no effect with --loss_type sft, which has no reference")
-        refuse(problems)
-
-    @property
-    def trl_losses(self) -> tuple[list[str], list[float]]:
-        """TRL's loss terms and weights that add up to the losses asked for.
-
-        TRL's sigmoid ignores label smoothing. With x = β·margin, its robust loss (Chowdhury et al. 2024, Eq. 11) is
-        −log σ(x) − εx / (1 − 2ε), and cDPO (Mitchell 2023) is −log σ(x) + εx. So cDPO is, exactly,
-        (2 − 2ε)·sigmoid − (1 − 2ε)·robust, and TRL keeps the losses.
-        """
-        weights = self.loss_weights or [1.0] * len(self.loss_type)
-        smoothing = self.label_smoothing
-        terms: list[tuple[str, float]] = []
-        for name, weight in zip(self.loss_type, weights, strict=True):
-            if name == "sigmoid" and smoothing:
-                terms += [("sigmoid", weight * (2 - 2 * smoothing)), ("robust", -weight * (1 - 2 * smoothing))]
-            else:
-                terms.append((name, weight))
-        return [name for name, _ in terms], [weight for _, weight in terms]
-
-
-@dataclasses.dataclass
 class EngineOptions:
     """Pair engine."""
 
@@ -328,7 +196,7 @@ class PlanOptions:
         problems = []
         without_effect = [name for name in changed(self) if name != "plan"]
         if without_effect and not self.plan:
-            problems.append(f"{_flags(without_effect)} no effect without --plan")
+            problems.append(f"{flags(without_effect)} no effect without --plan")
         if self.device_memory_gib is not None and self.device_memory_gib <= 0:
             problems.append(f"--device_memory_gib must be above 0, not {self.device_memory_gib}")
         refuse(problems)
@@ -343,15 +211,6 @@ def explain_unknown(name: str) -> str | None:
     if any(name in cls.__dataclass_fields__ for cls in configs):
         return "TRL has it, but Tandem has not reviewed it and does not pass it on"
     return None
-
-
-def changed(options: Any) -> list[str]:
-    """Names of the options of a dataclass whose values are not their defaults."""
-    return [option.name for option in options_of(type(options)) if getattr(options, option.name) != option.default]
-
-
-def _flags(names: Sequence[str]) -> str:
-    return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'}"
 
 
 def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, dpo: DPOOptions | None = None) -> None:
@@ -386,8 +245,3 @@ def _accelerator_for(train: TrainOptions) -> bool:
     import torch  # seconds, which only --fp16 pays
 
     return torch.accelerator.is_available()
-
-
-def is_adapter(name: str) -> bool:
-    """Whether `name` is a local folder that holds a PEFT adapter."""
-    return (Path(name) / "adapter_config.json").is_file()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.options.model import is_adapter
 from tandem.options.parsing import REQUIRED, opt
-from tandem.options.training import is_adapter
 from tandem.runs import MANIFEST, is_complete, model_files
 
 TOKEN_VARIABLE = "HF_TOKEN"

@@ -10,21 +10,13 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import may_hold_out
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.parsing import refuse
-from tandem.options.training import (
-    DPOOptions,
-    EngineOptions,
-    GaudiOptions,
-    LoraOptions,
-    ModelOptions,
-    SFTOptions,
-    TextOptions,
-    TrainOptions,
-    check_training,
-)
+from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions, check_training
 
 
-class SFTRun(NamedTuple):
+class SFTOptionSet(NamedTuple):
     """The options of an SFT run."""
 
     model: ModelOptions
@@ -35,7 +27,7 @@ class SFTRun(NamedTuple):
     gaudi: GaudiOptions
 
 
-class DPORun(NamedTuple):
+class DPOOptionSet(NamedTuple):
     """The options of a DPO run."""
 
     model: ModelOptions
@@ -49,7 +41,7 @@ class DPORun(NamedTuple):
     gaudi: GaudiOptions
 
 
-def classes(run: type[SFTRun] | type[DPORun]) -> tuple[type, ...]:
+def classes(run: type[SFTOptionSet] | type[DPOOptionSet]) -> tuple[type, ...]:
     """The option classes of a run, for `config.parse`, in the order in which `run` takes their instances."""
     return tuple(typing.get_type_hints(run).values())
 

@@ -19,13 +19,15 @@ from datasets import Dataset
 from torch import nn
 
 from tandem.data.texts import common_length
+from tandem.devices import fast_bf16, has_accelerator
 from tandem.engine.layout import Layout
 from tandem.errors import UserError
-from tandem.models.load import fast_bf16, has_accelerator, load_tokenizer
+from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
+from tandem.options.model import is_adapter
 from tandem.options.parsing import StrictLoader
-from tandem.options.training import PlanOptions, check_training, is_adapter
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.options.training import PlanOptions, check_training
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.rehearsal import Batch, Rehearsal, Usage, build
 from tandem.training.stages import training_data
 
@@ -115,13 +117,13 @@ def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
     )
 
 
-def plan_run(run: SFTRun | DPORun, options: PlanOptions) -> str:
+def plan_run(run: SFTOptionSet | DPOOptionSet, options: PlanOptions) -> str:
     """The plan of a run as text, a line for each figure.
 
     Raises:
         UserError: options that do not go together or that no plan counts, a model or data that cannot be read.
     """
-    check_training(run.model, run.lora, run.train, run.dpo if isinstance(run, DPORun) else None)
+    check_training(run.model, run.lora, run.train, run.dpo if isinstance(run, DPOOptionSet) else None)
     if run.train.tp_size > 1:
         raise UserError("--plan does not count --tp_size")
     hardware = read_hardware(options, run.train.use_cpu)
@@ -140,7 +142,7 @@ class _Plan:
         libraries: bytes of everything that is not tensors.
     """
 
-    run: SFTRun | DPORun
+    run: SFTOptionSet | DPOOptionSet
     hardware: Hardware
     data: Dataset
     libraries: int
@@ -190,11 +192,11 @@ class _Plan:
 
     @property
     def layout(self) -> Layout:
-        return self.run.engine.layout if isinstance(self.run, DPORun) else "padded"
+        return self.run.engine.layout if isinstance(self.run, DPOOptionSet) else "padded"
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return ("chosen_ids", "rejected_ids") if isinstance(self.run, DPORun) else ("chosen_ids",)
+        return ("chosen_ids", "rejected_ids") if isinstance(self.run, DPOOptionSet) else ("chosen_ids",)
 
     @functools.cached_property
     def lengths(self) -> list[tuple[list[int], int]]:
@@ -240,7 +242,7 @@ class _Plan:
         train = self.run.train
         bf16 = train.bf16 if train.bf16 is not None else not self.hardware.is_here or fast_bf16()
         autocast = torch.float16 if train.fp16 else torch.bfloat16 if bf16 else None
-        dropout = not (isinstance(self.run, DPORun) and self.run.dpo.disable_dropout)
+        dropout = not (isinstance(self.run, DPOOptionSet) and self.run.dpo.disable_dropout)
         return Rehearsal(model, train, autocast, dropout)
 
     # Memory
@@ -257,7 +259,7 @@ class _Plan:
             usages.append(
                 step.count_step(self.largest(itertools.chain(*later)), micro_batches=micro_batches, has_state=True)
             )
-        if isinstance(self.run, DPORun):
+        if isinstance(self.run, DPOOptionSet):
             usages.append(self.reference_usage(step))
         peak = max(map(self.on_device, usages), key=lambda peak: peak.total)
         if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
@@ -268,7 +270,7 @@ class _Plan:
         """Of the pass that scores the reference before training: pairs of like length together, the longest last."""
         by_length = sorted(range(len(self.data)), key=lambda index: self.tokens([index]))
         usage = step.count_forward(self.batch(by_length[-self.run.train.per_device_train_batch_size :]))
-        if isinstance(self.run, DPORun) and self.run.dpo.reference_model:  # counted as large as the policy
+        if isinstance(self.run, DPOOptionSet) and self.run.dpo.reference_model:  # counted as large as the policy
             usage["reference"] = usage["weights"]
         return usage
 
@@ -370,7 +372,7 @@ class _Plan:
         step, forward = seconds
         micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.batches)
         line = f"time: {_duration(step * micro_batches)} of training"
-        if isinstance(self.run, DPORun):
+        if isinstance(self.run, DPOOptionSet):
             batches = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
             line += f", {_duration(forward * batches)} of the reference where not cached"
         return line
@@ -396,7 +398,7 @@ class _Plan:
 
     def changes(self) -> Iterator[dict[str, Any]]:
         """Changes by what they cost: first nothing, then time, last what is trained."""
-        if self.layout != "shared" and isinstance(self.run, DPORun):
+        if self.layout != "shared" and isinstance(self.run, DPOOptionSet):
             yield {"layout": "shared"}
         size, accumulation = self.run.train.per_device_train_batch_size, self.accumulation
         while size % 2 == 0:

@@ -26,7 +26,8 @@ from tandem.engine.forward import forward_plan
 from tandem.engine.layout import IGNORED_LABEL, Layout, PairPlan, plan_pairs
 from tandem.errors import UserError
 from tandem.models.load import base_of_adapter, lora_config
-from tandem.options.training import LoraOptions, ModelOptions, TrainOptions, is_adapter
+from tandem.options.model import LoraOptions, ModelOptions, is_adapter
+from tandem.options.training import TrainOptions
 
 # What TRL 1.16's trainers ask of the fused forward, for their metrics
 _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")

@@ -26,10 +26,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from tandem.data.formats import Row
 from tandem.errors import Preempted, UserError
-from tandem.lifeline import end_with_launcher
 from tandem.log import LOG_NAME, log_to, logger
 from tandem.options.parsing import resolved, to_yaml
 from tandem.options.training import TrainOptions
+from tandem.ranks import end_with_launcher
 from tandem.runs import (
     LOCK,
     MANIFEST,

@@ -14,19 +14,22 @@ from transformers import PreTrainedTokenizerBase
 from tandem.data.formats import Row
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, tokenize_pair, trim_prompt
+from tandem.devices import fast_bf16, has_accelerator
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
-from tandem.models.load import fast_bf16, has_accelerator, load_model, load_tokenizer
-from tandem.options.training import DPOOptions, LoraOptions, ModelOptions, TextOptions, TrainOptions, check_training
+from tandem.models.load import load_model, load_tokenizer
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
+from tandem.options.training import TrainOptions, check_training
 from tandem.training.cpu_memory import prepare_for_training
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
 from tandem.training.trainers import select
 from tandem.training.trainers.topology import check_launch
 
 
-def run_sft(run: SFTRun) -> None:
+def run_sft(run: SFTOptionSet) -> None:
     """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
     check_training(run.model, run.lora, run.train)
     arguments = _arguments(run.train, run.model)
@@ -43,7 +46,7 @@ def run_sft(run: SFTRun) -> None:
         session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
 
 
-def run_dpo(run: DPORun) -> None:
+def run_dpo(run: DPOOptionSet) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
     check_training(run.model, run.lora, run.train, run.dpo)
     run.monitor.check_beta(run.dpo.beta)
@@ -63,15 +66,15 @@ def run_dpo(run: DPORun) -> None:
         session.train(builders.dpo_trainer(run, policy, reference, tokenizer, arguments, logs_dir, splits))
 
 
-def training_data(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The tokenized pairs that a run trains on. SFT, which takes the chosen answers alone, has them on both sides."""
     rows = _splits(run, tokenizer)["train_dataset"]
-    if isinstance(run, SFTRun):
+    if isinstance(run, SFTOptionSet):
         rows = [row | {"rejected": row["chosen"]} for row in rows]
     return _tokenized_pairs(rows, tokenizer, run.text.max_length)
 
 
-def fill_reference_cache(run: DPORun, *, part: int, parts: int) -> None:
+def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     """Score every `parts`-th pair of a DPO run, from `part` on, with its reference, into the cache that it will read.
 
     One process alone, beside others with other parts; nothing is trained, and `output_dir` is left as it is.
@@ -138,7 +141,7 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     }
 
 
-def _splits(run: SFTRun | DPORun, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
+def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
     """Rendered training pairs and, where the run evaluates, held-out pairs, under the trainer's argument names.
 
     Raises:

@@ -19,7 +19,7 @@ from tandem.data.texts import prompt_ids
 from tandem.errors import UserError
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import SamplingOptions
-from tandem.options.training import ModelOptions
+from tandem.options.model import ModelOptions
 from tandem.runs import read_jsonl
 from tests import tiny
 

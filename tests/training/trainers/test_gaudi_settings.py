@@ -11,7 +11,9 @@ import torch
 
 from tandem.errors import UserError
 from tandem.models import habana
-from tandem.options.training import LOSS_TYPES, DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.options.losses import LOSS_TYPES, DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import GaudiOptions, TrainOptions
 from tandem.training.trainers import gaudi_settings, select
 from tandem.training.trainers.topology import check_launch
 

@@ -8,10 +8,11 @@ import torch
 
 from tandem.answers.backends.open import open_engine
 from tandem.answers.backends.options import GenerationOptions
+from tandem.devices import fast_bf16
 from tandem.errors import UserError
-from tandem.models.load import fast_bf16
 from tandem.models.sampling import SamplingOptions
-from tandem.options.training import GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import GaudiOptions, TrainOptions
 from tandem.training.trainers import select, trl
 
 MODEL, LORA, TRAIN = ModelOptions(model_name_or_path="m"), LoraOptions(), TrainOptions(output_dir="o")

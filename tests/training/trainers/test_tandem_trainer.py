@@ -15,7 +15,8 @@ from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
 from tandem.models.load import load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
-from tandem.options.training import EngineOptions, ModelOptions
+from tandem.options.model import ModelOptions
+from tandem.options.training import EngineOptions
 from tandem.training.trainers.trl import TandemDPOTrainer
 
 # Of the run's clock, or ours

@@ -47,7 +47,7 @@ class Engine(Protocol):
 
 def weights_dtype(options: GenerationOptions) -> str:
     """The type that models are loaded in: the user's, or bfloat16 where an accelerator multiplies it, or float32."""
-    from tandem.models.load import fast_bf16, has_accelerator
+    from tandem.devices import fast_bf16, has_accelerator
 
     return options.dtype or ("bfloat16" if has_accelerator() and fast_bf16() else "float32")
 

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterator
 
 from tandem.answers.backends.base import Engine
 from tandem.answers.backends.options import GenerationOptions
+from tandem.devices import has_mps
 from tandem.errors import UserError
-from tandem.models.load import check_model, has_mps
+from tandem.models.load import check_model
 from tandem.models.sampling import SamplingOptions
 
 

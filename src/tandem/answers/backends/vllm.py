@@ -14,7 +14,7 @@ from tandem.errors import UserError
 from tandem.models.load import base_of_adapter, load_tokenizer
 from tandem.models.sampling import SamplingOptions, prompt_seed
 from tandem.models.scorer import end_ids
-from tandem.options.training import ModelOptions, is_adapter
+from tandem.options.model import ModelOptions, is_adapter
 
 # Before vLLM is imported: nothing is reported to anybody, and the progress bar is not buried in its log
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -31,9 +31,10 @@ from tandem.log import logger
 from tandem.models.habana import is_lazy
 from tandem.models.load import lora_config
 from tandem.monitor.options import MonitorOptions
-from tandem.options.training import DPOOptions, EngineOptions, GaudiOptions
+from tandem.options.losses import DPOOptions
+from tandem.options.training import EngineOptions, GaudiOptions
 from tandem.runs import write_json
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
 from tandem.training.trainers.pair_trainer import CompleteCheckpoints, PairTrainer
 
@@ -332,7 +333,7 @@ def start_processes(arguments: Mapping[str, Any]) -> None:
 
 
 def sft_trainer(
-    run: SFTRun,
+    run: SFTOptionSet,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: dict[str, Any],
@@ -356,7 +357,7 @@ def sft_trainer(
 
 
 def dpo_trainer(
-    run: DPORun,
+    run: DPOOptionSet,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.options.training import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import GaudiOptions, TrainOptions
 
 # Losses whose formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard")

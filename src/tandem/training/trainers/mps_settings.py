@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from tandem.errors import UserError
-from tandem.options.training import LoraOptions, ModelOptions, TrainOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import TrainOptions
 
 _MACOS_WITH_BF16 = (14, 0)
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models import habana
-from tandem.options.training import DPOOptions, GaudiOptions, LoraOptions, ModelOptions, TrainOptions
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.options.losses import DPOOptions
+from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.training import GaudiOptions, TrainOptions
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers.gaudi_settings import check_gaudi
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Builders(Protocol):
 
     def sft_trainer(
         self,
-        run: SFTRun,
+        run: SFTOptionSet,
         policy: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         arguments: dict[str, Any],
@@ -41,7 +43,7 @@ class Builders(Protocol):
 
     def dpo_trainer(
         self,
-        run: DPORun,
+        run: DPOOptionSet,
         policy: "PreTrainedModel",
         reference: "PreTrainedModel | None",
         tokenizer: "PreTrainedTokenizerBase",
@@ -77,7 +79,7 @@ def builders(
         return on_gaudi
     if asked := gaudi.asked():
         raise UserError(f"--{asked[0]} is of optimum-habana's trainers on Intel Gaudi, which this run does not use")
-    from tandem.models.load import has_mps
+    from tandem.devices import has_mps
     from tandem.training.trainers import trl
     from tandem.training.trainers.mps_settings import check_mps
 
@@ -87,7 +89,7 @@ def builders(
 
 
 def _default() -> str:
-    from tandem.models.load import has_hpu
+    from tandem.devices import has_hpu
 
     if not has_hpu():
         return "trl"

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
+from tandem.devices import device_count
 from tandem.errors import UserError
-from tandem.models.load import device_count
 
 _REFUSED_PARALLELISM = {
     "CP": "context parallelism: TRL's DPO loss does not cut its completion mask",

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
+from tandem.devices import has_hpu
 from tandem.engine.forward import pair_engine
 from tandem.engine.pairs import PairCollator, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
-from tandem.models.load import has_hpu, lora_config
+from tandem.models.load import lora_config
 from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
 from tandem.options.training import EngineOptions
-from tandem.training.option_sets import DPORun, SFTRun
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
 from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.training.trainers.deferred import DeferredGather, Promise
@@ -186,7 +187,7 @@ def start_processes(arguments: Mapping[str, Any]) -> None:
 
 
 def sft_trainer(
-    run: SFTRun,
+    run: SFTOptionSet,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: dict[str, Any],
@@ -208,7 +209,7 @@ def sft_trainer(
 
 
 def dpo_trainer(
-    run: DPORun,
+    run: DPOOptionSet,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
