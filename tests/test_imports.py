@@ -25,7 +25,7 @@ FLOORS = (
     ("launch",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ARITHMETIC = ("intervals", "engine.layout", "monitor.tail", "judge.statistics", "judge.verdicts")
+ARITHMETIC = ("intervals", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.statistics", "judge.verdicts")
 FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
 HEAVY = {"torch", "trl", "transformers", "accelerate", "peft", "datasets"}
 

@@ -1,0 +1,96 @@
+"""Bradley-Terry strengths: against another way of fitting them, what has no value, and how often intervals hold."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from tandem.judge.bradley_terry import fit
+
+NAMES = ["base", "sft", "dpo"]
+
+
+def play(rng, strengths, prompts):
+    """Every pair of models on every prompt; sides, scores and prompts of the comparisons."""
+    pairs = [(i, j) for i in range(len(strengths)) for j in range(i)]
+    first, second = np.tile(np.array(pairs), (prompts, 1)).T
+    scores = (rng.random(len(first)) < expit(strengths[first] - strengths[second])).astype(float)
+    return first, second, scores, np.repeat(np.arange(prompts), len(pairs))
+
+
+def test_strengths_are_those_of_the_greatest_likelihood():
+    rng = np.random.default_rng(0)
+    first, second, scores, units = play(rng, np.array([-0.5, 0.1, 0.4]), 60)
+    scores[::7] = 0.5
+
+    def loss(free):
+        strengths = np.array([*free, -sum(free)])
+        chance = expit(strengths[first] - strengths[second])
+        return -(scores * np.log(chance) + (1 - scores) * np.log1p(-chance)).sum()
+
+    best = minimize(loss, np.zeros(2), method="BFGS", options={"gtol": 1e-8}).x
+    found = fit(first, second, scores, units, NAMES)
+    assert [found[name]["value"] for name in NAMES] == pytest.approx([*best, -best.sum()], abs=1e-5)
+    assert sum(one["value"] for one in found.values()) == pytest.approx(0)
+    assert all(one["low"] < one["value"] < one["high"] and one["n"] == 120 for one in found.values())
+
+
+def test_two_models_are_the_logit_of_the_win_rate():
+    """36 of 48: log-odds ln 3 between the two, half of it each."""
+    scores = np.array([1.0] * 36 + [0.0] * 12)
+    found = fit(np.zeros(48, int), np.ones(48, int), scores, np.arange(48), ["a", "b"])
+    assert found["a"]["value"] == pytest.approx(np.log(3) / 2)
+    assert found["b"]["value"] == pytest.approx(-np.log(3) / 2)
+
+
+def test_an_advantage_of_length_alone_is_taken_out():
+    rng = np.random.default_rng(1)
+    first, second = np.zeros(4000, int), np.ones(4000, int)
+    length = rng.normal(0.8, 1, 4000)
+    scores = (rng.random(4000) < expit(length)).astype(float)
+    raw = fit(first, second, scores, np.arange(4000), ["a", "b"])["a"]
+    controlled = fit(first, second, scores, np.arange(4000), ["a", "b"], covariate=length)["a"]
+    assert raw["low"] > 0.2
+    assert controlled["low"] < 0 < controlled["high"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "score", "why"),
+    [
+        ([0] * 30, [1] * 30, [1, 0] * 15, "never compared"),  # nobody met dpo
+        ([0, 1] * 30, [1, 2] * 30, [1, 0, 0, 0] * 15, "won or lost all"),  # sft always lost to dpo
+        ([0, 1], [1, 2], [1, 0], "fewer than 20 prompts"),
+    ],
+)
+def test_what_has_no_value_says_why(first, second, score, why):
+    found = fit(np.array(first), np.array(second), np.array(score, float), np.arange(len(first)), NAMES)
+    assert all(one["value"] is None and why in one["why"] for one in found.values())
+
+
+def test_what_is_no_comparison_is_refused():
+    ones = np.ones(30, int)
+    with pytest.raises(ValueError, match="with itself"):
+        fit(ones, ones, np.ones(30), ones, NAMES)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        fit(ones, 0 * ones, 2.0 * ones, ones, NAMES)
+    with pytest.raises(ValueError, match="two names"):
+        fit(ones, 0 * ones, 1.0 * ones, ones, ["one"])
+
+
+def coverage(runs, prompts=100):
+    truth = np.array([-0.4, 0.0, 0.4])
+    rng = np.random.default_rng(7)
+    held = [
+        [one["low"] <= value <= one["high"] for one, value in zip(found.values(), truth, strict=True)]
+        for found in (fit(*play(rng, truth, prompts), NAMES) for _ in range(runs))
+    ]
+    return np.mean(held, axis=0)
+
+
+def test_intervals_hold_the_truth():
+    assert (coverage(200) > 0.90).all()
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_truth_in_ten_thousand_runs():
+    assert (coverage(10_000) >= 0.935).all()
