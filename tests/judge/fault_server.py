@@ -59,6 +59,8 @@ class FaultServer:
         self.refuses_schema = False
         self.status: int | None = None  # every request fails with this
         self.delay = 0.0
+        # (request, reply that was due) → status and body in its place, or None to leave it
+        self.instead: Callable[[dict, dict], tuple[int, dict | bytes] | None] | None = None
         self.batch_status: int | None = None  # every question about batches fails with this
         self.batch_created: Callable[[], object] = lambda: None  # called before the reply that names the batch
         self.lock = threading.Lock()
@@ -194,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(state.status, {"error": {"message": f"no: {self.headers.get('Authorization')}"}})
         if state.refuses_schema and "text" in body:
             return self._send(400, {"error": {"message": "unknown parameter: text"}})
+        if state.instead is not None and (instead := state.instead(body, state.answer(body))) is not None:
+            return self._send(*instead)
         if fault in ("429", "429_retry_after"):
             headers = {"Retry-After": str(RETRY_AFTER)} if fault == "429_retry_after" else {}
             return self._send(429, {"error": {"message": "slow down"}}, headers)

@@ -407,7 +407,7 @@ def test_a_reply_on_disk_that_was_not_read_is_read_and_not_asked_for_again(tmp_p
 
 
 def test_the_raw_reply_is_on_disk_before_it_is_read(tmp_path, monkeypatch):
-    def crash(body):
+    def crash(body, lenient):
         raise RuntimeError("reading failed")
 
     with serving() as (_, url):

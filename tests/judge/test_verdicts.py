@@ -75,7 +75,6 @@ def test_what_is_not_exactly_one_verdict_is_malformed_and_says_why(text, named):
         ("data: {}\n\n", "malformed"),
         ("[]", "malformed"),
         ('{"output": [1]}', "malformed"),
-        ('{"output": [{"type": "message", "content": "text"}]}', "malformed"),
         ('{"output": []}', "malformed"),
     ],
 )
@@ -122,3 +121,63 @@ def test_votes_are_for_answer_2_wherever_it_stood():
 
 def test_the_rationale_is_asked_for_before_the_verdict():
     assert list(Verdict.model_json_schema()["properties"]) == ["rationale", "verdict"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"rationale": "because", "verdict": "b"}',
+        '{"rationale": "because", "verdict": "B", "confidence": 0.9}',
+        '{"response": {"rationale": "because", "verdict": "B"}}',
+        '{"response": "{\\"rationale\\": \\"because\\", \\"verdict\\": \\"B\\"}"}',
+        '"{\\"rationale\\": \\"because\\", \\"verdict\\": \\"B\\"}"',
+        '[{"rationale": "because", "verdict": "B"}]',
+    ],
+)
+def test_where_no_schema_is_enforced_the_form_is_less_strict(text):
+    assert find_verdict(text, lenient=True) == Verdict(rationale="because", verdict="B")
+
+
+def test_a_raw_newline_in_a_rationale_is_read_where_no_schema_is_enforced():
+    text = '{"rationale": "one\ntwo", "verdict": "Tie"}'
+    assert find_verdict(text, lenient=True) == Verdict(rationale="one\ntwo", verdict="tie")
+    assert isinstance(find_verdict(text), str)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"rationale": "r", "verdict": "Answer B"}',
+        '{"verdict": "B"}',
+        '{"a": {"rationale": "r", "verdict": "A"}, "b": {"rationale": "r", "verdict": "B"}}',
+        '{"a": {"b": {"rationale": "r", "verdict": "A"}}}',
+        '{"rationale": "r", "verdict": "a"} {"rationale": "r", "verdict": "B"}',
+    ],
+)
+def test_and_yet_not_everything_is_a_verdict(text):
+    assert isinstance(find_verdict(text, lenient=True), str)
+
+
+def test_a_draft_while_thinking_is_no_verdict():
+    draft = GOOD.replace('"B"', '"A"')
+    assert find_verdict(f"<think>{draft} no, wait</think>\n{GOOD}") == Verdict(rationale="because", verdict="B")
+    assert isinstance(find_verdict(f"<think>{GOOD}</think> I cannot say."), str)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 3}, (7, 3)),
+        ({"input_tokens": 7.0, "output_tokens": 3.0}, (7, 3)),
+        ({"input_tokens": None}, (None, None)),
+        ({}, (None, None)),
+    ],
+)
+def test_a_count_of_tokens_never_decides_over_a_verdict(usage, tokens):
+    reading = read_reply(reply(GOOD, usage=usage))
+    assert (reading.status, reading.input_tokens, reading.output_tokens) == ("ok", *tokens)
+
+
+def test_an_error_sent_as_a_success_is_an_error():
+    reading = read_reply('{"error": {"message": "Provider returned error"}}')
+    assert (reading.status, reading.detail) == ("error", "the server reports: Provider returned error")

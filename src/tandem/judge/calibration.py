@@ -97,12 +97,22 @@ def self_agreement(votes: Array, missing: int) -> dict[str, Any]:
     }
 
 
+def untried(labelled: Mapping[str, Any]) -> str:
+    """Why the judge has no accuracy on labelled pairs: nobody asked, or no pair got its verdicts."""
+    if labelled["n_missing"]:
+        return (
+            f"the judge was tried on {labelled['n_missing']} pairs labelled by people and gave on none of them a "
+            "verdict in both orders"
+        )
+    return "the judge was not tried on pairs labelled by people"
+
+
 def distrust(labelled: Mapping[str, Any], result: Mapping[str, Any], max_flip_rate: float) -> list[str]:
     """Why this judge's verdicts must not name a winner; empty if they may."""
     reasons = []
     accuracy = labelled["accuracy"]
     if accuracy["value"] is None:
-        reasons.append("the judge was not tried on pairs labelled by people, so nothing says that it can judge")
+        reasons.append(f"{untried(labelled)}, so nothing says that it can judge")
     elif accuracy["low"] <= CHANCE:
         reasons.append(
             f"on {accuracy['n']} pairs labelled by people the judge is right in {_percent(accuracy['value'])} "

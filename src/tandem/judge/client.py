@@ -17,7 +17,7 @@ import openai
 from tandem.errors import UserError
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Judge
-from tandem.judge.verdicts import Verdict, read_reply
+from tandem.judge.verdicts import NO_REPLY, Reading, Verdict, read_reply
 from tandem.runs import append_jsonl, read_jsonl
 from tandem.servers import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key
 
@@ -27,6 +27,16 @@ HALVING_PAUSE = 1.0  # seconds in which further 429s are taken for the same cong
 BATCH_POLL = 30.0  # seconds between two looks at a batch
 BATCH_REQUESTS = 50_000  # OpenAI's limit for one batch
 BATCH_BYTES = 150_000_000  # under OpenAI's limit of 200 MB for its file
+
+
+def is_out_of_quota(body: str) -> bool:
+    """Whether a server that answers 429 does so since the account has nothing left, and not for the pace."""
+    return "insufficient_quota" in body
+
+
+def _printable_start(text: str) -> str:
+    return " ".join(text.split())[:100]
+
 
 OnReply = Callable[[Call, str], None]
 OnError = Callable[[Call, str], None]
@@ -108,6 +118,7 @@ class Client:
     def __init__(self, options: JudgeOptions, admission: Admission) -> None:
         self.options = options
         self.admission = admission
+        self.has_answered = False  # in this run or, as the caller knows, in an earlier one
         self._key = api_key(options.base_url)
         self._openai = openai.AsyncOpenAI(
             base_url=options.base_url,
@@ -126,7 +137,11 @@ class Client:
     async def _notice(self, response: Any) -> None:
         # The package retries a 429 by itself; this is how the others learn of it
         if response.status_code == 429:
-            self.admission.too_many_requests()
+            await response.aread()
+            if is_out_of_quota(response.text):
+                response.headers["x-should-retry"] = "false"  # the package's word for it; no wait mends this
+            else:
+                self.admission.too_many_requests()
 
     async def _post(self, judge: Judge, messages: Sequence[dict[str, str]]) -> str:
         reply = await self._openai.responses.with_raw_response.parse(
@@ -138,6 +153,7 @@ class Client:
             stream=False,
             **judge.sampling,
         )
+        self.has_answered = True
         return self._scrub(reply.http_response.text)
 
     def _scrub(self, text: str) -> str:
@@ -147,12 +163,19 @@ class Client:
     def _fatal(self, error: openai.APIStatusError) -> UserError | None:
         """Errors that every further request would meet as well. The server's own words may repeat the key."""
         where = f"--base_url {self.options.base_url}"
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return UserError(f"{where} refuses the key (HTTP {error.status_code}): set ${API_KEY_VARIABLE}")
+        said = self._say(error)
+        if error.status_code == 429 and is_out_of_quota(error.response.text):
+            return UserError(f"{where}: the quota of this key is used up ({said})")
+        if isinstance(error, openai.AuthenticationError):
+            return UserError(f"{where} refuses the key (HTTP 401): set ${API_KEY_VARIABLE} ({said})")
+        if self.has_answered:
+            return None  # it takes the key and has the model: the refusal is of one prompt
+        if isinstance(error, openai.PermissionDeniedError):
+            return UserError(f"{where} refuses the key (HTTP 403): set ${API_KEY_VARIABLE} ({said})")
         if isinstance(error, openai.NotFoundError):
             return UserError(
                 f"{where} has no Responses API or no model {self.options.judge_model} (HTTP 404): "
-                "see --base_url and --judge_model"
+                f"see --base_url and --judge_model ({said})"
             )
         return None
 
@@ -160,23 +183,31 @@ class Client:
         status = f" {error.status_code}" if isinstance(error, openai.APIStatusError) else ""
         return self._scrub(f"{type(error).__name__}{status}: {' '.join(error.message.split())[:300]}")
 
-    async def enforces_schema(self, judge: Judge) -> tuple[bool, list[str]]:
-        """Whether the server holds replies to a schema, and the replies that show it.
+    async def enforces_schema(self, judge: Judge) -> tuple[bool | None, list[str]]:
+        """Whether the server holds replies to a schema, and the replies that show it; None where all were cut off.
 
         A request that asks for something else than a verdict: what comes back has the schema's form only if the server
         forces it. Repeated, since one bad reply must not decide the form of all that follow.
 
         Raises:
-            UserError: the server cannot be reached, or refuses both forms.
+            UserError: the server cannot be reached, refuses both forms, or sends nothing that the API would.
         """
         messages = [{"role": "user", "content": "Name a colour."}]
         replies: list[str] = []
+        readings: list[Reading] = []
         try:
             for _ in range(PROBES):
                 replies.append(await self._post(judge, messages))
-                if read_reply(replies[-1]).status == "ok":
+                readings.append(read_reply(replies[-1]))
+                if readings[-1].status == "ok":
                     return True, replies
-            return False, replies
+            if all(reading.status == "error" or reading.detail.startswith(NO_REPLY) for reading in readings):
+                raise UserError(
+                    f"--base_url {self.options.base_url} answers with HTTP 200 and no reply: {readings[-1].detail} "
+                    f"({_printable_start(replies[-1])})"
+                )
+            whole = [reading for reading in readings if reading.status != "incomplete"]
+            return (False if whole else None), replies
         except openai.APIStatusError as error:
             if fatal := self._fatal(error):
                 raise fatal from None

@@ -24,6 +24,7 @@ from tandem.runs import append_jsonl, locked, read_jsonl, write_json
 
 BYTES_PER_TOKEN = 3  # few texts have fewer: token counts guessed with it are rather too high
 SERVER_FILE = "server.json"
+PILOT = 10  # calls, the labelled ones first, of which one at least must get its verdict before the rest are asked
 REQUESTS_PER_CALL = 2  # that may fail for good, each after its own retries
 
 Plan = dict[Kind, list[Call]]
@@ -55,6 +56,7 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
     with locked(options.folder):
         log = VerdictLog(options)
         judge, plan = asyncio.run(_have_judged(options, comparisons, labelled, log))
+        _say_lost(plan, log)
         summary = summarise(options, judge, plan, log)
         write_json(options.folder / "winners.json", winners(plan["main"], log))
         write_json(options.folder / "usage.json", log.usage())
@@ -121,6 +123,7 @@ class VerdictLog:
         self._last: dict[str, dict[str, Any]] = {}
         self._attempts: collections.Counter[str] = collections.Counter()
         self._used: collections.Counter[str] = collections.Counter()
+        self.lenient = False  # how replies are read: True for a server that enforces no schema
         for number, record in enumerate(_read_log(self._verdict_file), start=1):
             try:
                 self._remember(record)
@@ -143,6 +146,14 @@ class VerdictLog:
         """Whether the call has its verdict and need not be asked again."""
         return call.key in self._ok
 
+    def is_judged(self, call: Call) -> bool:
+        """Whether the judge itself gave the call its verdict."""
+        return self.is_ok(call) and not call.free
+
+    def may_be_asked(self, call: Call) -> bool:
+        """Whether to ask for the verdict; a reply that met the limit of tokens would meet the same limit again."""
+        return self.status(call) not in ("ok", "incomplete")
+
     def verdict(self, call: Call) -> dict[str, Any] | None:
         """The line with the call's verdict."""
         return self._ok.get(call.key)
@@ -151,6 +162,10 @@ class VerdictLog:
         """ok, or the status of the last attempt; `not_asked` if there was none."""
         record = self._ok.get(call.key) or self._last.get(call.key)
         return record["status"] if record else "not_asked"
+
+    def detail(self, call: Call) -> str:
+        """What the last attempt says of itself, where the call has no verdict."""
+        return (self._last.get(call.key) or {"detail": ""})["detail"]
 
     def usage(self) -> dict[str, Any]:
         """Tokens and cost of all attempts, those of earlier runs too; requests that failed have no known tokens."""
@@ -169,7 +184,7 @@ class VerdictLog:
         return self._add_body(call, attempt, body)
 
     def _add_body(self, call: Call, attempt: int, body: str) -> Reading:
-        reading = verdicts.read_reply(body)
+        reading = verdicts.read_reply(body, lenient=self.lenient)
         self._add(call, attempt, reading, _tokens(call, body, reading))
         return reading
 
@@ -238,6 +253,8 @@ def _known_server(options: JudgeOptions) -> bool | None:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         same = (known["base_url"], known["model"]) == (options.base_url, options.judge_model)
+        sampling = _judge_of(options, True).sampling
+        same = same and known.get("sampling", sampling) == sampling
         return bool(known["schema_enforced"]) if same else None
     except FileNotFoundError:
         return None
@@ -254,9 +271,11 @@ async def _have_judged(
     admission = Admission(options.max_concurrency, left)
     async with Client(options, admission) as client:
         judge = await _probed(options, client)
+        log.lenient = not judge.schema_enforced
         plan = _plan(options, judge, comparisons, labelled)
         calls = {call.key: call for part in plan.values() for call in part}
         log.recover(calls)
+        client.has_answered = client.has_answered or any(map(log.is_judged, calls.values()))
         for call in calls.values():
             if call.free and not log.is_ok(call):
                 log.add_tie(call)
@@ -268,8 +287,11 @@ async def _probed(options: JudgeOptions, client: Client) -> Judge:
     enforced = _known_server(options)
     if enforced is None:
         enforced, replies = await client.enforces_schema(_judge_of(options, True))
-        found = {"base_url": options.base_url, "model": options.judge_model, "schema_enforced": enforced}
-        write_json(options.folder / SERVER_FILE, found | {"replies": replies})
+        if enforced is None:  # every probe met the limit of tokens, which shows nothing to be remembered
+            return _judge_of(options, True)
+        judge = _judge_of(options, enforced)
+        found = {"base_url": judge.base_url, "model": judge.model, "schema_enforced": enforced}
+        write_json(options.folder / SERVER_FILE, found | {"sampling": judge.sampling, "replies": replies})
     if not enforced:
         tqdm.write(
             f"judge: {options.base_url} does not enforce JSON schemas; verdicts are asked for as plain JSON with "
@@ -303,11 +325,13 @@ async def _ask(options: JudgeOptions, judge: Judge, client: Client, calls: Mappi
         def worst_cost(call: Call) -> float:
             return options.cost(_guess(call), options.max_output_tokens) or 0.0
 
+        refuse_unusable(options, calls.values(), log)
+        pilot = 0 if any(map(log.is_judged, calls.values())) else PILOT
         if options.batch:
             await client.collect_batches(dict(calls), options.folder, on_reply, on_error)
         for _ in range(options.max_attempts):
             pending = [
-                call for call in calls.values() if not log.is_ok(call) and failures[call.key] < REQUESTS_PER_CALL
+                call for call in calls.values() if log.may_be_asked(call) and failures[call.key] < REQUESTS_PER_CALL
             ]
             if not pending:
                 break
@@ -315,13 +339,56 @@ async def _ask(options: JudgeOptions, judge: Judge, client: Client, calls: Mappi
                 if options.batch:
                     await client.ask_batch(judge, pending, worst_cost, options.folder, on_reply, on_error)
                 else:
-                    await client.ask_all(judge, pending, worst_cost, on_reply, on_error)
+                    # A judge that gives no verdict on the first few calls is not asked for the rest
+                    for part in (pending[:pilot], pending[pilot:]):
+                        await client.ask_all(judge, part, worst_cost, on_reply, on_error)
+                        refuse_unusable(options, calls.values(), log)
             except OverBudget:
                 raise UserError(
                     f"stopped before --max_cost {options.max_cost:g}: {log.usage()['cost']:.4g} spent, "
                     f"{sum(map(log.is_ok, calls.values()))} of {len(calls)} verdicts; the same command with a higher "
                     "--max_cost goes on"
                 ) from None
+
+
+def lost(calls: Iterable[Call], log: VerdictLog) -> list[tuple[str, str, int]]:
+    """Status, reason and number of the calls that were asked and have no verdict, the commonest first."""
+    ends = collections.Counter(
+        (log.status(call), log.detail(call)) for call in calls if log.status(call) not in ("ok", "not_asked")
+    )
+    return [(status, reason, count) for (status, reason), count in ends.most_common()]
+
+
+def refuse_unusable(options: JudgeOptions, calls: Iterable[Call], log: VerdictLog) -> None:
+    """Stop where the judge has given no verdict on `PILOT` calls or more.
+
+    Raises:
+        UserError: the commonest reason, and what mends it.
+    """
+    calls = list(calls)
+    if any(map(log.is_judged, calls)):
+        return
+    ends = lost(calls, log)
+    asked = sum(count for _, _, count in ends)
+    if asked < PILOT:
+        return
+    status, reason, count = ends[0]
+    mend = {
+        "incomplete": f"raise --max_output_tokens, now {options.max_output_tokens}",
+        "error": "see what its server says",
+        "refusal": "take another --judge_model",
+    }.get(status, "take another --judge_model, or a server that enforces JSON schemas")
+    raise UserError(
+        f"the judge {options.judge_model} gave no verdict on any of the first {asked} calls; on {count} of them: "
+        f"{status} ({reason}): {mend}"
+    )
+
+
+def _say_lost(plan: Plan, log: VerdictLog) -> None:
+    ends = lost({call.key: call for part in plan.values() for call in part}.values(), log)
+    if ends:
+        reasons = "; ".join(f"{count} {status} ({reason})" for status, reason, count in ends[:5])
+        tqdm.write(f"judge: no verdict on {sum(count for _, _, count in ends)} calls: {reasons}", file=sys.stderr)
 
 
 def _dry_run(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 Status = Literal["ok", "refusal", "malformed", "incomplete", "error"]
 Order = Literal["12", "21"]
+NO_REPLY = "not a reply of the Responses API"
 ORDERS: tuple[Order, Order] = ("12", "21")  # which answer is shown first, as A
 
 
@@ -40,37 +41,35 @@ class _Content(BaseModel):
 
 
 class _Message(BaseModel):
-    content: list[_Content] = []
+    content: list[_Content] | str = []
     phase: str | None = None
-
-
-class _Usage(BaseModel):
-    input_tokens: int
-    output_tokens: int
 
 
 class _Reply(BaseModel):
     # What is read of the Responses API's reply; whatever else a server sends is of no interest
     output: list[dict[str, Any]]
     status: str | None = None
-    usage: _Usage | None = None
+    usage: dict[str, Any] | None = None
     incomplete_details: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
 
-def read_reply(body: str) -> Reading:
+def read_reply(body: str, *, lenient: bool = False) -> Reading:
     """Read the body of one reply of the Responses API.
 
     A refusal is what the server marks as one. A reply is malformed if it is not the API's JSON, or if its text is not
     exactly one JSON object of the schema `Verdict`; prose or a code fence around the object is let pass, since
-    servers that ignore schemas add them.
+    servers that ignore schemas add them, and so is reasoning that ends with `</think>`. `lenient` is for servers that
+    enforce no schema: see `find_verdict`.
     """
+    if problem := _reported_error(body):
+        return Reading("error", detail=f"the server reports: {problem}")
     try:
         reply = _Reply.model_validate_json(body)
         messages = [_Message.model_validate(item) for item in reply.output if item.get("type") == "message"]
     except ValidationError as error:
-        return Reading("malformed", detail=f"not a reply of the Responses API: {_first_problem(error)}")
-    tokens = (reply.usage.input_tokens, reply.usage.output_tokens) if reply.usage else (None, None)
+        return Reading("malformed", detail=f"{NO_REPLY}: {_first_problem(error)}")
+    tokens = [_count(reply.usage, f"{side}_tokens", other) for side, other in _OTHER_COUNTS]
 
     def reading(status: Status, detail: str) -> Reading:
         return Reading(status, detail=detail, input_tokens=tokens[0], output_tokens=tokens[1])
@@ -78,32 +77,65 @@ def read_reply(body: str) -> Reading:
     if reply.status == "failed" or reply.error:
         return reading("error", f"the server reports: {_short((reply.error or {}).get('message', 'failed'))}")
     # `phase` marks interim commentary of reasoning models, which is no answer
-    contents = [part for message in messages if message.phase in (None, "final_answer") for part in message.content]
+    contents = [part for message in messages if message.phase in (None, "final_answer") for part in _parts(message)]
     refusals = [part.refusal or "" for part in contents if part.type == "refusal"]
     if refusals:
         return reading("refusal", _short(" ".join(refusals)))
+    text = "".join(part.text or "" for part in contents if part.type == "output_text")
+    only_reasoning = not text.strip() and any(item.get("type") == "reasoning" for item in reply.output)
     if reply.status == "incomplete":
         reason = (reply.incomplete_details or {}).get("reason", "no reason given")
         if reason == "content_filter":
             return reading("refusal", "stopped by the server's content filter")
-        return reading("incomplete", _short(reason))
-    text = "".join(part.text or "" for part in contents if part.type == "output_text")
-    found = find_verdict(text)
+        return reading("incomplete", _short(reason) + (", all of it reasoning" if only_reasoning else ""))
+    found = find_verdict(text, lenient=lenient)
     if isinstance(found, str):
-        return reading("malformed", found)
+        return reading("malformed", "nothing but reasoning in the reply" if only_reasoning else found)
     return dataclasses.replace(reading("ok", ""), verdict=found.verdict, rationale=_printable(found.rationale))
 
 
-def find_verdict(text: str) -> Verdict | str:
+# Names of the Responses API, and those that servers with chat completions send in their place
+_OTHER_COUNTS = (("input", "prompt_tokens"), ("output", "completion_tokens"))
+
+
+def _count(usage: Mapping[str, Any] | None, *names: str) -> int | None:
+    for name in names:
+        value = (usage or {}).get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
+            return int(value)
+    return None
+
+
+def _parts(message: _Message) -> list[_Content]:
+    if isinstance(message.content, str):
+        return [_Content(type="output_text", text=message.content)]
+    return message.content
+
+
+def _reported_error(body: str) -> str | None:
+    """What a server says that has an error to report and does so with HTTP 200."""
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(reply, dict) or "output" in reply or not reply.get("error"):
+        return None
+    error = reply["error"]
+    return _short(error.get("message") or error if isinstance(error, dict) else error)
+
+
+def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:
     """The one verdict that `text` holds, or why it holds none.
 
-    Two different verdicts in one text are none: the first may be quoted from a judged answer.
+    What comes before the last `</think>` is reasoning and may hold drafts. Two different verdicts in the rest are none:
+    the first may be quoted from a judged answer. `lenient` takes what small models write where no schema holds them:
+    verdicts in either case, raw newlines in the rationale, further keys, and one object around the verdict's.
     """
     found: list[Verdict] = []
     problem = "no JSON object in the reply"
-    for candidate in _json_objects(text):
+    for candidate in _json_objects(text.rpartition("</think>")[2], lenient):
         try:
-            found.append(Verdict.model_validate(candidate))
+            found.append(_lenient_verdict(candidate) if lenient else Verdict.model_validate(candidate))
         except ValidationError as error:
             problem = _first_problem(error)
     if not found:
@@ -113,8 +145,34 @@ def find_verdict(text: str) -> Verdict | str:
     return found[-1]
 
 
-def _json_objects(text: str) -> list[Any]:
-    decoder = json.JSONDecoder()
+_WORDS = {"a": "A", "b": "B", "tie": "tie"}
+
+
+def _lenient_verdict(candidate: Any) -> Verdict:
+    if isinstance(candidate, dict) and "verdict" not in candidate:
+        inner = [_object(value) for value in candidate.values()]
+        wrapped = [value for value in inner if isinstance(value, dict) and "verdict" in value]
+        candidate = wrapped[0] if len(wrapped) == 1 else candidate
+    if isinstance(candidate, dict):
+        candidate = {name: candidate[name] for name in Verdict.model_fields if name in candidate}
+        word = candidate.get("verdict")
+        if isinstance(word, str):
+            candidate["verdict"] = _WORDS.get(word.strip().lower(), word)
+    return Verdict.model_validate(candidate)
+
+
+def _object(value: Any) -> Any:
+    """`value`, or what it holds where it is JSON once more."""
+    try:
+        return json.loads(value, strict=False) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _json_objects(text: str, lenient: bool) -> list[Any]:
+    decoder = json.JSONDecoder(strict=not lenient)
+    if lenient and text.strip().startswith('"'):
+        text = next((value for value in [_object(text.strip())] if isinstance(value, str)), text)
     objects = []
     start = text.find("{")
     while start != -1:

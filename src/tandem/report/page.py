@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tandem.judge.calibration import distrust
+from tandem.judge.calibration import distrust, untried
 from tandem.options.parsing import REQUIRED, opt
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
 from tandem.runs import write_atomic, write_json
@@ -235,6 +235,7 @@ def headline(run: Run) -> Json:
             "sentence": "No judge has compared these models, so nothing here says which one answers better.",
             "calibration": None,
             "distrust": [],
+            "was_tried": False,
             "besides": [],
             "measured": measured,
         }
@@ -246,6 +247,7 @@ def headline(run: Run) -> Json:
             "sentence": _with_names(run.judge["conclusion"], run.judge["labels"].values()),
             "calibration": _calibration(run.judge),
             "distrust": distrust(calibration["labelled"], run.judge["result"], calibration["max_flip_rate"]),
+            "was_tried": calibration["labelled"]["accuracy"]["value"] is not None,
             "besides": [_with_names(reason, run.judge["labels"].values()) for reason in run.judge["why"][1:]],
             "measured": measured,
         }
@@ -261,7 +263,7 @@ def _calibration(judge: Json) -> str:
     labelled, result = judge["calibration"]["labelled"], judge["result"]
     accuracy, flips, first = labelled["accuracy"], result["order_flip_rate"], result["first_position_rate"]
     if accuracy["value"] is None:
-        parts = ["The judge was not tried on pairs labelled by people"]
+        parts = [untried(labelled).capitalize()]
     else:
         parts = [
             f"On {accuracy['n']} pairs labelled by people the judge agrees with them in {percent(accuracy['value'])} "

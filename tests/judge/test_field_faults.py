@@ -1,0 +1,204 @@
+"""What real servers and models do to a judge, case by case: how often it asks, how it ends, and what it says."""
+
+import json
+
+import pytest
+
+from tandem.errors import UserError
+from tandem.judge.calibration import distrust
+from tandem.judge.run import PILOT, judge
+from tandem.runs import read_jsonl
+from tests.judge.fault_server import FaultServer
+from tests.judge.judge_once import comparisons, labelled, options
+
+VERDICT = '{"rationale": "because", "verdict": "B"}'
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def server():
+    state = FaultServer()
+    with state.serving() as state.url:
+        yield state
+
+
+def judged(body):
+    return "<answer_a>" in body["input"][-1]["content"]
+
+
+def asked(server):
+    return sum(map(judged, server.requests))
+
+
+def run(server, tmp_path, **more):
+    return judge(options(server.url, str(tmp_path / "judge"), **more), comparisons(30), labelled(20))
+
+
+# ---- a failure of every reply stops the run
+
+
+def cut_off(body, reply):
+    reasoning = {"type": "reasoning", "id": "r", "summary": []}
+    details = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+    return 200, reply | {"output": [reasoning]} | details
+
+
+def reasoning_only(body, reply):
+    text = reply["output"][0]["content"][0]["text"]
+    item = {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+    return 200, reply | {"output": [item]}
+
+
+def refusal(body, reply):
+    content = [{"type": "refusal", "refusal": "I do not compare."}]
+    return 200, reply | {"output": [reply["output"][0] | {"content": content}]}
+
+
+def no_json(body, reply):
+    content = [{"type": "output_text", "text": "Answer B.", "annotations": []}]
+    return 200, reply | {"output": [reply["output"][0] | {"content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [
+        (cut_off, r"incomplete \(max_output_tokens, all of it reasoning\): raise --max_output_tokens, now 2048"),
+        (reasoning_only, r"malformed \(nothing but reasoning in the reply\)"),
+        (refusal, r"refusal \(I do not compare.\): take another --judge_model"),
+        (no_json, r"malformed \(no JSON object in the reply\): take another --judge_model, or a server"),
+    ],
+)
+def test_a_judge_without_any_verdict_is_asked_ten_times_and_no_more(server, tmp_path, instead, said):
+    server.instead = instead
+    with pytest.raises(UserError, match=rf"no verdict on any of the first {PILOT} calls; on 10 of them: {said}"):
+        run(server, tmp_path)
+    assert asked(server) == PILOT
+    lines = read_jsonl(tmp_path / "judge/verdicts.jsonl")
+    assert {line["kind"] for line in lines if line["attempt"]} == {"labelled"}
+    assert not (tmp_path / "judge_summary.json").exists()
+
+
+def test_a_reply_cut_off_is_not_asked_for_again_at_the_same_limit(server, tmp_path):
+    server.instead = lambda body, reply: cut_off(body, reply) if judged(body) else None
+    for _ in range(2):
+        with pytest.raises(UserError, match="raise --max_output_tokens, now 2048"):
+            run(server, tmp_path)
+        assert asked(server) == PILOT
+    server.instead = None
+    assert run(server, tmp_path, max_output_tokens=9000)["winner"] == "dpo"
+
+
+def test_probes_that_were_cut_off_decide_nothing(server, tmp_path):
+    server.instead = cut_off
+    with pytest.raises(UserError, match="raise --max_output_tokens"):
+        run(server, tmp_path)
+    assert not (tmp_path / "judge/server.json").exists()
+    server.instead = None
+    assert run(server, tmp_path, max_output_tokens=8000)["judge"]["schema_enforced"] is True
+
+
+def test_what_one_limit_showed_of_the_schema_is_not_believed_at_another(server, tmp_path):
+    server.enforces_schema = False
+    assert run(server, tmp_path)["judge"]["schema_enforced"] is False
+    server.enforces_schema = True
+    assert run(server, tmp_path)["judge"]["schema_enforced"] is False  # else all would be judged anew
+    assert run(server, tmp_path, max_output_tokens=8000)["judge"]["schema_enforced"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html>Welcome</html>", "<html>Welcome</html>"),
+        ({"error": {"message": "Provider returned error", "code": 502}}, "Provider returned error"),
+        ({"object": "list"}, "output: Field required"),
+    ],
+)
+def test_a_probe_that_brings_no_reply_ends_the_run(server, tmp_path, content, said):
+    server.instead = lambda body, reply: (200, content)
+    with pytest.raises(UserError, match=f"HTTP 200 and no reply: .*{said}"):
+        run(server, tmp_path)
+    assert len(server.requests) == 4
+    assert not (tmp_path / "judge").exists()
+
+
+def test_an_empty_account_ends_the_run_at_once(server, tmp_path):
+    error = {"error": {"message": "You exceeded your quota", "type": "insufficient_quota"}}
+    server.instead = lambda body, reply: (429, error) if asked(server) > 20 else None
+    with pytest.raises(UserError, match="quota of this key is used up"):
+        run(server, tmp_path)
+    assert asked(server) <= 20 + 8  # those under way
+    count = len(server.requests)
+    server.instead = lambda body, reply: (429, error)
+    with pytest.raises(UserError, match="quota of this key is used up"):
+        run(server, tmp_path, max_concurrency=1)
+    assert len(server.requests) == count + 1
+
+
+# ---- some failures do not
+
+
+def test_lost_verdicts_are_told_with_their_reasons(server, tmp_path, capsys):
+    server.instead = lambda body, reply: cut_off(body, reply) if "Question 3 of base" in str(body) else None
+    summary = run(server, tmp_path, self_pairs=0)
+    assert summary["accounting"]["main"]["incomplete"] == 2
+    assert "no verdict on 2 calls: 2 incomplete (max_output_tokens, all of it reasoning)" in capsys.readouterr().err
+    assert sum(judged(body) and "Question 3 of base" in str(body) for body in server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [400, 403, 404])
+def test_a_refusal_of_one_prompt_is_that_prompts(server, tmp_path, status):
+    """Also in a second run, which asks for nothing else."""
+    refused = {"error": {"message": "flagged by our filter"}}
+    server.instead = lambda body, reply: (status, refused) if "Question 3 of base" in str(body) else None
+    for _ in range(2):
+        summary = run(server, tmp_path, self_pairs=0)
+        assert (summary["accounting"]["main"]["error"], summary["result"]["n_missing"]) == (2, 1)
+    assert "flagged by our filter" in read_jsonl(tmp_path / "judge/verdicts.jsonl")[-1]["detail"]
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "refuses the key"), (403, "refuses the key"), (404, "no model m")])
+def test_before_the_first_success_a_refusal_is_of_the_server(server, tmp_path, status, said):
+    server.instead = lambda body, reply: (status, {"error": {"message": "the words of the server"}})
+    with pytest.raises(UserError, match=rf"{said}.*the words of the server"):
+        run(server, tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_a_key_that_is_withdrawn_ends_the_run(server, tmp_path):
+    server.instead = lambda body, reply: (401, {"error": {"message": "no"}}) if asked(server) > 20 else None
+    with pytest.raises(UserError, match="HTTP 401"):
+        run(server, tmp_path)
+    assert asked(server) <= 20 + 8
+
+
+def test_an_error_sent_as_a_success_is_asked_again(server, tmp_path):
+    seen = set()
+
+    def first_time(body, reply):
+        key = json.dumps(body["input"])
+        if not judged(body) or key in seen or "Question 3" not in key:
+            return None
+        seen.add(key)
+        return 200, {"error": {"message": "Provider returned error"}}
+
+    server.instead = first_time
+    summary = run(server, tmp_path, self_pairs=0)
+    assert summary["accounting"]["main"]["ok"] == 2 * 29 and len(seen) > 0
+
+
+# ---- tried and untried
+
+
+def test_not_tried_and_tried_without_a_verdict_are_two_things(server, tmp_path):
+    untried = judge(options(server.url, str(tmp_path / "a/judge")), comparisons(30), [])
+    assert "was not tried on pairs labelled by people" in untried["conclusion"]
+    server.instead = lambda body, reply: no_json(body, reply) if "of rejected" in str(body) else None
+    tried = judge(options(server.url, str(tmp_path / "b/judge"), max_attempts=1), comparisons(30), labelled(4))
+    assert "was tried on 4 pairs labelled by people and gave on none of them a verdict" in tried["conclusion"]
+    assert "not tried" not in str(distrust(tried["calibration"]["labelled"], tried["result"], 0.4))
