@@ -5,20 +5,20 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gaudi train lint format bench fuzz audit build run clean
+.PHONY: help setup demo test test-gaudi train lint format bench fuzz audit build run pipeline package clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/.installed ## a virtual environment with everything pinned in requirements.txt
+setup: $(VENV)/.installed ## a virtual environment with everything pinned in requirements-dev.txt
 
-$(VENV)/.installed: requirements.txt pyproject.toml
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Tandem needs Python 3.11 or newer; name one: make PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
 
@@ -56,7 +56,7 @@ lint: setup ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x pipelines/*.sh .ci/run
+	$(BIN)/shellcheck -x pipelines/*.sh containers/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile Dockerfile.gaudi
 
 format: setup ## format the code
@@ -76,29 +76,70 @@ audit: setup ## the installed packages against PyPI's advisories
 	$(BIN)/pip install -q pip-audit==2.10.1
 	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-DEVICE ?= cuda
+# What this host has decides, unless DEVICE=gaudi, cuda or cpu does. GPUS is docker's --gpus: all, a number, device=2.
+comma := ,
+FOUND := $(if $(filter build run pipeline,$(MAKECMDGOALS)),$(shell containers/device.sh))
+DEVICE := $(or $(DEVICE),$(if $(GPUS),cuda),$(firstword $(FOUND)))
+ifneq ($(filter-out gaudi cuda cpu,$(DEVICE)),)
+$(error UserError: DEVICE must be gaudi, cuda or cpu, not $(DEVICE))
+endif
 IMAGE ?= $(if $(filter gaudi,$(DEVICE)),tandem-gaudi,tandem)
 DOCKERFILE := $(if $(filter gaudi,$(DEVICE)),Dockerfile.gaudi,Dockerfile)
-# The pipelines' own default is the CPU
-ifeq ($(ACCELERATE_CONFIG),) # empty, too, as a make around this one exports it
-ACCELERATE_CONFIG := $(if $(filter gaudi,$(DEVICE)),accelerate_configs/gaudi_lazy.yaml,$(if \
-	$(GPUS),accelerate_configs/single_gpu.yaml))
+# How many devices the container gets. Of Gaudis a run takes one unless CARDS names more.
+ifeq ($(DEVICE),cuda)
+GPUS := $(or $(GPUS),all)
+DEVICES := $(if $(filter all,$(GPUS)),$(or $(if $(filter cuda,$(FOUND)),$(word 2,$(FOUND))),1),$(if \
+	$(filter device=%,$(GPUS)),$(words $(subst $(comma), ,$(GPUS))),$(GPUS)))
+else
+DEVICES := $(words $(or $(subst $(comma), ,$(CARDS)),1))
 endif
-# Passed by name, so that a value is on no command line
-RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG JUDGE_MODEL \
-	JUDGE_BASE_URL PT_HPU_LAZY_MODE
-export $(RUN_VARIABLES)
-GAUDI_FLAGS := --runtime=habana -e HABANA_VISIBLE_DEVICES=$(or $(CARDS),all) \
+# The pipelines' own default is the CPU
+CONFIG_FOR_cpu :=
+CONFIG_FOR_cuda := accelerate_configs/$(if $(filter 1,$(DEVICES)),single_gpu,ddp).yaml
+CONFIG_FOR_gaudi := accelerate_configs/gaudi_$(if $(filter 1,$(DEVICES)),lazy,multi_card).yaml
+ifeq ($(ACCELERATE_CONFIG),) # empty, too, as a make around this one exports it
+ACCELERATE_CONFIG := $(CONFIG_FOR_$(DEVICE))
+endif
+# The configs name 8; those of one process are left as they are
+ifeq ($(filter single_gpu cpu gaudi_lazy gaudi_native,$(basename $(notdir $(ACCELERATE_CONFIG)))),)
+NUM_PROCESSES ?= $(filter-out 1,$(DEVICES))
+endif
+HOST_UID ?= $(shell id -u)
+HOST_GID ?= $(shell id -g)
+# Passed by name, so that a value is on no command line. containers/run.sh mounts those that are paths on this host.
+RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG MOUNT_DIR OUTPUT_DIR \
+	JUDGE_MODEL JUDGE_BASE_URL JUDGE_PORT NUM_PROCESSES PT_HPU_LAZY_MODE HF_HUB_OFFLINE
+export $(RUN_VARIABLES) HOST_UID HOST_GID
+FLAGS_FOR_cpu :=
+FLAGS_FOR_cuda = --gpus '$(if $(findstring $(comma),$(GPUS)),"$(GPUS)",$(GPUS))' --ipc=host
+FLAGS_FOR_gaudi := --runtime=habana -e HABANA_VISIBLE_DEVICES=$(or $(CARDS),all) \
 	-e OMPI_MCA_btl_vader_single_copy_mechanism=none --cap-add=sys_nice --net=host --ipc=host
+# A cache for each user: what one has written, another could not add to
+DOCKER_RUN = @containers/run.sh docker run --rm -i --init --stop-timeout=120 --user $(HOST_UID):$(HOST_GID) $(FLAGS_FOR_$(DEVICE)) \
+	$(foreach name,$(RUN_VARIABLES),$(if $($(name)),-e $(name))) \
+	-v tandem-cache-$(HOST_UID):/home/tandem/.cache -- $(IMAGE) /opt/tandem/containers/entry.sh
+SAY_DEVICE = @echo "device: $(DEVICE) (this host has: $(FOUND); DEVICE=gaudi, cuda or cpu decides instead)"
+SAY_CONFIG = @echo "accelerate config: $(or $(ACCELERATE_CONFIG),the pipelines' own for the CPU), processes: $(or \
+	$(NUM_PROCESSES),1)$(if $(findstring ddp.yaml,$(ACCELERATE_CONFIG)),; for a model too large for one GPU: \
+	ACCELERATE_CONFIG=accelerate_configs/fsdp.yaml)"
 
-build: ## the container image: make build [DEVICE=gaudi BASE=…]
-	docker build -t $(IMAGE) -f $(DOCKERFILE) $(if $(BASE),--build-arg BASE=$(BASE)) .
+build: ## the container image: make build [DEVICE=gaudi BASE=…] [TORCH_INDEX=…]
+	$(SAY_DEVICE)
+	docker build -t $(IMAGE) -f $(DOCKERFILE) $(foreach name,BASE TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name)))) .
 
-run: ## the sanity pipeline in the container: make run MODEL_NAME=… [HF_TOKEN=… DATASET=… GPUS=all | DEVICE=gaudi]
-	@mkdir -p runs
-	docker run --rm $(if $(filter gaudi,$(DEVICE)),$(GAUDI_FLAGS),$(if $(GPUS),--gpus $(GPUS))) \
-		$(foreach name,$(RUN_VARIABLES),$(if $($(name)),-e $(name))) \
-		-v tandem-cache:/home/tandem/.cache -v $(CURDIR)/runs:/opt/tandem/runs $(IMAGE)
+run: ## a shell in the container: make run [HF_TOKEN=… MODEL_NAME=… DATASET=… GPUS=1]; without a terminal: commands from stdin
+	$(SAY_DEVICE)
+	$(SAY_CONFIG)
+	$(DOCKER_RUN)
+
+pipeline: ## the sanity pipeline in the container: make pipeline MODEL_NAME=… [HF_TOKEN=… DATASET=… OUTPUT_DIR=runs/…]
+	@test -n "$$MODEL_NAME" || { echo "UserError: MODEL_NAME is required: a model folder or Hub name" >&2; exit 2; }
+	$(SAY_DEVICE)
+	$(SAY_CONFIG)
+	$(DOCKER_RUN) ./pipelines/dpo_pipeline_sanity.sh
+
+package: ## dist/tandem.zip: the project without tests, to upload where git isn't wanted (notebooks/tandem_colab.ipynb)
+	$(PYTHON) containers/package.py
 
 clean: ## remove the virtual environment, run folders and caches
 	rm -rf $(VENV) fuzz-inputs $(GAUDI_VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -23,13 +23,15 @@ no_credentials() {
   done
 }
 
-# log_to FILE: from here on, everything on screen goes to FILE as well.
+# log_to FILE: from here on, everything on screen goes to FILE as well, and SIGTERM to all that this script has started.
 log_to() {
-  [[ ${TANDEM_LOG:-} == "$1" ]] && return
+  if [[ ${TANDEM_LOG:-} == "$1" ]]; then
+    trap 'TERMINATED=1' TERM # the stage's programs get it too: what they save is waited for
+    return
+  fi
   export TANDEM_LOG=$1
   mkdir -p "$(dirname "$1")"
-  "$0" 2>&1 | tee -a "$1"
-  exit "${PIPESTATUS[0]}"
+  exec python -m tandem.launch.supervise --log "$1" "$0"
 }
 
 # preflight STAGES: have the command lines of all stages of the function STAGES checked before the first of them runs.
@@ -46,6 +48,7 @@ stage() {
     printf '%s\0' "$#" "$@"
     return
   fi
+  [[ -z ${TERMINATED:-} ]] || stop "$name" 75
   shift 2
   stamp=$RUN/.stages/$name
   fingerprint=$(fingerprint "$@")
@@ -63,7 +66,8 @@ stage() {
   rm -f "$stamp"
   echo "== $name"
   # What the report tells a reader to repeat, with all that `launch` and `with_local_judge` look at
-  printf '%q ' "RUN=$RUN" "ACCELERATE_CONFIG=$ACCELERATE_CONFIG" ${JUDGE_MODEL:+"JUDGE_MODEL=$JUDGE_MODEL"} "$@" \
+  printf '%q ' "RUN=$RUN" "ACCELERATE_CONFIG=$ACCELERATE_CONFIG" \
+    ${NUM_PROCESSES:+"NUM_PROCESSES=$NUM_PROCESSES"} ${JUDGE_MODEL:+"JUDGE_MODEL=$JUDGE_MODEL"} "$@" \
     >"$RUN/.stages/$name.command"
   "$@" || status=$?
   ((status == 0)) || stop "$name" "$status"
@@ -75,6 +79,8 @@ stage() {
 
 stop() {
   local name=$1 status=$2 why="failed"
+  # A program that SIGTERM ended has saved what it could, as each stage can be killed at any moment
+  [[ -z ${TERMINATED:-} || $status == [23] ]] || status=75
   case $status in
     2) why="was given wrong input" ;;
     3) why="was stopped by an alarm: see $RUN/$name/logs/alarms.jsonl" ;;
@@ -104,9 +110,9 @@ config() {
   if [[ -f $RECIPE/$1.yaml ]]; then echo "$RECIPE/$1.yaml"; else echo "$ROOT/pipelines/recipes/default/$1.yaml"; fi
 }
 
-# launch SCRIPT ARGUMENT…: a training script under accelerate, with its own exit code.
+# launch SCRIPT ARGUMENT…: a training script under accelerate, with its own exit code. NUM_PROCESSES overrides the config's.
 launch() {
-  python -m tandem.launch --config_file "$ACCELERATE_CONFIG" "$@"
+  python -m tandem.launch --config_file "$ACCELERATE_CONFIG" ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} "$@"
 }
 
 # with_local_judge COMMAND…: run COMMAND while transformers serves $JUDGE_MODEL on loopback.

@@ -57,10 +57,10 @@ def _stages(words: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _processes(config: Path) -> int:
-    """The number of processes that accelerate starts."""
+    """The number of processes that accelerate starts: NUM_PROCESSES, else the config's."""
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        return int(values.get("num_processes") or 1)
+        return int(os.environ.get("NUM_PROCESSES") or values.get("num_processes") or 1)
     except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"ACCELERATE_CONFIG {config}: cannot be read: {error}") from error
 

@@ -354,13 +354,19 @@ def _check_changes(before: dict[str, Any] | None, now: dict[str, Any], train: Tr
     return list(changed.values())
 
 
+def _commit() -> str | None:
+    """The commit that runs; None where this is no checkout, or there is no git (the container images have none)."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
 def _environment() -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tandem")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
-        "git_sha": commit.stdout.strip() or None,
+        "git_sha": _commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
