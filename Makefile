@@ -138,7 +138,7 @@ pipeline: ## the sanity pipeline in the container: make pipeline MODEL_NAME=… 
 	$(SAY_CONFIG)
 	$(DOCKER_RUN) ./pipelines/dpo_pipeline_sanity.sh
 
-package: ## dist/tandem.zip: the project without tests, to upload where git isn't wanted (notebooks/tandem_colab.ipynb)
+package: ## dist/tandem.zip: the project without tests, to upload where git isn't wanted
 	$(PYTHON) containers/package.py
 
 clean: ## remove the virtual environment, run folders and caches
