@@ -1,10 +1,12 @@
 import itertools
+import sys
+import types
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tandem.engine import attention
+from tandem.engine import attention, kernels
 from tandem.engine.attention import PairAttention, UnsupportedAttention
 from tandem.engine.layout import plan_pairs
 from tests.engine.tiny_models import collate, random_pairs, tiny_model
@@ -83,7 +85,7 @@ def query_block(request, monkeypatch):
 def test_every_backend_is_the_definition(monkeypatch, states, window, scale, backend, layout):
     plan = plan_pairs(**collate(random_pairs(3, seed=3)), layout=layout)
     states = [torch.randn(1, s.shape[1], plan.n_tokens, DIM, dtype=torch.float64, requires_grad=True) for s in states]
-    monkeypatch.setattr(attention.varlen, "varlen_attn", emulated_varlen)
+    monkeypatch.setattr(kernels.varlen, "varlen_attn", emulated_varlen)
     output = PairAttention(plan, backend)(*states, scale=scale, window=window)
     expected = explicit_attention(plan, *states, scale=scale, window=window)
     assert_close(output, expected, rtol=1e-5, atol=1e-5)
@@ -151,13 +153,25 @@ def test_autocast_attends_in_its_dtype(monkeypatch, plan, states, backend):
         assert {tensor.dtype for tensor in arguments[:3]} == {torch.bfloat16}, "which autocast does not know"
         return emulated_varlen(*arguments, **options)
 
-    monkeypatch.setattr(attention.varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(kernels.varlen, "varlen_attn", kernel)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = PairAttention(plan, backend)(query, key, value.bfloat16())
     assert output.dtype == torch.bfloat16
     assert_close(output.float(), PairAttention(plan)(query, key, value), rtol=0.05, atol=0.05)
 
 
+@pytest.fixture
+def fresh_kernels():
+    """Neither an import nor a capability remembered from elsewhere."""
+    remembered = (kernels.flash_attn_varlen, kernels.capability, attention._say_once)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernels")
 def test_flash_attn_is_called_as_it_documents(monkeypatch, plan, states):
     calls = []
 
@@ -167,14 +181,110 @@ def test_flash_attn_is_called_as_it_documents(monkeypatch, plan, states):
             calls.append((arguments, options))
             return arguments[0]
 
-    monkeypatch.setitem(__import__("sys").modules, "flash_attn", Package)
-    monkeypatch.setattr(attention, "_flash_attn_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", Package)
     PairAttention(plan, "varlen")(*states, window=4, softcap=5.0, scale=0.5, dropout=0.1)
     (_, _, _, cu_q, cu_k, max_q, max_k), options = calls[0]
     assert cu_q is plan.cu_seq_q and cu_k is plan.cu_seq_k and (max_q, max_k) == (plan.max_q, plan.max_k)
     assert options == {
         "dropout_p": 0.1, "softmax_scale": 0.5, "causal": True, "window_size": (3, 0), "softcap": 5.0
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+@pytest.mark.parametrize("broken", [None, "lacks the function", ImportError("undefined symbol"), OSError("libcudart")])
+def test_flash_attn_is_tried_and_not_believed(monkeypatch, broken):
+    """flash-attn 4 has the name and lacks the function; a build for another torch fails while it is loaded."""
+    looks = []
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "flash_attn":
+                looks.append(name)
+                if isinstance(broken, Exception):
+                    raise broken
+
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    if broken == "lacks the function":
+        monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    for _ in range(64):
+        assert kernels.flash_attn_varlen() is None
+    assert len(looks) <= 1, "every layer would look again"
+
+
+def test_torch_without_a_flag_for_grouped_heads(monkeypatch, plan, states):
+    """torch 2.11's `varlen_attn` has no `enable_gqa`; its kernel takes grouped heads all the same."""
+
+    def without(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return emulated_varlen(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
+        )
+
+    monkeypatch.setattr(kernels.varlen, "varlen_attn", without)
+    assert_close(PairAttention(plan, "varlen")(*states), PairAttention(plan, "sdpa")(*states))
+
+
+HALF, SINGLE, CUDA = torch.bfloat16, torch.float32, torch.device("cuda", 0)
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dims", "reason"),
+    [
+        ((8, 0), HALF, (64, 64), ""),
+        ((9, 0), torch.float16, (256, 256), ""),
+        ((7, 5), torch.float16, (64, 64), "capability 7.5"),
+        ((7, 0), HALF, (64, 64), "capability 7.0"),
+        ((9, 0), HALF, (20, 20), "heads of 20"),
+        ((9, 0), HALF, (264, 264), "heads of 264"),
+        ((9, 0), HALF, (192, 128), "differ"),
+        ((9, 0), SINGLE, (64, 64), "float32"),
+    ],
+)
+def test_what_reaches_the_flash_kernel(monkeypatch, capability, dtype, dims, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert reason in kernels.without_flash(CUDA, dtype, dims)
+    assert bool(reason) == bool(kernels.without_flash(CUDA, dtype, dims))
+    # What no flash kernel takes goes to one without grouped heads: expanded, or quadratic in memory
+    assert kernels.sdpa_groups_heads(CUDA, dtype, dims, masked=False) == (not reason)
+    assert not kernels.sdpa_groups_heads(CUDA, dtype, dims, masked=True)
+    assert kernels.sdpa_groups_heads(torch.device("cpu"), dtype, dims, masked=True)
+
+
+def test_expanded_heads_attend_as_grouped_ones(monkeypatch, plan, states):
+    grouped = PairAttention(plan, "sdpa")(*states)
+    seen = []
+    monkeypatch.setattr(kernels, "sdpa_groups_heads", lambda *_, **__: False)
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda *args, **options: seen.append(options["enable_gqa"]) or real(*args, **options),
+    )
+    assert_close(PairAttention(plan, "sdpa")(*states), grouped)
+    assert seen and not any(seen)
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_the_probe_remembers_by_kernel_and_card(monkeypatch):
+    described = set()
+    for capability in ((8, 0), (9, 0)):
+        for package in (None, lambda: None):
+            kernels.capability.cache_clear()
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            monkeypatch.setattr(kernels, "flash_attn_varlen", lambda found=package: found)
+            described |= {kernels.description(CUDA, dtype) for dtype in (HALF, SINGLE)}
+    assert len(described) == 8
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_step_through_varlen_on_tensors_without_values(plan, states, window):
+    """torch's kernel takes what it is given here, as far as shapes and types tell, and gives all gradients."""
+    query, key, value = (torch.empty(state.shape, dtype=HALF, device="meta", requires_grad=True) for state in states)
+    output = PairAttention(plan, "varlen")(query, key, value, window=window)
+    assert output.shape == (1, plan.n_tokens, HEADS, DIM) and output.dtype == HALF
+    output.sum().backward()
+    assert all(state.grad.shape == state.shape for state in (query, key, value))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from tandem.engine import forward, probe
+from tandem.engine import choice, forward, probe
 from tandem.engine.forward import SUPPORTED_TRL, add_pair_forward, check_trl_contract, pair_engine
 from tandem.engine.logprobs import score_tokens
 from tandem.errors import UserError
@@ -24,8 +24,8 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """No memory of other tests: neither lines already said nor differences already measured."""
-    forward._log_once.cache_clear()
-    monkeypatch.setattr(forward, "_measured", {})
+    choice.log_once.cache_clear()
+    monkeypatch.setattr(choice, "_measured", {})
     monkeypatch.setenv("HOME", str(tmp_path))  # where the probe's memory is by default
 
 
@@ -292,7 +292,7 @@ def test_the_verdict_is_remembered(batch, tmp_path, monkeypatch):
         first(**batch, fused_lm_head=True)
     assert len(calls) == 3  # the probe in both layouts, then the batch
 
-    monkeypatch.setattr(forward, "_measured", {})  # another process
+    monkeypatch.setattr(choice, "_measured", {})  # another process
     again, reports = tiny_model("Llama", seed=1), []
     add_pair_forward(again, cache_dir=tmp_path / "memory", on_report=reports.append)
     with backbone_calls(again) as calls:
@@ -316,13 +316,72 @@ def test_the_reference_need_not_be_probed_after_the_policy(batch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama"])
-def test_the_probe_sees_neither_dropout_nor_autocast(batch, name):
-    model, reports = tiny_model(name).train(), []  # GPT-2 drops by default
+def test_the_probe_sees_no_dropout(batch):
+    model, reports = tiny_model("GPT2").train(), []  # GPT-2 drops by default
     add_pair_forward(model, on_report=reports.append)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(**batch, fused_lm_head=True)
+    model(**batch, fused_lm_head=True)
     assert reports[0].layout == "shared" and reports[0].difference < 1e-6
+
+
+WIDE = {"hidden_size": 384, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
+
+
+def test_the_probe_sees_the_precision_of_the_call(batch):
+    """Float32 weights are not what autocast computes in: a kernel of half precision would be met in step 1."""
+    model, reports = tiny_model("Llama", **WIDE).train(), []
+    add_pair_forward(model, on_report=reports.append)
+    attended = []
+    with spy(model, attended), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch, fused_lm_head=True)
+    assert attended[0] == torch.bfloat16
+    assert reports[0].layout == "shared" and 1e-5 < reports[0].difference < probe.tolerance(torch.bfloat16)
+
+
+def test_the_probe_under_autocast_leaves_the_gradients_alone(batch):
+    """Autocast keeps the weights that it has cast: made without gradients, they would have none in training."""
+    model = tiny_model("Llama").train()
+    add_pair_forward(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch, fused_lm_head=True).log_probs.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_another_precision_is_probed_again(batch, tmp_path):
+    model = tiny_model("Llama", **WIDE)
+    for autocast in (False, True):
+        again, reports = copy.deepcopy(model), []
+        add_pair_forward(again, on_report=reports.append, cache_dir=tmp_path)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            again(**batch, fused_lm_head=True)
+        assert (reports[0].difference > 1e-5) == autocast
+
+
+@pytest.mark.parametrize("told", [0, 300])
+def test_longer_rows_are_probed_again(caplog, monkeypatch, told):
+    """Attention that goes wrong behind 200 tokens, as a window or a switch of LongRoPE would have it."""
+    real_call = forward.PairAttention.__call__
+
+    def call(self, query, key, value, **options):
+        output = real_call(self, query, key, value, **options)
+        return output if self.plan.max_k < 200 else output.flip(1)
+
+    monkeypatch.setattr(forward.PairAttention, "__call__", call)
+    ours, theirs = tiny_model("Llama", max_position_embeddings=512), tiny_model("Llama", max_position_embeddings=512)
+    reports = []
+    add_pair_forward(ours, on_report=reports.append, longest=told)
+    add_fused_lm_head(theirs)
+    for longest in (24, 300):
+        batch = collate([{"prompt_ids": list(range(3, 20)), "chosen_ids": [5] * longest, "rejected_ids": [6]}])
+        assert_close(*(model(**batch, fused_lm_head=True).log_probs for model in (ours, theirs)))
+    assert [report.layout for report in reports] == (["padded"] if told else ["shared", "padded"])
+
+
+@contextlib.contextmanager
+def spy(model, attended):
+    """The dtypes that the first layer's attention hands to its projection."""
+    projection = model.model.layers[0].self_attn.o_proj
+    with projection.register_forward_pre_hook(lambda module, args: attended.append(args[0].dtype)):
+        yield
 
 
 def test_a_remembered_fault_is_still_a_fault(batch, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Batches of pairs and sums over them, beside TRL's collator and numbers by hand."""
 
 import torch
-from hypothesis import given
+from datasets import Dataset
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tandem.engine.layout import IGNORED_LABEL
-from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
+from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, longest_row, sequence_logps
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=9)
 pair = st.fixed_dictionaries(
@@ -23,6 +24,17 @@ def test_the_batch_is_trls(pairs: list[dict], max_length: int, scored: bool):
     assert ours.pop("pair_id") == [p["pair_id"] for p in pairs]
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+
+
+@settings(max_examples=30)
+@given(st.lists(pair, min_size=1, max_size=5), st.one_of(st.none(), st.integers(2, 20)))
+def test_the_longest_row_is_the_collators(pairs: list[dict], max_length: int | None):
+    expected = PairCollator(0, max_length)(pairs)["input_ids"].shape[1]
+    assert longest_row(Dataset.from_list(pairs), max_length) == expected
+    assert (
+        longest_row(Dataset.from_list(pairs).select([0, 0]), None)
+        == PairCollator(0, None)(pairs[:1])["input_ids"].shape[1]
+    )
 
 
 @given(st.lists(pair, min_size=1, max_size=4), st.integers(10, 20))

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from tandem.engine.layout import plan_pairs
-from tandem.engine.probe import ProbeCache, difference, probe_batch, tolerance
+from tandem.engine.probe import ProbeCache, difference, length_for, probe_batch, tolerance
 from tests.engine.tiny_models import VOCABULARY, tiny_model
 
 
 def test_the_pairs_share_a_prompt_and_outgrow_a_small_window():
     model = tiny_model("Mistral", sliding_window=40)
-    batch = probe_batch(model, torch.arange(3, VOCABULARY))
+    batch = probe_batch(model, torch.arange(3, VOCABULARY), length_for(model, 10))
     plan = plan_pairs(**batch)
     assert batch["input_ids"].shape == (4, 80)
     lengths = batch["attention_mask"].sum(-1).tolist()
@@ -21,16 +21,24 @@ def test_the_pairs_share_a_prompt_and_outgrow_a_small_window():
     assert all(row[:length].min() >= 3 for row, length in zip(batch["input_ids"], lengths, strict=True))
 
 
-def test_the_pairs_fit_the_model():
-    model = tiny_model("GPT2", n_positions=32)
-    assert probe_batch(model, torch.arange(VOCABULARY))["input_ids"].shape[1] == 32
-    assert probe_batch(tiny_model("Mistral", sliding_window=4096), torch.arange(9))["input_ids"].shape[1] == 160
+def test_the_rows_fit_the_model():
+    assert length_for(tiny_model("GPT2", n_positions=32), 20) == 32
+    assert length_for(tiny_model("Mistral", sliding_window=4096), 20) == 160
+    assert length_for(tiny_model("Llama"), 0) == length_for(tiny_model("Llama"), 48) == 48
+
+
+def test_the_rows_are_as_long_as_the_batches():
+    model = tiny_model("Llama", max_position_embeddings=20_000)
+    lengths = {longest: length_for(model, longest) for longest in range(1, 20_000)}
+    assert all(longest <= length <= max(48, 1.25 * longest + 16) for longest, length in lengths.items())
+    assert len(set(lengths.values())) < 50
+    assert length_for(tiny_model("Llama", max_position_embeddings=256), 1000) == 256
 
 
 def test_the_pairs_hold_ordinary_words_of_the_batch():
     model = tiny_model("Llama")  # pads with 0, begins with 1, ends with 2
-    assert set(probe_batch(model, torch.tensor([[0, 0, 1], [7, 9, 2]]))["input_ids"].unique().tolist()) == {7, 9}
-    assert probe_batch(model, torch.tensor([[0, 0]]))["input_ids"].unique().tolist() == [0]
+    assert set(probe_batch(model, torch.tensor([[0, 0, 1], [7, 9, 2]]), 48)["input_ids"].unique().tolist()) == {7, 9}
+    assert probe_batch(model, torch.tensor([[0, 0]]), 48)["input_ids"].unique().tolist() == [0]
 
 
 def test_the_difference_by_hand():
@@ -39,6 +47,13 @@ def test_the_difference_by_hand():
     assert difference(padded, torch.tensor([[-2.3, -4.0, 0.0]]), labels) == pytest.approx(0.15 / 3)
     assert difference(padded / 10, torch.tensor([[-0.2, -0.3, 0.0]]), labels) == pytest.approx(0.05)
     assert difference(padded, padded * float("nan"), labels) != difference(padded, padded, labels) == 0
+
+
+def test_a_fault_of_the_last_tokens_does_not_drown():
+    labels = torch.full((1, 1025), 5)
+    padded, ours = torch.full((1, 1024), -1.0), torch.full((1, 1024), -1.0)
+    ours[0, 1008:] = -1.5
+    assert difference(padded, ours, labels) == pytest.approx(0.5 * 16 / 64)
 
 
 def test_half_precision_is_allowed_more():

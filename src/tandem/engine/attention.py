@@ -6,24 +6,25 @@ implementation everywhere else. Generation, evaluation and saving are untouched,
 with the keyword it was given, whatever runs in between.
 
 Backends:
-    varlen  one fused variable-length call a layer, on CUDA in half precision: flash-attn's where it is installed,
-            else `torch.nn.attention.varlen.varlen_attn`
+    varlen  one fused variable-length call a layer, on CUDA in half precision: flash-attn's where it can be imported,
+            else `torch.nn.attention.varlen.varlen_attn` (see `kernels`)
     sdpa    a loop over the sequences with `scaled_dot_product_attention`: CPU, MPS, float32, dropout
     dense   a loop with plain matrix products: what no fused kernel here computes (soft-capping, attention sinks)
 """
 
-import importlib.util
+import functools
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from tandem.engine import kernels
 from tandem.engine.layout import PairPlan, Segment, even_size
 
 Backend = Literal["auto", "varlen", "sdpa", "dense"]
@@ -32,9 +33,8 @@ _PREFIX = "tandem|"
 # Queries of one call on the CPU, whose kernel computes blocks of 512 keys whole, those behind the diagonal too.
 # Measured at 256 to 1024 tokens, forward and backward: 10 to 30% less time than in one call; below, no difference.
 _CPU_QUERY_BLOCK = 128
-# Head sizes and dtypes of the flash kernels
-_VARLEN_MAX_HEAD_DIM = 256
-_VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+
+logger = logging.getLogger("tandem.engine")
 
 
 class UnsupportedAttention(Exception):
@@ -84,7 +84,9 @@ class PairAttention:
             UnsupportedAttention: a forced backend cannot compute this.
         """
         device = query.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        # Tensors without values have no autocast, and asking for it is an error
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
         # Rotary embedding leaves float32 queries beside half-precision values under autocast, and not every backend
         # below is one that autocast knows
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -161,37 +163,45 @@ class PairAttention:
             plan.max_k,
         )
         window_size = (-1 if window is None else window - 1, 0)
-        if _flash_attn_installed():
-            from flash_attn import flash_attn_varlen_func
-
-            output = flash_attn_varlen_func(
+        flash_attn = kernels.flash_attn_varlen()
+        if flash_attn is not None:
+            output = flash_attn(
                 *arguments,
                 dropout_p=dropout,
                 softmax_scale=scale,
                 causal=True,
                 window_size=window_size,
                 softcap=softcap or 0.0,
+                **({"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}),
             )
             return output[None]
         if softcap is not None or dropout:
             raise UnsupportedAttention("torch's varlen kernel has neither soft-capping nor dropout; install flash-attn")
-        gqa = query.shape[1] != key.shape[1]
-        output = varlen.varlen_attn(*arguments, scale=scale, window_size=window_size, enable_gqa=gqa)
-        return cast(Tensor, output)[None]
+        grouped = query.shape[1] != key.shape[1]
+        return kernels.torch_varlen(*arguments, scale=scale, window_size=window_size, grouped=grouped)[None]
 
 
 def _choose_backend(
     query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, dropout: float
 ) -> Backend:
-    fits = query.dtype in _VARLEN_DTYPES and query.shape[-1] == value.shape[-1] <= _VARLEN_MAX_HEAD_DIM
-    needs_flash_attn = softcap is not None or dropout > 0
-    if query.is_cuda and fits and sinks is None and (not needs_flash_attn or _flash_attn_installed()):
+    loop: Backend = "dense" if softcap is not None or sinks is not None else "sdpa"
+    if not query.is_cuda:
+        return loop
+    reason = kernels.without_flash(query.device, query.dtype, (query.shape[-1], value.shape[-1]))
+    if sinks is not None:
+        reason = reason or "it has attention sinks"
+    if (softcap is not None or dropout > 0) and kernels.flash_attn_varlen() is None:
+        reason = reason or "soft-capping and dropout need the package flash-attn"
+    if not reason:
         return "varlen"
-    return "dense" if softcap is not None or sinks is not None else "sdpa"
+    if query.dtype != torch.float32:  # which no flash kernel has
+        _say_once(f"attention goes sequence by sequence, because {reason}")
+    return loop
 
 
-def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def _even_blocks(states: Tensor, limit: int) -> tuple[Tensor, ...]:
@@ -227,8 +237,8 @@ def _keys(states: Tensor, segments: tuple[Segment, ...]) -> list[Tensor]:
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """(1, H, q, D) queries over (1, H_kv, k, D) keys; causal where there is no mask."""
     gqa = query.shape[1] != key.shape[1]
-    if gqa and mask is not None and query.is_cuda:
-        # CUDA's fused kernels take grouped heads or a mask, not both, and the way out of both is quadratic in memory
+    dims = (query.shape[-1], value.shape[-1])
+    if gqa and not kernels.sdpa_groups_heads(query.device, query.dtype, dims, masked=mask is not None):
         groups = query.shape[1] // key.shape[1]
         key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     return F.scaled_dot_product_attention(
@@ -282,6 +292,11 @@ def restore_implementation(config: PreTrainedConfig) -> None:
     """Undo `switch_implementation`."""
     if config._attn_implementation is not None:
         config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
+
+
+def original_implementation(name: str) -> str:
+    """The attention implementation that a config had before `switch_implementation`."""
+    return name.removeprefix(_PREFIX)
 
 
 def _attention_forward(

@@ -2,12 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from tandem.engine.layout import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def longest_row(pairs: "Dataset", max_length: int | None) -> int:
+    """Tokens of the longest row that `PairCollator` makes of tokenized pairs, counted without reading a token."""
+    table = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")[:]
+    prompt, chosen, rejected = (pc.list_value_length(column) for column in table.columns)
+    longest = pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py() or 0
+    return min(longest, max_length or longest)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -19,8 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tandem.engine.precision import computed_in
 from tandem.errors import UserError
-from tandem.training.trainers.sharding import check_saves_whole, fp32_outputs, layer_classes, shard_frozen
+from tandem.training.trainers.sharding import check_saves_whole, exact_sums, layer_classes, shard_frozen
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -53,14 +54,43 @@ def test_without_a_list_of_its_own_the_longest_list_of_modules_counts(tiny_model
         layer_classes(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_outputs_stay_in_float32():
-    """accelerate's own policy for bf16 rounds the outputs, and with them DPO's log-probs."""
+def test_outputs_are_left_as_they_are():
+    """accelerate's own policy for bf16 rounds the outputs, and with them DPO's log-probs; float32 would double every
+    layer's."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
-    policy = fp32_outputs(plugin.mixed_precision_policy)
-    assert policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    assert fp32_outputs(None) is None
+    policy = exact_sums(plugin.mixed_precision_policy)
+    assert policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
+    assert exact_sums(None) is None
+
+
+@pytest.mark.usefixtures("one_process")
+def test_layers_hand_on_what_they_compute_in():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for module in (*layers, layers):
+        fully_shard(module, mp_policy=exact_sums(MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)))
+    seen = []
+    layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    layers(torch.zeros(1, 4))
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_precision_of_sharded_weights_is_what_fsdp_computes_in():
+    model = nn.Linear(4, 4)
+    assert computed_in(model, "cpu") == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert computed_in(model, "cpu") == torch.bfloat16
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert model.weight.dtype == torch.float32
+    assert computed_in(model, "cpu") == torch.bfloat16
+
+
+def test_layers_of_4_bits_have_a_precision_of_their_own():
+    model = nn.Linear(4, 4)
+    model.compute_dtype = torch.bfloat16  # as bitsandbytes' Linear4bit has it
+    assert computed_in(model, "cpu") == torch.bfloat16
 
 
 @pytest.mark.usefixtures("one_process")

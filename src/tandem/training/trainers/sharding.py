@@ -43,7 +43,7 @@ class Sharded:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = fp32_outputs(plugin.mixed_precision_policy)
+            plugin.mixed_precision_policy = exact_sums(plugin.mixed_precision_policy)
             if plugin.transformer_cls_names_to_wrap is None:
                 plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
         check_saves_whole(self.accelerator)
@@ -62,6 +62,7 @@ class Sharded:
         if self.topology.engine == "tp_fsdp":
             average_cut_adapter(self.model, self.accelerator)
         self.topology.verify(self.model_wrapped)
+        gather_once(self.model_wrapped)
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -93,12 +94,28 @@ def save_without_weights(model: PreTrainedModel | PeftModel, folder: str) -> Non
         model.generation_config.save_pretrained(folder)
 
 
-def fp32_outputs(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | None:
-    """`policy` with outputs and gradient sums in float32: accelerate would round DPO's log-probs to its bfloat16, and
-    −72.16 nats to −72.0."""
+def exact_sums(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | None:
+    """`policy` with gradients summed in float32, and outputs left in the type they were computed in.
+
+    accelerate would round DPO's log-probs to bfloat16, and −72.16 nats to −72.0. They are float32 as they are; every
+    layer's output made float32 as well would double what gradient checkpointing keeps.
+    """
     if policy is None or policy.param_dtype in (None, torch.float32):
         return policy
-    return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
+
+
+def gather_once(model: nn.Module) -> None:
+    """Gather the weights of every unit of FSDP version 2 for a moment, before training.
+
+    A unit that the forward never calls is never gathered: a head whose weights alone are read, a vision tower over
+    text. torch 2.13 makes a weight's place when it is first gathered, and fails at one without
+    (`FSDPParam._unsharded_param`) in the backward of a micro-batch that does not synchronise gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:

@@ -15,7 +15,7 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.devices import has_hpu
 from tandem.engine.forward import pair_engine
-from tandem.engine.pairs import PairCollator, sequence_logps
+from tandem.engine.pairs import PairCollator, longest_row, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models.load import lora_config
 from tandem.monitor.memory import by_rank, read_memory
@@ -54,7 +54,13 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
         self._ref_cache = RefCache(engine.ref_cache)
         self._layout = engine.layout
         self._reference_name = ref_model.name_or_path if ref_model is not None else None
-        with pair_engine(engine.layout), _weights_hashed_by(fingerprint), policy_is_reference(ref_model):
+        splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
+        longest = max(longest_row(pairs, keywords["data_collator"].max_length) for pairs in splits)
+        with (
+            pair_engine(engine.layout, longest=longest),
+            _weights_hashed_by(fingerprint),
+            policy_is_reference(ref_model),
+        ):
             super().__init__(*arguments, ref_model=ref_model, **keywords)
         self.ref_model = None
         self._deferred = DeferredGather(self.accelerator)

@@ -1,0 +1,208 @@
+"""Which layout a model is forwarded in: the one asked for, as long as the probe finds that it changes nothing."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tandem.engine import attention, kernels, probe
+from tandem.engine.attention import Backend
+from tandem.engine.layout import Layout
+from tandem.engine.precision import computed_in, is_sharded, same_autocast
+
+logger = logging.getLogger("tandem.engine")
+
+# Layers whose memory along the row is attention, which the plan restricts; a recurrent state would leak across pairs
+_SERVED_LAYERS = {"full_attention", "sliding_attention"}
+# Differences measured in this process: the reference has the policy's architecture
+_measured: dict[str, float] = {}
+
+Scoring = Callable[[dict[str, Tensor]], Tensor]
+"""The probe's batch → its (4, S − 1) log-probs in nats."""
+
+
+@dataclass(frozen=True)
+class LayoutReport:
+    """Which layout a model is forwarded in, and why.
+
+    Attributes:
+        model: class of the model.
+        layout: the layout in use.
+        reason: why it is not the one asked for; empty where it is.
+        difference: the probe's, see `probe.difference`; None where no probe was needed.
+    """
+
+    model: str
+    layout: Layout
+    reason: str = ""
+    difference: float | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.model}: layout {self.layout}"
+        if self.reason:
+            line += f", because {self.reason}"
+        elif self.difference is not None:
+            line += f" (differs from padded by {self.difference:.1e} per token)"
+        return line
+
+
+class LayoutChoice:
+    """The layout of one model, decided at its first batch, and again for rows longer than any that were probed.
+
+    Args:
+        model: before it is wrapped.
+        layout, backend: what is asked for.
+        cache_dir: folder of the probe's memory.
+        longest: tokens of the longest row that will come, 0 where that is not known. It has to be, to probe weights
+            that lie on several processes again: these see rows of different lengths, and would not do so together.
+        on_report: called whenever a layout is settled.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        backend: Backend,
+        *,
+        cache_dir: str | Path,
+        longest: int = 0,
+        on_report: Callable[[LayoutReport], None] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.backend = backend
+        self.cache = probe.ProbeCache(cache_dir)
+        self.longest = longest
+        self.on_report = on_report
+        self.report: LayoutReport | None = None
+        self.probed = 0  # tokens of the longest row that the report is about
+        self.name = type(model).__name__
+        if layout == "padded":
+            self.settle("padded", "it was asked for")
+        elif reason := _unserved_architecture(model):
+            self.settle("padded", reason)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether it is settled that TRL's forward is taken."""
+        return self.report is not None and self.report.layout == "padded"
+
+    def settle(self, layout: Layout, reason: str = "", difference: float | None = None) -> None:
+        """Forward in `layout` from now on."""
+        first = self.report is None
+        self.report = LayoutReport(self.name, layout, reason, difference)
+        level = logging.INFO if layout == self.layout else logging.WARNING
+        if first or level == logging.WARNING:
+            log_once(level, str(self.report))
+        if self.on_report is not None:
+            self.on_report(self.report)
+
+    def needs_probe(self, model: PreTrainedModel, length: int) -> bool:
+        """Whether rows of `length` tokens are longer than what is known to agree."""
+        if self.is_padded:
+            return False
+        return self.report is None or (length > self.probed and not is_sharded(model))
+
+    def covers(self, length: int) -> bool:
+        """Whether rows of `length` tokens are among those that were probed."""
+        return length <= self.probed
+
+    def probe(self, model: PreTrainedModel, input_ids: Tensor, padded: Scoring, packed: Scoring) -> None:
+        """Score the probe's pairs in both layouts, as the model is called now, and settle. Collective where it is
+        sharded.
+
+        Args:
+            input_ids: a batch, (2B, S) int64, whose tokens the probe's pairs are made of, at least as long.
+            padded, packed: how to score in either layout.
+        """
+        device, collective = input_ids.device, is_sharded(model)
+        length = probe.length_for(model, max(input_ids.shape[1], self.longest))
+        dtype = computed_in(model, device.type)
+        key = self.key(model, device, dtype, length)
+        gap = _measured.get(key, self.cache.read(key))
+        if collective:  # all processes forward it, or none
+            gap = broadcast_object_list([gap])[0]
+        failure = ""
+        if gap is None:
+            batch = probe.probe_batch(model, input_ids, length)
+            with torch.no_grad(), _evaluating(model), same_autocast(device.type):
+                reference = padded(batch)
+                try:
+                    gap = probe.difference(reference, packed(batch), batch["labels"])
+                # Whatever an architecture does with a row it was not written for, TRL's forward still serves it
+                except Exception as error:
+                    failure, gap = f"the packed row fails with {type(error).__name__}: {error}", float("nan")
+            if collective:
+                results = gather_object([(gap, failure)])
+                gap, failure = max(results, key=lambda result: (result[0] != result[0], result[0]))
+            _measured[key] = gap
+            if gap == gap and PartialState().is_main_process:
+                self.cache.write(key, gap)
+        self.probed = max(length, input_ids.shape[1], self.longest)
+        limit = probe.tolerance(dtype)
+        if gap <= limit:
+            self.settle(self.layout, difference=gap)
+            return
+        for config in attention_configs(model):
+            attention.restore_implementation(config)
+        words = f"its log-probs differ by {gap:.1e} per token between layouts, more than {limit:.0e}"
+        self.settle("padded", failure or words, gap)
+
+    def key(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, length: int) -> str:
+        """What the probe's outcome is remembered under: all that decides it."""
+        original = str(model.config.get_text_config()._attn_implementation)
+        return self.cache.key(
+            model,
+            layout=self.layout,
+            backend=self.backend,
+            dtype=str(model.dtype),
+            computed=str(dtype),
+            autocast=torch.is_autocast_enabled(device.type),
+            device=device.type,
+            kernel=kernels.description(device, dtype),
+            attention=attention.original_implementation(original),
+            length=length,
+        )
+
+
+def _unserved_architecture(model: PreTrainedModel) -> str:
+    """Why the model cannot run a foreign attention function at all, or nothing."""
+    decoder = model.get_decoder()
+    if not getattr(decoder, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    other = set(getattr(decoder.config, "layer_types", None) or ()) - _SERVED_LAYERS
+    if other:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    return ""
+
+
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs the decoder's layers read their attention implementation from, usually one."""
+    decoder = model.get_decoder()
+    configs = (getattr(module, "config", None) for module in decoder.modules())
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradient checkpointing, each module going back to the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@functools.cache
+def log_once(level: int, line: str) -> None:
+    """Say each thing once, though policy and reference both have it to say."""
+    logger.log(level, line)
