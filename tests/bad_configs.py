@@ -109,9 +109,7 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "a boolean for a number": yaml(b"max_steps: true\n", FROM + "max_steps must be a whole number, not True"),
     "neither true nor false": dpo("--use_peft maybe", "command line: use_peft must be true or false, not 'maybe'"),
     "a mapping for a name": yaml(b"dataset_name: {a: b}\n", FROM + "dataset_name must be text, not {{'a': 'b'}}"),
-    "an unknown loss": dpo(
-        "--loss_type dpo", "command line: loss_type must be one of sigmoid, hinge, ipo, exo_pair, …"
-    ),
+    "an unknown loss": dpo("--loss_type dpo", "--loss_type dpo: no such loss (did you mean ipo?); …"),
     "an unknown schedule": dpo("--lr_scheduler_type cosin", "command line: lr_scheduler_type must be one of linear, …"),
     "an unknown format": dpo("--data_format csv", "command line: data_format must be one of hh, prompt_pair, …"),
     # Out of range

@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*/*.yaml"))
 ACCELERATE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 # Options that the pipelines, or the user, put on the command line
 GIVEN = {
-    "check": "--dataset_name d",
+    "check": "--dataset_name d --tokenizer_name_or_path m",
     "sft": "--model_name_or_path m --dataset_name d --output_dir o",
     "dpo": "--model_name_or_path m --dataset_name d --output_dir o",
     "evaluate": "--reference_model m --dpo_model d --dataset_name d",

@@ -174,9 +174,9 @@ def test_the_layout_is_the_engines(
     """`engine/test_equality.py` is about what it does there."""
     layouts = []
 
-    def watched(layout: str) -> Any:
+    def watched(layout: str, **options: Any) -> Any:
         layouts.append(layout)
-        return pair_engine(layout)
+        return pair_engine(layout, **options)
 
     monkeypatch.setattr(trl, "pair_engine", watched)
     given = f"--model_name_or_path {tiny_model} --dataset_name {tiny_data} --output_dir {tmp_path}/out --max_steps 1"
@@ -540,6 +540,7 @@ PROOFS: dict[str, dict[str, str]] = {
     "DPOOptions": {
         **dict.fromkeys(DPO_CHANGES, LOSS),
         "reference_model": "training/test_stages.py::test_the_default_loss_with_smoothing_is_cdpo",
+        "simpo_gamma": "training/test_stages.py::test_simpo_needs_no_reference",
     },
     "EngineOptions": {
         "layout": f"{HERE}::test_the_layout_is_the_engines",

@@ -14,7 +14,7 @@ from tandem.data.options import DataOptions
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
 from tandem.monitor.options import MonitorOptions
-from tandem.options.losses import LOSS_TYPES, SMOOTHED_LOSSES, DPOOptions
+from tandem.options.losses import LOSSES, DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.parsing import parse
 from tandem.options.training import (
@@ -39,12 +39,13 @@ def trl_branches() -> dict[str, str]:
 
 
 def test_losses_are_those_of_trl():
-    assert set(LOSS_TYPES) == set(trl_branches())
+    assert {name for name, loss in LOSSES.items() if loss.per_pair is None} == set(trl_branches())
 
 
 def test_smoothed_losses_are_those_whose_formula_has_the_smoothing():
     smoothed = {name for name, body in trl_branches().items() if "self.label_smoothing" in body}
-    assert set(SMOOTHED_LOSSES) == smoothed | {"sigmoid"}
+    of_trl = {name for name, loss in LOSSES.items() if loss.smoothed and loss.per_pair is None}
+    assert of_trl == smoothed | {"sigmoid"}
 
 
 @given(
@@ -140,10 +141,17 @@ TRAIN = {"output_dir": "out"}
         (
             DPOOptions,
             {"label_smoothing": 0.1, "loss_type": ["ipo"]},
-            "--label_smoothing has no effect with --loss_type ipo; it has with sigmoid, robust, exo_pair, aot, aot_un",
+            "--label_smoothing has no effect with --loss_type ipo; it has with sigmoid, exo_pair, robust, aot, aot_un",
         ),
         (DPOOptions, {"loss_type": ["exo_pair"]}, "--loss_type exo_pair needs --label_smoothing above 0"),
         (DPOOptions, {"ld_alpha": 1.5}, "--ld_alpha must be between 0 and 1, not 1.5"),
+        (DPOOptions, {"loss_type": ["simp"]}, "--loss_type simp: no such loss (did you mean simpo?)"),
+        (DPOOptions, {"loss_type": ["nowhere:loss"]}, "--loss_type nowhere:loss: there is no module nowhere here"),
+        (DPOOptions, {"loss_type": ["gone.py:loss"]}, "--loss_type gone.py:loss: there is no file gone.py"),
+        (DPOOptions, {"loss_type": ["math:gone"]}, "--loss_type math:gone: math has no gone"),
+        (DPOOptions, {"loss_type": ["math:pi"]}, "--loss_type math:pi: is a float, neither a function nor a Loss"),
+        (DPOOptions, {"loss_type": ["simpo"], "reference_model": "x"}, "--reference_model has no effect with --loss_t"),
+        (DPOOptions, {"simpo_gamma": 1.0}, "--simpo_gamma has no effect without --loss_type simpo"),
         (DPOOptions, {"discopop_tau": 0.1}, "--discopop_tau has no effect without --loss_type discopop"),
         (
             DPOOptions,
@@ -155,7 +163,7 @@ TRAIN = {"output_dir": "out"}
             {"f_divergence_type": "js_divergence", "loss_type": ["aot"]},
             "--f_divergence_type js_divergence g",
         ),
-        (DPOOptions, {"use_weighting": True, "loss_type": ["aot"]}, "--use_weighting cannot weight the losses aot and"),
+        (DPOOptions, {"use_weighting": True, "loss_type": ["aot"]}, "--use_weighting cannot weight the loss aot"),
         (SamplingOptions, {"temperature": 0.0}, "--temperature must be above 0, not 0.0; use --greedy for none"),
         (SamplingOptions, {"top_p": 1.5}, "--top_p must be above 0 and at most 1, not 1.5"),
         (SamplingOptions, {"max_prompts": 0}, "--max_prompts must be at least 1, not 0"),
@@ -171,7 +179,7 @@ def test_f_divergence_losses_are_those_trl_accepts():
     source = inspect.getsource(DPOTrainer.__init__)
     start = source.index("f_divergence_loss_types = {") + len("f_divergence_loss_types = ")
     accepted = ast.literal_eval(source[start : source.index("}", start) + 1])
-    for name in LOSS_TYPES:
+    for name in LOSSES:
         given: dict[str, object] = {
             "loss_type": [name, "hinge"],  # beside another: sft alone has no divergence
             "f_divergence_type": "js_divergence",

@@ -27,7 +27,7 @@ from tandem.errors import UserError
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.merge import MergeOptions, merge
 from tandem.models.scorer import Scorer
-from tandem.options.losses import LOSS_TYPES, SMOOTHED_LOSSES
+from tandem.options.losses import LOSSES
 from tandem.options.model import ModelOptions, TextOptions
 from tandem.runs import checkpoints, damage, is_complete, sha256_file, write_manifest
 from tandem.training.stages import _render
@@ -139,20 +139,65 @@ def test_the_default_loss_with_smoothing_is_cdpo(
     assert losses(metrics) == pytest.approx([float(expected.mean())], abs=1e-4)
 
 
-@pytest.mark.parametrize("loss", LOSS_TYPES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_takes_a_step(tmp_path: Path, train: Train, other_model: Path, loss: str, tiny_model: Path):
     """Against another reference, so that margins are not zero; where smoothing is taken, it makes a difference."""
     steps = {}
-    for smoothing in (0.1, 0.2) if loss in SMOOTHED_LOSSES else (0.0,):
+    for smoothing in (0.1, 0.2) if LOSSES[loss].smoothed else (0.0,):
         out = tmp_path / str(smoothing)
-        # The loss sft has no reference
-        against = {} if loss == "sft" else {"reference_model": other_model, "beta": 1.0}
+        against = {"reference_model": other_model, "beta": 1.0} if LOSSES[loss].reference == "loss" else {}
         common: dict[str, Any] = {"max_steps": 1, "max_train_samples": 4, "label_smoothing": smoothing}
         metrics = train("dpo", out, loss_type=loss, **common, **against)
         steps[smoothing] = losses(metrics)[0]
         assert math.isfinite(steps[smoothing])
         assert weights(out) != weights(tiny_model)
     assert len(set(steps.values())) == len(steps)
+
+
+OWN_LOSS = """
+import torch
+
+def dpo(pairs):
+    chosen, rejected = pairs.chosen_logps - pairs.ref_chosen_logps, pairs.rejected_logps - pairs.ref_rejected_logps
+    return -torch.nn.functional.logsigmoid(pairs.beta * (chosen - rejected))
+
+def bad(pairs):
+    return pairs.chosen_logps.mean()
+"""
+
+
+def test_a_loss_of_the_users_own_is_trained(tmp_path: Path, train: Train, other_model: Path, script: Any):
+    """DPO's own formula in a file gives TRL's losses and weights, alone and added to another, evaluation included."""
+    (tmp_path / "mine.py").write_text(OWN_LOSS)
+    common = {"reference_model": other_model, "beta": 1.0, "eval_strategy": "epoch", "num_train_epochs": 1}
+    common |= {"max_steps": -1, "max_train_samples": 8}
+    own = f"{tmp_path / 'mine.py'}:dpo"
+    stock = train("dpo", tmp_path / "stock", **common)
+    mine = train("dpo", tmp_path / "mine", loss_type=own, **common)
+    assert losses(mine) == pytest.approx(losses(stock), abs=1e-6)
+    evaluated = [[entry["eval_loss"] for entry in run["log_history"] if "eval_loss" in entry] for run in (stock, mine)]
+    assert evaluated[0] and evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+    both = train("dpo", tmp_path / "both", loss_type=["sigmoid", own], loss_weights=[0.5, 0.5], **common)
+    assert losses(both) == pytest.approx(losses(stock), abs=1e-6)
+    with pytest.raises(UserError, match="must give one value a pair"):
+        train("dpo", tmp_path / "bad", loss_type=f"{tmp_path / 'mine.py'}:bad", **common)
+
+
+def test_simpo_needs_no_reference(tmp_path: Path, train: Train, tiny_model: Path, tiny_data: Path):
+    """One step on four pairs by Meng et al. 2024, Eq. 6, from plain log-probs; no cache of a reference is opened."""
+    tokenizer = load_tokenizer(ModelOptions(str(tiny_model)))
+    rows = load_pairs(DataOptions(str(tiny_data)), "train")[:4]
+    tokens = [tokenize_pair(render(row, True), tokenizer) for row in rows]
+    lengths = torch.tensor([[len(pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in tokens])
+    means = torch.tensor(scores(tiny_model, tiny_data, 4)) / lengths
+    expected = -torch.nn.functional.logsigmoid(3.0 * (means[:, 0] - means[:, 1]) - 1.5)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    flags = {"loss_type": "simpo", "beta": 3.0, "simpo_gamma": 1.5, "max_steps": 1, "max_train_samples": 4}
+    metrics = train("dpo", out, ref_cache=cache, **flags)
+    assert losses(metrics) == pytest.approx([float(expected.mean())], abs=1e-4)
+    logged = next(entry for entry in metrics["log_history"] if "rewards/margins" in entry)
+    assert logged["rewards/margins"] == pytest.approx(float((3.0 * (means[:, 0] - means[:, 1])).mean()), abs=1e-4)
+    assert not list(cache.rglob("*.sqlite"))
 
 
 def test_weighted_losses_add_up(tmp_path: Path, train: Train, other_model: Path):

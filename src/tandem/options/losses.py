@@ -1,17 +1,128 @@
-"""Options of the DPO objective: the losses, and what goes with which."""
+"""Options of the DPO objective: the table of losses, and what goes with which."""
 
 import dataclasses
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from tandem.errors import UserError
 from tandem.options.parsing import changed, flags, opt, refuse
 
-LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-# The others need a β·log Z(x) to cancel that only reverse KL has; TRL 1.16 refuses them
-F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """One loss of DPO, and what goes with it. A user's own is one of these, or its function alone.
+
+    Attributes:
+        name: what `--loss_type` calls it.
+        source: where its formula is from.
+        smoothed: `--label_smoothing` changes it.
+        f_divergence: it goes with other divergences than reverse KL: those losses in which β·log Z(x) cancels.
+        reference: `loss` where its formula has the reference; `metrics` where only the logged rewards do; `none`.
+        weighted: `--use_weighting` can weigh its pairs: each has a value of its own, that TRL 1.16 can multiply.
+        on_gaudi: its formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16, or it is Tandem's.
+        per_pair: (`tandem.engine.losses.Pairs`) → (B,), each pair's loss; or the text `module:function` that names it.
+            None: TRL computes it.
+        rewards: likewise, → the implicit rewards of chosen and of rejected answers that are logged, (B,) each; None:
+            β times the log-ratio to the reference, or to nothing without one.
+    """
+
+    name: str
+    source: str = ""
+    smoothed: bool = False
+    f_divergence: bool = False
+    reference: str = "loss"
+    weighted: bool = True
+    on_gaudi: bool = False
+    per_pair: Callable[[Any], Any] | str | None = None
+    rewards: Callable[[Any], Any] | str | None = None
+
+
+_OWN = "tandem.engine.losses"
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss("sigmoid", "Rafailov et al. 2023, Eq. 7", smoothed=True, f_divergence=True, on_gaudi=True),
+        # TRL multiplies WPO's weights in place, which the gradients of relu and of an expanded value do not bear
+        Loss("hinge", "Zhao et al. 2023 (SLiC)", f_divergence=True, weighted=False, on_gaudi=True),
+        Loss("ipo", "Azar et al. 2023, Eq. 17, in means over tokens", f_divergence=True, on_gaudi=True),
+        Loss("exo_pair", "Ji et al. 2024, Eq. 16", smoothed=True, f_divergence=True, on_gaudi=True),
+        Loss("nca_pair", "Chen et al. 2024", on_gaudi=True),
+        Loss("robust", "Chowdhury et al. 2024, Eq. 11", smoothed=True, f_divergence=True, on_gaudi=True),
+        Loss("bco_pair", "Jung et al. 2024"),
+        Loss("sppo_hard", "Wu et al. 2024, Eq. 4.7", on_gaudi=True),
+        Loss("aot", "Melnyk et al. 2024", smoothed=True, weighted=False),
+        Loss("aot_unpaired", "Melnyk et al. 2024", smoothed=True, weighted=False),
+        Loss("apo_zero", "D'Oosterlinck et al. 2024, Eq. 7"),
+        Loss("apo_down", "D'Oosterlinck et al. 2024, Eq. 8"),
+        Loss("discopop", "Lu et al. 2024, Eq. 5", f_divergence=True),
+        Loss("sft", "log-likelihood of chosen", f_divergence=True, reference="metrics", weighted=False),
+        Loss("sigmoid_norm", "Rafailov et al. 2023, in means over tokens", f_divergence=True),
+        Loss(
+            "simpo", "Meng et al. 2024, Eq. 6", smoothed=True, reference="none", on_gaudi=True,
+            per_pair=f"{_OWN}:simpo", rewards=f"{_OWN}:mean_rewards",
+        ),
+        Loss("cpo", "Xu et al. 2024, Eq. 3", smoothed=True, reference="none", on_gaudi=True, per_pair=f"{_OWN}:cpo"),
+    )
+}  # fmt: skip
+
+
+def loss_named(name: str) -> Loss:
+    """The loss that `--loss_type` calls `name`: of the table, or a user's `module:function` or `file.py:function`.
+
+    Raises:
+        UserError: there is no such loss, module or function.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, LOSSES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
+        raise UserError(f"--loss_type {name}: no such loss ({hint}); a loss of your own is named module:function")
+    found = load_object(name)
+    if isinstance(found, Loss):
+        if found.per_pair is None:
+            raise UserError(f"--loss_type {name}: this Loss has no per_pair function")
+        return dataclasses.replace(found, name=name, on_gaudi=True)
+    if not callable(found):
+        raise UserError(f"--loss_type {name}: is a {type(found).__name__}, neither a function nor a Loss")
+    return Loss(name, per_pair=found, on_gaudi=True)
+
+
+def load_object(name: str) -> Any:
+    """What `module:name` or `file.py:name` refers to; modules are looked for in the current folder too.
+
+    Raises:
+        UserError: there is no such module or file, or it has nothing of this name.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise UserError(f"--loss_type {name}: there is no file {place}")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name and not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module is there, and lacks another
+            raise UserError(f"--loss_type {name}: there is no module {place} here or installed") from error
+        finally:
+            sys.path.remove(os.getcwd())
+    if not hasattr(module, attribute):
+        raise UserError(f"--loss_type {name}: {place} has no {attribute}")
+    return getattr(module, attribute)
 
 
 @dataclasses.dataclass
@@ -19,7 +130,9 @@ class DPOOptions:
     """DPO."""
 
     beta: float = opt(0.1, "β: how strongly the policy is held to the reference")
-    loss_type: list[str] = opt(["sigmoid"], "one TRL loss, or several to be added", choices=LOSS_TYPES)
+    loss_type: list[str] = opt(
+        ["sigmoid"], f"one loss, or several to be added: {', '.join(LOSSES)}; or your own, as module:function"
+    )
     loss_weights: list[float] | None = opt(None, "weights of several losses")
     label_smoothing: float = opt(0.0, "share of labels taken for flipped; with sigmoid this is cDPO")
     f_divergence_type: str = opt("reverse_kl", "divergence between policy and reference", choices=F_DIVERGENCES)
@@ -27,6 +140,7 @@ class DPOOptions:
     ld_alpha: float | None = opt(None, "LD-DPO: weight of the tokens beyond the shorter answer's length")
     discopop_tau: float = opt(0.05, "temperature of the discopop loss")
     use_weighting: bool = opt(False, "WPO: weight pairs by the policy's own probability of them")
+    simpo_gamma: float = opt(0.5, "SimPO: γ, the margin that β times the means' difference should reach")
     disable_dropout: bool = opt(True, "set every dropout of policy and reference to zero")
     reference_model: str | None = opt(None, "reference model folder or Hub name; unset: the policy before training")
 
@@ -38,18 +152,28 @@ class DPOOptions:
             problems.append(f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type")
         if not 0 <= self.label_smoothing < 0.5:
             problems.append(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
-        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
-            problems.append(
-                f"--label_smoothing has no effect with --loss_type {' '.join(self.loss_type)}; "
-                f"it has with {', '.join(SMOOTHED_LOSSES)}"
-            )
+        losses = []
+        for name in self.loss_type:
+            try:
+                losses.append(loss_named(name))
+            except UserError as problem:
+                problems.append(str(problem))
+        refuse(problems)
+        problems += self._conflicts(losses)
+        refuse(problems)
+
+    def _conflicts(self, losses: list[Loss]) -> list[str]:
+        """What does not go with these losses, or has no effect with them."""
+        problems = []
+        named = f"--loss_type {' '.join(self.loss_type)}"
+        if self.label_smoothing and not any(loss.smoothed for loss in losses):
+            smoothed = ", ".join(loss.name for loss in LOSSES.values() if loss.smoothed)
+            problems.append(f"--label_smoothing has no effect with {named}; it has with {smoothed}")
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             problems.append("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
-        if self.f_divergence_type != "reverse_kl" and not set(self.loss_type) <= set(F_DIVERGENCE_LOSSES):
-            problems.append(
-                f"--f_divergence_type {self.f_divergence_type} goes with {', '.join(F_DIVERGENCE_LOSSES)}, "
-                f"not with --loss_type {' '.join(self.loss_type)}"
-            )
+        if self.f_divergence_type != "reverse_kl" and not all(loss.f_divergence for loss in losses):
+            fitting = ", ".join(loss.name for loss in LOSSES.values() if loss.f_divergence)
+            problems.append(f"--f_divergence_type {self.f_divergence_type} goes with {fitting}, not with {named}")
         alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
         if alpha_given and self.f_divergence_type != "alpha_divergence":
             problems.append("--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence")
@@ -57,14 +181,38 @@ class DPOOptions:
             problems.append(f"--discopop_tau must be above 0, not {self.discopop_tau}")
         if self.discopop_tau != type(self).discopop_tau and "discopop" not in self.loss_type:
             problems.append("--discopop_tau has no effect without --loss_type discopop")
-        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
-            problems.append("--use_weighting cannot weight the losses aot and aot_unpaired: they sort the pairs apart")
+        if self.simpo_gamma != type(self).simpo_gamma and "simpo" not in self.loss_type:
+            problems.append("--simpo_gamma has no effect without --loss_type simpo")
+        if self.simpo_gamma < 0:
+            problems.append(f"--simpo_gamma must not be negative, got {self.simpo_gamma}")
+        if self.use_weighting and (unweighted := [each.name for each in losses if not each.weighted or each.per_pair]):
+            plural = "losses" if len(unweighted) > 1 else "loss"
+            problems.append(f"--use_weighting cannot weight the {plural} {' and '.join(unweighted)}")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             problems.append(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
         inert = [name for name in ("beta", "f_divergence_type", "ld_alpha", "reference_model") if name in changed(self)]
         if inert and set(self.loss_type) == {"sft"}:
             problems.append(f"{flags(inert)} no effect with --loss_type sft, which has no reference")
-        refuse(problems)
+        elif self.reference_model and not self.needs_reference:
+            problems.append(f"--reference_model has no effect with {named}, which has no reference")
+        return problems
+
+    @property
+    def losses(self) -> list[tuple[Loss, float]]:
+        """The losses asked for, each with its weight."""
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return [(loss_named(name), weight) for name, weight in zip(self.loss_type, weights, strict=True)]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference must be scored: for a loss, or for the rewards of the first, which are those logged."""
+        losses = [loss for loss, _ in self.losses]
+        return losses[0].reference == "metrics" or any(loss.reference == "loss" for loss in losses)
+
+    @property
+    def own_losses(self) -> list[tuple[Loss, float]]:
+        """Those of them that TRL does not compute."""
+        return [(loss, weight) for loss, weight in self.losses if loss.per_pair is not None]
 
     @property
     def trl_losses(self) -> tuple[list[str], list[float]]:
@@ -74,12 +222,13 @@ class DPOOptions:
         −log σ(x) − εx / (1 − 2ε), and cDPO (Mitchell 2023) is −log σ(x) + εx. So cDPO is, exactly,
         (2 − 2ε)·sigmoid − (1 − 2ε)·robust, and TRL keeps the losses.
         """
-        weights = self.loss_weights or [1.0] * len(self.loss_type)
         smoothing = self.label_smoothing
         terms: list[tuple[str, float]] = []
-        for name, weight in zip(self.loss_type, weights, strict=True):
-            if name == "sigmoid" and smoothing:
+        for loss, weight in self.losses:
+            if loss.per_pair is not None:
+                continue
+            if loss.name == "sigmoid" and smoothing:
                 terms += [("sigmoid", weight * (2 - 2 * smoothing)), ("robust", -weight * (1 - 2 * smoothing))]
             else:
-                terms.append((name, weight))
+                terms.append((loss.name, weight))
         return [name for name, _ in terms], [weight for _, weight in terms]

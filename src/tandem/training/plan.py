@@ -259,7 +259,7 @@ class _Plan:
             usages.append(
                 step.count_step(self.largest(itertools.chain(*later)), micro_batches=micro_batches, has_state=True)
             )
-        if isinstance(self.run, DPOOptionSet):
+        if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             usages.append(self.reference_usage(step))
         peak = max(map(self.on_device, usages), key=lambda peak: peak.total)
         if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
@@ -372,7 +372,7 @@ class _Plan:
         step, forward = seconds
         micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.batches)
         line = f"time: {_duration(step * micro_batches)} of training"
-        if isinstance(self.run, DPOOptionSet):
+        if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             batches = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
             line += f", {_duration(forward * batches)} of the reference where not cached"
         return line

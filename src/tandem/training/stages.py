@@ -79,6 +79,8 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
 
     One process alone, beside others with other parts; nothing is trained, and `output_dir` is left as it is.
     """
+    if not run.dpo.needs_reference:
+        return
     arguments = _arguments(run.train, run.model)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
     tokenizer = load_tokenizer(run.model)

@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from tandem.data.texts import tokenize_pair
 from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.errors import UserError
@@ -112,10 +113,10 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         logs_dir: Path,
         **keywords: Any,
     ) -> None:
-        self._ref_cache = RefCache(engine.ref_cache)
+        self._dpo = dpo
+        self._ref_cache = RefCache(engine.ref_cache) if dpo.needs_reference else None
         # The stock class would record the reference it is given as an HPU graph, in eager mode too
         super().__init__(*arguments, **keywords)
-        self.losses = list(zip(dpo.loss_type, dpo.loss_weights or [1.0] * len(dpo.loss_type), strict=True))
         self.ld_alpha = dpo.ld_alpha
         self._prepare_forward(gaudi, self.data_collator.max_length)
         self._grad_norm: torch.Tensor | None = None
@@ -136,8 +137,10 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
     def _precompute_reference(self) -> None:
         """Log-probs of the reference, while policy and reference are still the same model."""
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        self._precompute_model_hash = ""
         with _trained_adapter_as_reference(model, self._new_adapter):
-            self._precompute_model_hash = fingerprint(model)
+            if self._ref_cache is not None:
+                self._precompute_model_hash = fingerprint(model)
         size = self.args.per_device_train_batch_size  # the shape of training, which is compiled anyway
         self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
         if self.eval_dataset is not None:
@@ -166,9 +169,9 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         chosen, rejected = self._logps(model, inputs)
-        loss, metrics = self._loss_and_metrics(chosen, rejected, inputs)
+        loss, metrics, logged = self._loss_and_metrics(chosen, rejected, inputs)
         self.store_metrics(metrics, "train")
-        self._feed_monitor(inputs["pair_id"], inputs, chosen.detach(), rejected.detach(), loss)
+        self._feed_monitor(inputs["pair_id"], inputs, chosen.detach(), rejected.detach(), loss, logged)
         self._tokens = self._tokens + (inputs["attention_mask"].sum(1) * inputs["pair_weights"].repeat(2)).sum()
         # The stock training step adds micro-batches up, where transformers takes their mean
         return loss / self.current_gradient_accumulation_steps
@@ -178,19 +181,33 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics = self._loss_and_metrics(*self._logps(model, inputs), inputs)
+            loss, metrics, _ = self._loss_and_metrics(*self._logps(model, inputs), inputs)
         self.store_metrics({f"eval_{name}": value for name, value in metrics.items()}, "eval")
         return loss, None, None
 
     def _loss_and_metrics(
         self, chosen: torch.Tensor, rejected: torch.Tensor, batch: dict[str, Any]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Means over the batch's pairs, those that only fill it up left out; () each, on the device."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Means over the batch's pairs, those that only fill it up left out; () each, on the device. And the rewards,
+        (B,) each, where they are not β times the log-ratios."""
         references = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         weights = batch["pair_weights"] / batch["pair_weights"].sum()
-        loss = (self._losses(chosen, rejected, *references, batch["completion_mask"]) * weights).sum()
+        lengths = batch["completion_mask"].sum(1).clamp(min=1).chunk(2)
+        scored = self._ref_cache is not None
+        pairs = Pairs(
+            chosen,
+            rejected,
+            ref_chosen_logps=references[0] if scored else None,
+            ref_rejected_logps=references[1] if scored else None,
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+            beta=self.beta,
+            options=self._dpo,
+        )
+        loss = (self._losses(pairs, references) * weights).sum()
+        first = self._dpo.losses[0][0]
+        chosen_rewards, rejected_rewards = rewards(first, pairs)
         chosen, rejected = chosen.detach(), rejected.detach()
-        chosen_rewards, rejected_rewards = self.beta * (chosen - references[0]), self.beta * (rejected - references[1])
         metrics = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
@@ -199,25 +216,22 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        return loss, {name: (values * weights).sum() for name, values in metrics.items()}
+        means = {name: (values * weights).sum() for name, values in metrics.items()}
+        return loss, means, None if first.rewards is None else (chosen_rewards, rejected_rewards)
 
-    def _losses(
-        self,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        ref_chosen: torch.Tensor,
-        ref_rejected: torch.Tensor,
-        completion_mask: torch.Tensor,
-    ) -> torch.Tensor:
+    def _losses(self, pairs: Pairs, references: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """(B,) weighted sum of the run's losses, each pair's."""
-        logps = (chosen, rejected, ref_chosen, ref_rejected)
-        lengths = completion_mask.sum(1).clamp(min=1).chunk(2)
+        logps = (pairs.chosen_logps, pairs.rejected_logps, *references)
+        lengths = [pairs.chosen_lengths, pairs.rejected_lengths]
         # IPO is in means over tokens, in TRL of every version, as its authors confirmed to TRL's
         means = [values / length for values, length in zip(logps, [*lengths, *lengths], strict=True)]
-        total = torch.zeros_like(chosen)
-        for name, weight in self.losses:
-            self.loss_type = name
-            total = total + weight * self.dpo_loss(*(means if name == "ipo" else logps))[0]
+        total = torch.zeros_like(pairs.chosen_logps)
+        for loss, weight in self._dpo.losses:
+            if loss.per_pair is not None:
+                total = total + weight * pair_losses(loss, pairs)
+                continue
+            self.loss_type = loss.name
+            total = total + weight * self.dpo_loss(*(means if loss.name == "ipo" else logps))[0]
         return total
 
     def _averages(self, kind: str) -> dict[str, float]:

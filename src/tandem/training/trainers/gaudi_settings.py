@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.options.losses import DPOOptions
+from tandem.options.losses import LOSSES, DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions
 from tandem.options.training import GaudiOptions, TrainOptions
-
-# Losses whose formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16
-LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard")
 
 
 def check_gaudi(
@@ -34,8 +31,9 @@ def check_gaudi(
     if lazy and train.gradient_checkpointing:
         problems.append("--gradient_checkpointing fails in lazy mode: set it to false, or PT_HPU_LAZY_MODE=0")
     if dpo is not None:
-        if missing := [name for name in dpo.loss_type if name not in LOSSES]:
-            problems.append(f"--loss_type {' '.join(missing)} is not there on Gaudi; {', '.join(LOSSES)} are")
+        if missing := [loss.name for loss, _ in dpo.losses if not loss.on_gaudi]:
+            there = ", ".join(loss.name for loss in LOSSES.values() if loss.on_gaudi)
+            problems.append(f"--loss_type {' '.join(missing)} is not there on Gaudi; {there} are")
         if dpo.f_divergence_type != "reverse_kl":
             problems.append(f"--f_divergence_type {dpo.f_divergence_type} is not there on Gaudi")
         if dpo.use_weighting:

@@ -33,7 +33,8 @@ class PairTrainer(CompleteCheckpoints):
     beta: float
     ld_alpha: float | None
     monitor: Monitor
-    _ref_cache: RefCache
+    _ref_cache: RefCache | None
+    """None in a run whose losses need no reference."""
     _precompute_model_hash: str
     compute_ref_log_probs: Any
     """(model, batch) → the reference's summed log-probs of chosen and of rejected answers, (B,) nats each."""
@@ -67,6 +68,9 @@ class PairTrainer(CompleteCheckpoints):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's log-probs: from the cache, or computed and added to it batch by batch."""
+        if self._ref_cache is None:  # TRL reads the columns all the same, for the rewards that it logs
+            nothing = [0.0] * len(dataset)
+            return dataset.add_column("ref_chosen_logps", nothing).add_column("ref_rejected_logps", nothing)
         keys = self._pair_keys(dataset)
         known = [self._ref_cache.read(keys) if self.accelerator.is_main_process else None]
         # Another run may add entries between the reads of two ranks, which would then forward different batches
@@ -110,7 +114,7 @@ class PairTrainer(CompleteCheckpoints):
                 some = {keys[order[done + row]]: tuple(pair) for row, pair in enumerate(values)}
                 done += len(values)
                 scores |= some
-                if self.accelerator.is_main_process:
+                if self.accelerator.is_main_process and self._ref_cache is not None:
                     self._ref_cache.write(some)
         return scores
 
@@ -123,19 +127,21 @@ class PairTrainer(CompleteCheckpoints):
         chosen: torch.Tensor,
         rejected: torch.Tensor,
         loss: torch.Tensor,
+        rewards: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        """`rewards` where they are not β times the log-ratios: margins are then their difference over β."""
         chosen_ratio = chosen - inputs["ref_chosen_logps"]
         rejected_ratio = rejected - inputs["ref_rejected_logps"]
         self.monitor.add(
             pair_ids,
-            chosen_ratio - rejected_ratio,
+            chosen_ratio - rejected_ratio if rewards is None else (rewards[0] - rewards[1]) / self.beta,
             chosen,
             rejected,
             loss,
             tokens=inputs["attention_mask"].sum(),
             # Schulman's k2 estimator of KL, http://joschu.net/blog/kl-approx.html, on the pair's answers: they are
             # not the policy's own, so it shows drift and does not measure KL
-            kl=0.25 * (chosen_ratio**2 + rejected_ratio**2),
+            kl=0.25 * (chosen_ratio**2 + rejected_ratio**2) if self._ref_cache is not None else None,
             batch=lambda: inputs,
         )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:

@@ -15,11 +15,13 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.devices import has_hpu
 from tandem.engine.forward import pair_engine
+from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.pairs import PairCollator, longest_row, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models.load import lora_config
 from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
+from tandem.options.losses import DPOOptions
 from tandem.options.training import EngineOptions
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
@@ -34,7 +36,10 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
     computed before training and kept there, so that no reference model is in memory while the policy trains.
-    Losses, and the values of all metrics, are TRL's.
+    Losses, and the values of all metrics, are TRL's; losses that TRL lacks (`engine.losses`) are added to them.
+
+    Args:
+        dpo: says which losses are not TRL's, and whether there is a reference at all; None: all are TRL's.
     """
 
     unit = "pairs"
@@ -49,16 +54,18 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
         engine: EngineOptions,
         monitor: MonitorOptions,
         logs_dir: Path,
+        dpo: DPOOptions | None = None,
         **keywords: Any,
     ) -> None:
-        self._ref_cache = RefCache(engine.ref_cache)
+        self._dpo = dpo or DPOOptions()
+        self._ref_cache = RefCache(engine.ref_cache) if self._dpo.needs_reference else None
         self._layout = engine.layout
         self._reference_name = ref_model.name_or_path if ref_model is not None else None
         splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
         longest = max(longest_row(pairs, keywords["data_collator"].max_length) for pairs in splits)
         with (
             pair_engine(engine.layout, longest=longest),
-            _weights_hashed_by(fingerprint),
+            _weights_hashed_by(self._hash),
             policy_is_reference(ref_model),
         ):
             super().__init__(*arguments, ref_model=ref_model, **keywords)
@@ -68,9 +75,14 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
         self._add_monitor(monitor, logs_dir, ranks_per_batch=self._tp_size)
 
     def table_rows(self) -> dict[str, str]:
+        if self._ref_cache is None:
+            return {"reference": f"none: {' '.join(self._dpo.loss_type)} needs none", "layout": self._layout}
         whose = self._reference_name or "the policy before training"
         reference = f"{whose}, sharded like the policy; its log-probs come from {self._ref_cache.path}"
         return {"reference": reference, "layout": self._layout}
+
+    def _hash(self, model: Any) -> str:
+        return fingerprint(model) if self._ref_cache is not None else ""
 
     @contextlib.contextmanager
     def _reference_ready(self) -> Iterator[Any]:
@@ -107,22 +119,62 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
     ) -> Any:
         inputs = dict(inputs)
         pair_ids = inputs.pop("pair_id")
-        if not self.model.training:
+        training = self.model.training
+        if not training and not self._dpo.own_losses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         per_token: list[torch.Tensor] = []
 
         def policy(*args: Any, **kwargs: Any) -> Any:
             output = model(*args, **kwargs)
-            per_token.append(output.log_probs.detach())
+            per_token.append(output.log_probs)
             return output
 
-        with self._metrics_deferred():
-            loss = super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
-        logps = sequence_logps(per_token[0], inputs["completion_mask"][:, 1:], self.ld_alpha)
-        chosen, rejected = logps.chunk(2)
-        self._feed_monitor(pair_ids, inputs, chosen, rejected, loss)
+        with self._metrics_deferred() if training else contextlib.nullcontext():
+            loss = super().compute_loss(policy, inputs, num_items_in_batch=num_items_in_batch)
+            pairs = self._pairs(per_token[0], inputs)
+            loss, logged = self._with_own_losses(loss, pairs)
+        if training:
+            chosen, rejected = pairs.chosen_logps.detach(), pairs.rejected_logps.detach()
+            self._feed_monitor(pair_ids, inputs, chosen, rejected, loss, logged)
         return loss
+
+    def _pairs(self, per_token: torch.Tensor, inputs: Mapping[str, Any]) -> Pairs:
+        """What a loss is given, from the policy's (2B, S − 1) log-probs of tokens in nats."""
+        mask = inputs["completion_mask"][:, 1:]
+        chosen, rejected = sequence_logps(per_token, mask, self.ld_alpha).chunk(2)
+        chosen_lengths, rejected_lengths = mask.sum(1).clamp(min=1).chunk(2)
+        scored = self._ref_cache is not None
+        return Pairs(
+            chosen,
+            rejected,
+            ref_chosen_logps=inputs["ref_chosen_logps"] if scored else None,
+            ref_rejected_logps=inputs["ref_rejected_logps"] if scored else None,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            beta=self.beta,
+            options=self._dpo,
+        )
+
+    def _with_own_losses(
+        self, loss: Any, pairs: Pairs
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """TRL's `loss` and those it lacks; and the rewards of the first loss, where they are not those TRL logs."""
+        for own, weight in self._dpo.own_losses:
+            loss = loss + weight * pair_losses(own, pairs).mean()
+        first = self._dpo.losses[0][0]
+        if first.rewards is None:
+            return loss, None
+        chosen, rejected = rewards(first, pairs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, values in {
+            "chosen": chosen,
+            "rejected": rejected,
+            "accuracies": (chosen > rejected).float(),
+            "margins": chosen - rejected,
+        }.items():
+            metrics[f"rewards/{name}"][-1] = self.accelerator.gather(values).mean().item()
+        return loss, (chosen, rejected)
 
     @contextlib.contextmanager
     def _metrics_deferred(self) -> Iterator[None]:
@@ -251,6 +303,7 @@ def dpo_trainer(
         engine=engine,
         monitor=run.monitor,
         logs_dir=logs_dir,
+        dpo=dpo,
         data_collator=PairCollator(tokenizer.pad_token_id, max_length, static=has_hpu()),
         **splits,
     )
