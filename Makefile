@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gaudi train lint format bench fuzz audit build run pipeline package clean
+.PHONY: help setup demo test test-gaudi train lint format bench fuzz audit build run pipeline package clean clean-runs
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -141,5 +141,10 @@ pipeline: ## the sanity pipeline in the container: make pipeline MODEL_NAME=… 
 package: ## dist/tandem.zip: the project without tests, to upload where git isn't wanted
 	$(PYTHON) containers/package.py
 
-clean: ## remove the virtual environment, run folders and caches
-	rm -rf $(VENV) fuzz-inputs $(GAUDI_VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove the virtual environments and caches; trained models in runs/ stay
+	rm -rf $(VENV) fuzz-inputs $(GAUDI_VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+clean-runs: ## remove runs/, trained models and checkpoints with it; asks first
+	@test -d runs || { echo "there is no runs/"; exit 0; }; du -sh runs; \
+		printf 'Remove runs/ for good? Type yes: '; read -r answer; \
+		if [ "$$answer" = yes ]; then rm -rf runs; else echo "runs/ is left as it is"; exit 2; fi

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from tandem.credentials import hide, holds_secret
+from tandem.credentials import hide, holds_secret, names_secret
 from tandem.errors import UserError, script_main
 from tandem.log import log_to, logger
 
@@ -62,6 +62,34 @@ def test_values_of_variables(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OTHER_TOKEN", "none")  # a placeholder, and a word
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-but-long")
     assert hide("none of correct horse, false-but-long") == "none of [hidden], false-but-long"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "AZURE_STORAGE_KEY",
+        "SMTP_PASS",
+        "MYSQL_PWD",
+        "PGPASSWORD",
+        "KEY",
+        "DB_PASSWD",
+        "BLOB_SAS",
+    ],
+)
+def test_variables_that_hold_a_secret(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv(name, "correct horse")
+    assert hide("no entry with correct horse") == "no entry with [hidden]"
+    assert names_secret(name)
+
+
+def test_what_only_looks_like_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("MONKEY", "COMPASS", "KEYBOARD", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "correct horse")
+    for name in ("PWD", "GOOGLE_APPLICATION_CREDENTIALS"):  # the current folder, and a file's name
+        monkeypatch.setenv(name, str(tmp_path))
+    said = f"correct horse in {tmp_path}"
+    assert hide(said) == said
 
 
 def test_errors_and_logs_hide_them(planted: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

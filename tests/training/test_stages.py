@@ -271,6 +271,27 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_option_that_came_later_strands_no_run(
+    tmp_path: Path, train: Train, finished: bool, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    train("dpo", out, save_steps=1)
+    run = json.loads((out / "run.json").read_text())
+    for name in ("use_weighting", "simpo_gamma"):
+        del run["config"][name]
+    (out / "run.json").write_text(json.dumps(run))
+    write_manifest(out)
+    if not finished:
+        (out / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="use_weighting was False, is True"):
+        train("dpo", out, save_steps=1, use_weighting=True)
+    capsys.readouterr()
+    train("dpo", out, save_steps=1)
+    assert ("already trained" in capsys.readouterr().err) == finished
+    assert is_complete(out)
+
+
 def test_starting_over_forgets_the_old_checkpoints(tmp_path: Path, train: Train):
     out = tmp_path / "out"
     train("dpo", out, use_peft=True, save_steps=1)

@@ -348,6 +348,11 @@ def resolved(*instances: Any) -> dict[str, Any]:
     }
 
 
+def defaults(*instances: Any) -> dict[str, Any]:
+    """Every option of the classes of `instances` with its default, flat, in the form of `resolved`."""
+    return {option.name: option.default for instance in instances for option in options_of(type(instance))}
+
+
 def save(path: str | Path, *instances: Any) -> None:
     """Write the options of `instances` to a YAML file that replays the run as `--config`."""
     write_atomic(path, to_yaml(resolved(*instances)))

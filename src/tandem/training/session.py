@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from tandem.data.formats import Row
 from tandem.errors import Preempted, UserError
 from tandem.log import LOG_NAME, log_to, logger
-from tandem.options.parsing import resolved, to_yaml
+from tandem.options.parsing import defaults, resolved, to_yaml
 from tandem.options.training import TrainOptions
 from tandem.ranks import end_with_launcher
 from tandem.runs import (
@@ -68,12 +68,13 @@ class Session:
     """One training run in its output folder.
 
     Args:
-        config: every option and its value.
+        options: all of the run's, `train` among them.
         before: the settings of the run that is in the folder, None if there is none.
     """
 
-    def __init__(self, train: TrainOptions, unit: str, config: dict[str, Any], before: dict[str, Any] | None) -> None:
-        self.options, self.unit, self.config = train, unit, config
+    def __init__(self, train: TrainOptions, unit: str, options: tuple[Any, ...], before: dict[str, Any] | None) -> None:
+        self.options, self.unit, self.config = train, unit, resolved(*options)
+        self._defaults = defaults(*options)
         self.folder = Path(train.output_dir)
         self.id = before["id"] if before else uuid.uuid4().hex
         self._before = before
@@ -93,7 +94,7 @@ class Session:
         if asked not in ("auto", "no"):
             if not is_complete(asked):
                 raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint of Tandem")
-            before = _run_in(asked)
+            before = _run_in(asked, self._defaults)
         settings = _settings(self.config) | {"data": sha256_json([pair["pair_id"] for pair in pairs])}
         _check_changes(before, settings, self.options)
         if not self._is_main:
@@ -213,33 +214,32 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
             run is going on there; or it cannot be written, at its start or later.
     """
     end_with_launcher()
-    config = resolved(*options)
     folder = Path(train.output_dir)
-    before, changed = _found(train, config)
+    before, changed = _found(train, options)
     if is_complete(folder) and before and not changed:
         print(f"{folder}: already trained with these settings", file=sys.stderr)
         yield None
         return
     is_main = int(os.environ.get("RANK", "0")) == 0
     with _storage_errors(folder), locked(folder, _GOING_AWAY) if is_main else contextlib.nullcontext():
-        before, changed = _found(train, config)  # the holder before may have written more
+        before, changed = _found(train, options)  # the holder before may have written more
         if is_main:
             log_to(folder)
             if changed:
                 logger.warning("resuming with changed settings: %s", "; ".join(changed))
         warnings.filterwarnings("ignore", category=FutureWarning)
         logging.getLogger("transformers").setLevel(logging.WARNING)
-        yield Session(train, unit, config, before)
+        yield Session(train, unit, options, before)
 
 
-def _found(train: TrainOptions, config: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+def _found(train: TrainOptions, options: tuple[Any, ...]) -> tuple[dict[str, Any] | None, list[str]]:
     """The settings of the run in `output_dir` that this one goes on with, None without one; the allowed changes since.
 
     Raises:
         UserError: it holds a run with other settings.
     """
-    folder = Path(train.output_dir)
-    before = None if train.resume_from_checkpoint == "no" else _run_in(folder)
+    folder, config = Path(train.output_dir), resolved(*options)
+    before = None if train.resume_from_checkpoint == "no" else _run_in(folder, defaults(*options))
     if is_complete(folder) or checkpoints(folder):
         return before, _check_changes(before, _settings(config), train)
     if before and _changes(before, _settings(config)):
@@ -296,8 +296,10 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {"config": config, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
-def _run_in(folder: str | Path) -> dict[str, Any] | None:
+def _run_in(folder: str | Path, defaults: dict[str, Any]) -> dict[str, Any] | None:
     """What `run.json` says of the run that has written into `folder`; None where there is none.
+
+    An option that came later than that run is taken at its default, which is what the run did.
 
     Raises:
         UserError: the file is not one of ours.
@@ -305,7 +307,9 @@ def _run_in(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RUN
     try:
         run: dict[str, Any] = json.loads(path.read_text())
-        return run if run["id"] and run["config"] else None
+        if not run["id"] or not run["config"]:
+            return None
+        return run | {"config": defaults | run["config"]}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
