@@ -101,8 +101,9 @@ ifeq ($(ACCELERATE_CONFIG),) # empty, too, as a make around this one exports it
 ACCELERATE_CONFIG := $(CONFIG_FOR_$(DEVICE))
 endif
 # The configs name 8; those of one process are left as they are
-ifeq ($(filter single_gpu cpu gaudi_lazy gaudi_native,$(basename $(notdir $(ACCELERATE_CONFIG)))),)
-NUM_PROCESSES ?= $(filter-out 1,$(DEVICES))
+ONE_PROCESS := $(filter single_gpu cpu gaudi_lazy gaudi_native,$(basename $(notdir $(ACCELERATE_CONFIG))))
+ifeq ($(NUM_PROCESSES)$(ONE_PROCESS),)
+NUM_PROCESSES := $(filter-out 1,$(DEVICES))
 endif
 HOST_UID ?= $(shell id -u)
 HOST_GID ?= $(shell id -g)
