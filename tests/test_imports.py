@@ -136,3 +136,16 @@ def test_a_missing_option_is_answered_at_once(script: str):
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in lines if line.startswith("import time:")}
     assert not loaded & HEAVY
     assert usage.ru_utime + usage.ru_stime < 1
+
+
+@pytest.mark.parametrize("option", ["--learning-rate", "--bogus", "--padding_free"])
+def test_an_unknown_option_is_answered_at_once(option: str):
+    command = [sys.executable, str(ROOT / "scripts" / "dpo.py"), option, "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert (process.returncode, said.count("\n")) == (2, 1)
+    assert f"unknown option {option[2:]}" in said
+    assert usage.ru_utime + usage.ru_stime < 1

@@ -5,7 +5,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -136,6 +138,63 @@ def test_staged_dir_replaces_the_whole_folder(tmp_path: Path):
             (folder / name).touch()
     assert sorted(os.listdir(target)) == [MANIFEST, "new"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing that is there to catch errors catches it."""
+
+
+def make(target: Path, name: str) -> None:
+    with staged_dir(target) as folder:
+        (folder / name).write_text(name)
+
+
+def killing_after(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Let this many calls that change a disk pass; the next one, and all that would come after it, never happen."""
+    left = count
+
+    def watch(call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return call(*arguments, **keywords)
+
+        return watched
+
+    for name in ("rename", "replace", "fsync", "rmdir", "unlink", "mkdir"):
+        patch.setattr(os, name, watch(getattr(os, name)))
+
+
+def test_a_kill_at_any_call_leaves_the_folder_whole_or_absent_and_the_next_attempt_ends_right(tmp_path: Path):
+    for count in range(100):
+        target = tmp_path / str(count) / "out"
+        make(target, "old")
+        with pytest.MonkeyPatch.context() as patch:
+            killing_after(patch, count)
+            try:
+                make(target, "new")
+                break
+            except Killed:
+                pass
+        if target.exists():
+            assert damage(target) is None
+        make(target, "newer")
+        assert damage(target) is None
+        assert sorted(os.listdir(target)) == [MANIFEST, "newer"]
+        assert os.listdir(target.parent) == ["out"]
+    assert 8 < count < 99
+
+
+def test_a_folder_that_a_kill_left_under_its_old_name_comes_back(tmp_path: Path):
+    """Between the two renames: an attempt that then fails must find, and leave, the old content in its place."""
+    target = tmp_path / "out"
+    make(target, "old")
+    target.rename(tmp_path / ".out.old")
+    with pytest.raises(RuntimeError, match="half-way"), staged_dir(target):
+        raise RuntimeError("half-way")
+    assert damage(target) is None and (target / "old").exists()
 
 
 def test_staged_dir_changes_nothing_on_an_error(tmp_path: Path):

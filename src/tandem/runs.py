@@ -90,14 +90,15 @@ def staged_dir(path: str | Path) -> Iterator[Path]:
     name is complete or absent. An older `path` is replaced; on an error nothing of it changes.
     """
     path = Path(path)
-    staging = path.with_name(f".{path.name}.staging")
+    staging, outgoing = path.with_name(f".{path.name}.staging"), path.with_name(f".{path.name}.old")
+    if outgoing.exists() and not path.exists():  # killed between its two renames
+        os.rename(outgoing, path)
+    shutil.rmtree(outgoing, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
     write_manifest(staging)
     if path.exists():
-        outgoing = path.with_name(f".{path.name}.old")
-        shutil.rmtree(outgoing, ignore_errors=True)
         os.rename(path, outgoing)
         os.rename(staging, path)
         shutil.rmtree(outgoing)

@@ -1,6 +1,7 @@
 """The margins folder, whole and torn."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,22 @@ def test_a_resumed_log_has_no_gap_and_no_repeat(tmp_path: Path, cut: int) -> Non
     write(resumed, range(min(cut, 6) + 1, 9))
     for path in (tmp_path / "whole").rglob("*.*"):
         assert (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+
+
+def test_cutting_back_is_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is listed a few times however many of its files go; after each file it would be quadratic."""
+    folder = tmp_path / "epoch_001"
+    folder.mkdir()
+    for step in range(1, 301):
+        (folder / f"step_{step:05d}.npy").touch()
+    listings: list[object] = []
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: listings.append(path) or iterdir(path))
+    MarginsLog(tmp_path).truncate_after(100)
+    assert len(listings) <= 1
+    assert len(os.listdir(folder)) == 100
+    MarginsLog(tmp_path).truncate_after(0)
+    assert not folder.exists()
 
 
 def test_truncating_nothing(tmp_path: Path) -> None:

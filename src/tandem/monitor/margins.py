@@ -118,11 +118,13 @@ class MarginsLog:
         """Forget every step after `step`, so that a run resumed there goes on without a gap or a repeat."""
         self.flush()
         keep_records(self.path, lambda record: record["step"] <= step)
-        for array in self.folder.glob("epoch_*/step_*.npy"):
-            if int(array.stem.removeprefix("step_")) > step:
+        for epoch in self.folder.glob("epoch_*"):
+            later = [array for array in epoch.glob("step_*.npy") if int(array.stem.removeprefix("step_")) > step]
+            for array in later:
                 array.unlink()
-                if not any(array.parent.iterdir()):
-                    array.parent.rmdir()
+            # Looked at once a folder: after each file it would be quadratic
+            if later and not any(epoch.iterdir()):
+                epoch.rmdir()
 
 
 def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -15,6 +15,7 @@ from tandem.errors import UserError
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.parsing import REQUIRED, changed, flags, opt, refuse
+from tandem.options.trl_names import TRL_OPTIONS
 
 LAYOUTS = ("shared", "packed", "padded")
 SCHEDULES = (
@@ -203,12 +204,8 @@ class PlanOptions:
 
 
 def explain_unknown(name: str) -> str | None:
-    """Why an option is unknown, if TRL or transformers has it. Imports TRL: only a wrong command line pays."""
-    import trl
-
-    names = ("DPOConfig", "SFTConfig", "ModelConfig", "ScriptArguments")
-    configs = [getattr(trl, cls) for cls in names if hasattr(trl, cls)]  # Gaudi's TRL 0.9.6 lacks the last
-    if any(name in cls.__dataclass_fields__ for cls in configs):
+    """Why an option is unknown, if TRL or transformers has it."""
+    if name in TRL_OPTIONS:
         return "TRL has it, but Tandem has not reviewed it and does not pass it on"
     return None
 
