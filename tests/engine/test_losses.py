@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,3 +75,12 @@ def test_what_a_function_gives_is_checked(function, message: str):
     with pytest.raises(UserError) as refusal:
         pair_losses(Loss("mine:loss", per_pair=function), pairs(DPOOptions()))
     assert str(refusal.value).startswith("--loss_type mine:loss: ") and message in str(refusal.value)
+
+
+def test_a_users_file_is_executed_once(tmp_path: Path):
+    """Though every micro-batch asks for the losses."""
+    runs, file = tmp_path / "runs", tmp_path / "mine.py"
+    file.write_text(f"open({str(runs)!r}, 'a').write('x')\n\ndef loss(pairs):\n    return pairs.chosen_logps\n")
+    options = DPOOptions(loss_type=[f"{file}:loss"])
+    assert [loss.name for loss, _ in options.own_losses + options.losses] == [f"{file}:loss"] * 2
+    assert runs.read_text() == "x"

@@ -17,7 +17,7 @@ import openai
 from tandem.errors import UserError
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Judge
-from tandem.judge.verdicts import NO_REPLY, Reading, Verdict, read_reply
+from tandem.judge.verdicts import NO_REPLY, Reading, Verdict, read_reply, short
 from tandem.runs import append_jsonl, read_jsonl
 from tandem.servers import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key
 
@@ -32,10 +32,6 @@ BATCH_BYTES = 150_000_000  # under OpenAI's limit of 200 MB for its file
 def is_out_of_quota(body: str) -> bool:
     """Whether a server that answers 429 does so since the account has nothing left, and not for the pace."""
     return "insufficient_quota" in body
-
-
-def _printable_start(text: str) -> str:
-    return " ".join(text.split())[:100]
 
 
 OnReply = Callable[[Call, str], None]
@@ -204,7 +200,7 @@ class Client:
             if all(reading.status == "error" or reading.detail.startswith(NO_REPLY) for reading in readings):
                 raise UserError(
                     f"--base_url {self.options.base_url} answers with HTTP 200 and no reply: {readings[-1].detail} "
-                    f"({_printable_start(replies[-1])})"
+                    f"({short(replies[-1], 100)})"
                 )
             whole = [reading for reading in readings if reading.status != "incomplete"]
             return (False if whole else None), replies

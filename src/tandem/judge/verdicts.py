@@ -75,19 +75,19 @@ def read_reply(body: str, *, lenient: bool = False) -> Reading:
         return Reading(status, detail=detail, input_tokens=tokens[0], output_tokens=tokens[1])
 
     if reply.status == "failed" or reply.error:
-        return reading("error", f"the server reports: {_short((reply.error or {}).get('message', 'failed'))}")
+        return reading("error", f"the server reports: {short((reply.error or {}).get('message', 'failed'))}")
     # `phase` marks interim commentary of reasoning models, which is no answer
     contents = [part for message in messages if message.phase in (None, "final_answer") for part in _parts(message)]
     refusals = [part.refusal or "" for part in contents if part.type == "refusal"]
     if refusals:
-        return reading("refusal", _short(" ".join(refusals)))
+        return reading("refusal", short(" ".join(refusals)))
     text = "".join(part.text or "" for part in contents if part.type == "output_text")
     only_reasoning = not text.strip() and any(item.get("type") == "reasoning" for item in reply.output)
     if reply.status == "incomplete":
         reason = (reply.incomplete_details or {}).get("reason", "no reason given")
         if reason == "content_filter":
             return reading("refusal", "stopped by the server's content filter")
-        return reading("incomplete", _short(reason) + (", all of it reasoning" if only_reasoning else ""))
+        return reading("incomplete", short(reason) + (", all of it reasoning" if only_reasoning else ""))
     found = find_verdict(text, lenient=lenient)
     if isinstance(found, str):
         return reading("malformed", "nothing but reasoning in the reply" if only_reasoning else found)
@@ -121,7 +121,7 @@ def _reported_error(body: str) -> str | None:
     if not isinstance(reply, dict) or "output" in reply or not reply.get("error"):
         return None
     error = reply["error"]
-    return _short(error.get("message") or error if isinstance(error, dict) else error)
+    return short(error.get("message") or error if isinstance(error, dict) else error)
 
 
 def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:
@@ -189,10 +189,11 @@ def _json_objects(text: str, lenient: bool) -> list[Any]:
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return _short(f"{where}: {first['msg']}" if where else first["msg"])
+    return short(f"{where}: {first['msg']}" if where else first["msg"])
 
 
-def _short(value: Any, limit: int = 300) -> str:
+def short(value: Any, limit: int = 300) -> str:
+    """`value` as one line of at most `limit` characters that any file can hold."""
     text = _printable(" ".join(str(value).split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -74,6 +75,7 @@ LOSSES = {
 }  # fmt: skip
 
 
+@functools.cache  # the objective asks at every micro-batch, and a user's file is executed once
 def loss_named(name: str) -> Loss:
     """The loss that `--loss_type` calls `name`: of the table, or a user's `module:function` or `file.py:function`.
 
