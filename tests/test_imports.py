@@ -22,10 +22,14 @@ FLOORS = (
     ("models", "judge"),
     ("report",),
     ("answers", "evaluation", "training"),
+    ("rounds",),
     ("launch",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ARITHMETIC = ("intervals", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.statistics", "judge.verdicts")
+ARITHMETIC = (
+    "intervals", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.statistics", "judge.verdicts",
+    "rounds.select",
+)  # fmt: skip
 FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
 HEAVY = {"torch", "trl", "transformers", "accelerate", "peft", "datasets"}
 

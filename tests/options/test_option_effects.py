@@ -37,9 +37,9 @@ from tandem.models.load import load_model, lora_config
 from tandem.models.sampling import SamplingOptions
 from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions
-from tandem.options.fields import options_of
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
+from tandem.options.parsing import options_of
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
 from tandem.runs import read_jsonl
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
@@ -502,7 +502,21 @@ KEYS = "data/test_sources.py::test_keys"
 COST = "judge/test_judge_options.py::test_cost_by_hand"
 LINE = "test_command_lines.py::"
 
+PAIRED = "rounds/test_pairs.py::"
+
 PROOFS: dict[str, dict[str, str]] = {
+    "PairOptions": {
+        "scores": f"{PAIRED}test_best_and_worst_with_their_provenance",
+        "output_dir": f"{PAIRED}test_best_and_worst_with_their_provenance",
+        "pair_strategy": f"{PAIRED}test_all_pairs_up_to_a_number",
+        "min_score_margin": f"{PAIRED}test_all_pairs_up_to_a_number",
+        "max_pairs_per_prompt": f"{PAIRED}test_all_pairs_up_to_a_number",
+        "max_length_ratio": f"{PAIRED}test_lengths_are_tokens_where_all_are_known",
+        "keep_near_duplicates": f"{PAIRED}test_near_duplicates_are_left_out_unless_kept",
+        "round": f"{PAIRED}test_best_and_worst_with_their_provenance",
+        "pair_seed": f"{PAIRED}test_the_seed_of_a_random_partner",
+        "fail_on": f"{PAIRED}test_the_data_check_stops_on_what_it_is_told_to",
+    },
     "ModelOptions": {
         "model_name_or_path": "training/test_stages.py::test_an_sft_adapter_is_the_reference_of_a_dpo_without_a_merge",
         "model_revision": "options/test_training.py::test_options_across_classes",

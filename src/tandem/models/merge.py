@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.errors import UserError
-from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.model import ModelOptions, is_adapter
-from tandem.options.rules import Options
+from tandem.options.parsing import REQUIRED, changed, opt
 from tandem.runs import damage, is_complete, model_files, staged_dir
 
 _SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for them
 
 
 @dataclass
-class MergeOptions(Options):
+class MergeOptions:
     """Merge."""
 
     adapter: str = opt(REQUIRED, "folder of the trained adapter (a full model is copied as it is)")
@@ -24,7 +23,7 @@ class MergeOptions(Options):
 
 
 @dataclass
-class MergeShardsOptions(Options):
+class MergeShardsOptions:
     """Merge shards."""
 
     checkpoint: str = opt(REQUIRED, "checkpoint-N of a run whose weights FSDP keeps in shards")

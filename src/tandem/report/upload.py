@@ -3,15 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
-from tandem.options.rules import Options
+from tandem.options.parsing import REQUIRED, opt
 from tandem.runs import MANIFEST, is_complete, model_files
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -32,7 +30,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
-class UploadOptions(Options):
+class UploadOptions:
     """Upload."""
 
     repo_id: str = opt(REQUIRED, "repository on the Hub: owner/name; it is created if it is not there")
@@ -41,9 +39,9 @@ class UploadOptions(Options):
     private: bool = opt(False, "create the repository as a private one")
     dry_run: bool = opt(False, "print what would be pushed; reach no network")
 
-    def conflicts(self) -> Iterator[str]:
+    def __post_init__(self) -> None:
         if not _REPO_ID.fullmatch(self.repo_id) or ".." in self.repo_id or "--" in self.repo_id:
-            yield f"--repo_id {self.repo_id}: must be owner/name, of letters, digits, '-', '_' and '.'"
+            raise UserError(f"--repo_id {self.repo_id}: must be owner/name, of letters, digits, '-', '_' and '.'")
 
 
 def upload(options: UploadOptions) -> str:
