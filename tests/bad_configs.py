@@ -122,7 +122,7 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "all prompts held out": dpo("--val_ratio 1", "--val_ratio must be at least 0 and below 1, not 1.0"),
     "a prompt as long as the sequence": dpo(
         "--max_length 64 --max_prompt_length 64",
-        "--max_prompt_length must be at least 1 and below --max_length 64, not 64",
+        "--max_prompt_length must be below --max_length 64, not 64",
     ),
     "a negative number of bad rows": dpo("--max_bad_rows -1", "--max_bad_rows must not be negative, got -1"),
     "a tail of everything": dpo("--tail_delta 1", "--tail_delta must be above 0 and below 1, not 1.0"),
@@ -146,9 +146,9 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "a temperature of another loss": dpo(
         "--discopop_tau 0.1", "--discopop_tau has no effect without --loss_type discopop"
     ),
-    "LoRA's rank without LoRA": dpo("--lora_r 8", "--lora_r has no effect without --use_peft true…"),
+    "LoRA's rank without LoRA": dpo("--lora_r 8", "--lora_r has no effect without --use_peft…"),
     "4 bits without LoRA": dpo(
-        "--load_in_4bit", "--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves"
+        "--load_in_4bit", "--load_in_4bit needs --use_peft: weights in 4 bits cannot be trained themselves"
     ),
     "two precisions": dpo(
         "--bf16 --fp16",

@@ -306,7 +306,7 @@ def test_nothing_fits(tmp_path: Path, tiny_model: Path, tiny_data: Path):
         ({}, "nothing to evaluate: give --sft_model, --dpo_model or both"),
         ({"dpo_model": "d", "eval_batch_size": 0}, "--eval_batch_size must be at least 1, not 0"),
         ({"dpo_model": "d", "max_eval_samples": -1}, "--max_eval_samples must be at least 1, not -1"),
-        ({"dpo_model": "d", "kl_prompts": -1}, "--kl_prompts must be at least 0, not -1"),
+        ({"dpo_model": "d", "kl_prompts": -1}, "--kl_prompts must not be negative, got -1"),
         ({"dpo_model": "d", "output_file": "out"}, "--output_file out: must end in .json"),
     ],
 )

@@ -5,7 +5,8 @@ import pytest
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
 from tandem.monitor.tail import TailConfig
-from tandem.options.parsing import options_of, parse
+from tandem.options.fields import options_of
+from tandem.options.parsing import parse
 
 BAD = {
     "tail_delta": ("0", "1", "-0.1"),

@@ -25,7 +25,7 @@ from tests.options.test_option_effects import PROOFS
 ROOT = Path(__file__).parents[2]
 LIBRARY = str(ROOT / "src" / "tandem")
 CODE = (LIBRARY, str(ROOT / "scripts"))
-CONFIG = str(ROOT / "src" / "tandem" / "options" / "parsing.py")
+CONFIG = tuple(str(ROOT / "src" / "tandem" / "options" / f"{name}.py") for name in ("parsing", "fields", "rules"))
 _GONE = object()
 
 
@@ -48,7 +48,7 @@ class Ignored:
         if not frame.f_code.co_filename.startswith(CODE):
             return False
         while frame is not None:
-            if frame.f_code.co_filename == CONFIG or frame.f_code.co_name in ("__post_init__", "__init__"):
+            if frame.f_code.co_filename in CONFIG or frame.f_code.co_name in ("__post_init__", "__init__"):
                 return frame.f_code.co_name == "__init__" and frame.f_code.co_filename.startswith(CODE)
             frame = frame.f_back
         return True

@@ -37,9 +37,9 @@ from tandem.models.load import load_model, lora_config
 from tandem.models.sampling import SamplingOptions
 from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions
+from tandem.options.fields import options_of
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
-from tandem.options.parsing import options_of
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
 from tandem.runs import read_jsonl
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet

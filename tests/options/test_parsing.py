@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.errors import UserError
-from tandem.options.parsing import REQUIRED, opt, parse, refuse, resolved, to_yaml
+from tandem.options.fields import REQUIRED, opt, refuse
+from tandem.options.parsing import parse, resolved, to_yaml
 
 
 @dataclasses.dataclass
@@ -118,10 +119,10 @@ def test_command_line_refusals(argv: list[str], message: str):
     ("text", "message"),
     [
         ("cuont: 3", "unknown option cuont; did you mean count?"),
-        ("count: 3.5", "count must be a whole number, not 3.5"),
-        ("count: .inf", "count must be a whole number, not inf"),
-        ("count: true", "count must be a whole number, not True"),
-        ("count: null", "count needs a value"),
+        ("name: a\ncount: 3.5", "count must be a whole number, not 3.5"),
+        ("name: a\ncount: .inf", "count must be a whole number, not inf"),
+        ("name: a\ncount: true", "count must be a whole number, not True"),
+        ("name: a\ncount: null", "count needs a value"),
         ("name: [a]", "name must be text, not ['a']"),
         ("- name", "must be a mapping of options, not a list"),
         ("name", "must be a mapping of options, not a str"),

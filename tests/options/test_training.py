@@ -84,12 +84,12 @@ TRAIN = {"output_dir": "out"}
     [
         (LoraOptions, {"lora_r": 0}, "--lora_r must be at least 1, not 0"),
         (LoraOptions, {"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
-        (LoraOptions, {"load_in_4bit": True}, "--load_in_4bit needs --use_peft true: weights in 4 bits cannot be "),
+        (LoraOptions, {"load_in_4bit": True}, "--load_in_4bit needs --use_peft: weights in 4 bits cannot be "),
         (TextOptions, {"max_length": 1}, "--max_length must be at least 2, not 1"),
         (
             TextOptions,
             {"max_prompt_length": 1024},
-            "--max_prompt_length must be at least 1 and below --max_length 1024",
+            "--max_prompt_length must be below --max_length 1024, not 1024",
         ),
         (TrainOptions, TRAIN | {"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
         (TrainOptions, TRAIN | {"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
@@ -104,7 +104,7 @@ TRAIN = {"output_dir": "out"}
         (TrainOptions, TRAIN | {"report_to": ["none", "wandb"]}, "--report_to none excludes other trackers"),
         (TrainOptions, TRAIN | {"mount_dir": "out/mirror"}, "--mount_dir out/mirror is inside of --output_dir"),
         (TrainOptions, TRAIN | {"optim": "adamw_8bit"}, "--optim adamw_8bit needs bitsandbytes: pip install"),
-        (LoraOptions, {"lora_r": 8}, "--lora_r has no effect without --use_peft true"),
+        (LoraOptions, {"lora_r": 8}, "--lora_r has no effect without --use_peft"),
         (TrainOptions, TRAIN | {"per_device_eval_batch_size": 3}, "--per_device_eval_batch_size has no effect without"),
         (
             TrainOptions,
@@ -216,7 +216,7 @@ def test_options_across_classes(tmp_path: Path):
     dropped_out = LoraOptions(use_peft=True, lora_dropout=0.1)
     check_training(model, dropped_out, train)
     check_training(model, dropped_out, train, DPOOptions(disable_dropout=False))
-    with pytest.raises(UserError, match=r"would add .*; --lora_dropout has no effect without --disable_dropout false"):
+    with pytest.raises(UserError, match="would add an adapter to the adapter"):
         check_training(ModelOptions(str(adapter)), dropped_out, train, DPOOptions())
 
 
@@ -226,7 +226,7 @@ def test_conflicts_are_named_together():
     with pytest.raises(UserError) as error:
         parse(argv, (LoraOptions, TrainOptions, DPOOptions), prog="dpo.py")
     assert str(error.value) == (
-        "--lora_r, --lora_alpha have no effect without --use_peft true; "
+        "--lora_r, --lora_alpha have no effect without --use_peft; "
         "--max_eval_samples has no effect without --eval_strategy; "
         "--save_steps has no effect without --save_strategy steps; "
         "--beta, --ld_alpha have no effect with --loss_type sft, which has no reference"
@@ -243,7 +243,7 @@ def test_conflicts_between_classes_are_named_with_those_within(tmp_path: Path):
     with pytest.raises(UserError) as error:
         parse(argv.split(), classes(DPOOptionSet), prog="dpo.py", check=check)
     assert str(error.value) == (
-        "--lora_r has no effect without --use_peft true; "
+        "--lora_r has no effect without --use_peft; "
         "--learning_rate must not be negative, got -1e-05; "
         "--beta has no effect with --loss_type sft, which has no reference; "
         "--fp16 needs an accelerator: use --bf16, or neither, on the CPU; "

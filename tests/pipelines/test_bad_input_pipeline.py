@@ -82,7 +82,7 @@ def test_later_stages_are_checked_before_the_first(tmp_path: Path, tiny_model: P
     (recipe / "compare.yaml").write_text("temprature: 0.5\n")
     shown = run(tmp_path, tiny_model, tiny_data, recipe)
     assert shown.splitlines() == [
-        "UserError: stage dpo: --lora_r has no effect without --use_peft true; --beta must be above 0, not 0.0; "
+        "UserError: stage dpo: --lora_r has no effect without --use_peft; --beta must be above 0, not 0.0; "
         "--global_batch_size 12 is not a multiple of 8: --per_device_train_batch_size 8 on 1 processes; "
         f"stage evaluate: {tiny_data}/train.jsonl row 1: no column 'question', named by a --…_key option "
         "(has chosen, rejected); "

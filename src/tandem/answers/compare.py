@@ -1,7 +1,7 @@
 """Answers of several models to the same prompts, side by side, with what a glance at them would count."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +14,14 @@ from tandem.answers.generate import generate
 from tandem.answers.refusals import is_refusal
 from tandem.data.formats import Row, prompt_id
 from tandem.data.held_out import CHOSEN, chosen_answers, held_out_prompts
-from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
-from tandem.options.parsing import REQUIRED, opt
+from tandem.options.fields import REQUIRED, opt
+from tandem.options.rules import Options
 from tandem.runs import read_jsonl, write_atomic, write_json
 
 
 @dataclass
-class CompareOptions:
+class CompareOptions(Options):
     """Compare."""
 
     base_model: str = opt(REQUIRED, "model before training: folder or Hub name, or name served")
@@ -35,14 +35,14 @@ class CompareOptions:
     ab_verdicts: str | None = opt(None, "an outside judge's verdicts on ab_questions.jsonl: prompt_id and A, B or tie")
     output_dir: str = opt(".", "folder for dpo_comparison_results.json, its page and the generations_*.jsonl")
 
-    def __post_init__(self) -> None:
+    def conflicts(self) -> Iterator[str]:
         if self.policy == self.against:
-            raise UserError(f"--policy and --against are both {self.policy}: nothing to compare")
+            yield f"--policy and --against are both {self.policy}: nothing to compare"
         for name, label in (("policy", self.policy), ("against", self.against)):
             if label not in (*self.models, CHOSEN):
-                raise UserError(f"--{name} {label} needs --{label}_model")
+                yield f"--{name} {label} needs --{label}_model"
         if self.shuffle_ab and self.ab_verdicts is not None:
-            raise UserError("--shuffle_ab writes questions anew, which --ab_verdicts answers: give one of them")
+            yield "--shuffle_ab writes questions anew, which --ab_verdicts answers: give one of them"
 
     @property
     def models(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
+from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
-from tandem.options.parsing import REQUIRED, opt
+from tandem.options.rules import Options
 from tandem.runs import append_jsonl, locked, read_jsonl
 
 _LABEL = re.compile(r"\w[\w.-]*")
 
 
 @dataclass
-class GenerateOptions:
+class GenerateOptions(Options):
     """Generate."""
 
     models: list[str] = opt(
@@ -28,13 +29,13 @@ class GenerateOptions:
     )
     output_dir: str = opt(REQUIRED, "folder for a generations_<label>.jsonl of each")
 
-    def __post_init__(self) -> None:
+    def conflicts(self) -> Iterator[str]:
         for given in self.models:
             label, _, model = given.partition("=")
             if not _LABEL.fullmatch(label) or not model:
-                raise UserError(f"--models {given}: must be label=MODEL, as base=MODEL or dpo=out")
+                yield f"--models {given}: must be label=MODEL, as base=MODEL or dpo=out"
         if len(self.by_label) < len(self.models):
-            raise UserError(f"--models {' '.join(self.models)}: a label is there twice")
+            yield f"--models {' '.join(self.models)}: a label is there twice"
 
     @property
     def by_label(self) -> dict[str, str]:

@@ -13,7 +13,8 @@ from tandem.data.files import SUFFIXES
 from tandem.data.formats import Row, kind_of
 from tandem.data.options import SOURCE_OPTIONS, DataOptions
 from tandem.errors import UserError
-from tandem.options.parsing import StrictLoader, convert, opt, options_of, unknown_option
+from tandem.options.fields import opt, options_of
+from tandem.options.parsing import StrictLoader, convert, unknown_option
 
 
 @dataclasses.dataclass(frozen=True)

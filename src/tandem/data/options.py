@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tandem.data.formats import FORMATS
-from tandem.errors import UserError
-from tandem.options.parsing import REQUIRED, opt, refuse
+from tandem.options.fields import REQUIRED, changed, opt
+from tandem.options.rules import Options
 
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (
@@ -16,7 +17,7 @@ SOURCE_OPTIONS = (
 
 
 @dataclasses.dataclass
-class DataOptions:
+class DataOptions(Options):
     """Data."""
 
     dataset_name: str = opt(
@@ -29,8 +30,14 @@ class DataOptions:
     dataset_config: str | None = opt(None, "configuration of a Hub dataset")
     dataset_revision: str | None = opt(None, "branch, tag or commit of a Hub dataset")
     dataset_train_split: str = opt("train", "training split, with a slice if wanted: train[:5%]")
-    dataset_test_split: str = opt("test", "held-out split, with a slice if wanted")
-    val_ratio: float = opt(0.0, "hold out this share of the training split's prompts instead of reading a test split")
+    dataset_test_split: str = opt(
+        "test",
+        "held-out split, with a slice if wanted",
+        unless="val_ratio!=0, which holds pairs out instead",
+    )
+    val_ratio: float = opt(
+        0.0, "hold out this share of the training split's prompts instead of reading a test split", low=0, below=1
+    )
     data_seed: int = opt(42, "seed of the --val_ratio split and of a mixture")
     data_format: str | None = opt(None, "force a format instead of detecting it", choices=FORMATS)
     prompt_key: str | None = opt(None, "column that holds the prompt")
@@ -38,33 +45,17 @@ class DataOptions:
     rejected_key: str | None = opt(None, "column that holds the other answer")
     input_key: str | None = opt(None, "column that holds the alpaca format's input")
     system_key: str | None = opt(None, "column that holds a system message")
-    max_bad_rows: int = opt(0, "skip and list up to this many rows that cannot be read")
+    max_bad_rows: int = opt(0, "skip and list up to this many rows that cannot be read", low=0)
 
-    def __post_init__(self) -> None:
-        problems = []
-        if not 0 <= self.val_ratio < 1:
-            problems.append(f"--val_ratio must be at least 0 and below 1, not {self.val_ratio}")
-        if self.max_bad_rows < 0:
-            problems.append(f"--max_bad_rows must not be negative, got {self.max_bad_rows}")
+    def conflicts(self) -> Iterator[str]:
         if self.chosen_key is not None and self.chosen_key == self.rejected_key:
-            problems.append(
-                f"--chosen_key and --rejected_key both name {self.chosen_key}: no pair would prefer anything"
-            )
-        refuse(problems + self._without_effect())
-
-    def _without_effect(self) -> list[str]:
+            yield f"--chosen_key and --rejected_key both name {self.chosen_key}: no pair would prefer anything"
         if self.is_mixture:
-            return [
-                f"--{field.name} has no effect with a mixture: give it to a source in {self.dataset_name}"
-                for field in dataclasses.fields(self)
-                if field.name in SOURCE_OPTIONS[1:] and getattr(self, field.name) != field.default
-            ]
-        problems = []
-        if self.data_seed != type(self).data_seed and not self.val_ratio:
-            problems.append("--data_seed has no effect without --val_ratio or a mixture")
-        if self.dataset_test_split != type(self).dataset_test_split and self.val_ratio:
-            problems.append("--dataset_test_split has no effect with --val_ratio, which holds pairs out instead")
-        return problems
+            for name in changed(self):
+                if name in SOURCE_OPTIONS[1:]:
+                    yield f"--{name} has no effect with a mixture: give it to a source in {self.dataset_name}"
+        elif self.data_seed != type(self).data_seed and not self.val_ratio:
+            yield "--data_seed has no effect without --val_ratio or a mixture"
 
     @property
     def is_mixture(self) -> bool:
@@ -95,14 +86,14 @@ DROPPABLE = (
 
 
 @dataclasses.dataclass
-class CheckOptions:
+class CheckOptions(Options):
     """Check."""
 
     tokenizer_name_or_path: str | None = opt(
         None, "tokenizer (or model) that lengths are counted with; unset: not counted"
     )
     report: str | None = opt(None, "write data_report.json here")
-    show: int = opt(0, "print the first N pairs of each split as they are trained, token by token")
+    show: int = opt(0, "print the first N pairs of each split as they are trained, token by token", low=0)
     fail_on: str = opt(
         "error",
         "end with exit code 2 on a finding of this level or a worse one",
@@ -117,18 +108,19 @@ class CheckOptions:
 
     def __post_init__(self) -> None:
         self.fix = [name for item in self.fix for name in item.split(",") if name]
+        super().__post_init__()
+
+    def conflicts(self) -> Iterator[str]:
         for name in self.fix:
             if name.removeprefix("drop_") not in DROPPABLE or not name.startswith("drop_"):
                 near = difflib.get_close_matches(name, [f"drop_{kind}" for kind in DROPPABLE], n=1)
-                raise UserError(f"--fix: unknown {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+                yield f"--fix: unknown {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         if bool(self.fix) != (self.fixed_dir is not None):
-            raise UserError("--fix and --fixed_dir need each other: the mended data go to a new folder")
-        if self.show < 0:
-            raise UserError(f"--show must not be negative, got {self.show}")
+            yield "--fix and --fixed_dir need each other: the mended data go to a new folder"
         if self.show and not self.tokenizer_name_or_path:
-            raise UserError("--show needs --tokenizer_name_or_path: tokens are of a tokenizer")
+            yield "--show needs --tokenizer_name_or_path: tokens are of a tokenizer"
         if self.fixed_dir and Path(self.fixed_dir).exists():
-            raise UserError(f"--fixed_dir {self.fixed_dir}: is there already, and nothing is overwritten; name another")
+            yield f"--fixed_dir {self.fixed_dir}: is there already, and nothing is overwritten; name another"
 
     @property
     def dropped(self) -> list[str]:

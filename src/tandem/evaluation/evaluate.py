@@ -1,7 +1,7 @@
 """Held-out metrics of each model against one reference, with intervals and tests of their differences."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,25 @@ from tandem import ranks
 from tandem.data.formats import Row
 from tandem.errors import UserError
 from tandem.intervals import Array, Estimate, bootstrap, length_terciles, mean, wilson
-from tandem.options.parsing import REQUIRED, opt
+from tandem.options.fields import REQUIRED, opt
+from tandem.options.rules import Options
 from tandem.runs import write_atomic, write_json
 
 REFERENCE = "base"  # label of the reference among the models
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Evaluate."""
 
     reference_model: str = opt(REQUIRED, "model that implicit rewards and KL are measured against")
     sft_model: str | None = opt(None, "model or adapter folder of the SFT policy")
     dpo_model: str | None = opt(None, "model or adapter folder of the DPO policy")
     output_file: str = opt("results.json", "where the numbers go; the tables go beside it as .md")
-    eval_batch_size: int = opt(8, "pairs per batch")
-    max_eval_samples: int | None = opt(None, "use the first N held-out pairs")
-    kl_prompts: int = opt(32, "held-out prompts that each policy answers twice to estimate its KL; 0: none")
-    kl_max_new_tokens: int = opt(64, "longest of these answers")
+    eval_batch_size: int = opt(8, "pairs per batch", low=1)
+    max_eval_samples: int | None = opt(None, "use the first N held-out pairs", low=1)
+    kl_prompts: int = opt(32, "held-out prompts that each policy answers twice to estimate its KL; 0: none", low=0)
+    kl_max_new_tokens: int = opt(64, "longest of these answers", low=1)
     eval_seed: int = opt(42, "seed of these answers and of the bootstrap")
     eval_dtype: str = opt(
         "auto",
@@ -39,15 +40,11 @@ class EvaluateOptions:
     )
     eval_bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
 
-    def __post_init__(self) -> None:
+    def conflicts(self) -> Iterator[str]:
         if not self.policies:
-            raise UserError("nothing to evaluate: give --sft_model, --dpo_model or both")
-        for name, low in {"eval_batch_size": 1, "max_eval_samples": 1, "kl_prompts": 0, "kl_max_new_tokens": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name} must be at least {low}, not {value}")
+            yield "nothing to evaluate: give --sft_model, --dpo_model or both"
         if Path(self.output_file).suffix != ".json":
-            raise UserError(f"--output_file {self.output_file}: must end in .json")
+            yield f"--output_file {self.output_file}: must end in .json"
 
     @property
     def policies(self) -> dict[str, str]:

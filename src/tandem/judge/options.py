@@ -1,15 +1,17 @@
 """Options of the judge. Light to import: a wrong command line is answered before anything heavy is loaded."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from tandem.errors import UserError
-from tandem.options.parsing import REQUIRED, opt
+from tandem.options.fields import REQUIRED, opt
+from tandem.options.rules import Options
 from tandem.servers import OPENAI_URL, checked_url
 
 
 @dataclasses.dataclass
-class JudgeOptions:
+class JudgeOptions(Options):
     """Judge."""
 
     judge_model: str = opt(REQUIRED, "model that judges, as the server at --base_url names it")
@@ -23,54 +25,46 @@ class JudgeOptions:
         None, "folder of replies and verdicts, with <its name>_summary.json beside it; unset: judge/ by the generations"
     )
     calibration_pairs: int = opt(
-        100, "held-out human-labelled pairs the judge is first tried on; 0: no winner is named"
+        100, "held-out human-labelled pairs the judge is first tried on; 0: no winner is named", low=0
     )
-    self_pairs: int = opt(10, "answers judged against themselves, to show a preference for a position")
-    max_flip_rate: float = opt(0.4, "name no winner if the judge changes sides with the order more often than this")
-    samples: int = opt(1, "verdicts per order, averaged")
-    temperature: float | None = opt(None, "sampling temperature of the judge; unset: the server's own")
-    max_output_tokens: int = opt(2048, "longest reply of the judge, its reasoning included")
-    max_concurrency: int = opt(8, "requests at a time; a 429 halves it for a while")
-    timeout: float = opt(300.0, "seconds without an answer before a request is given up")
-    max_attempts: int = opt(6, "tries for each verdict: failed requests, and replies that are no verdict")
-    price_in: float | None = opt(None, "price of a million input tokens, in your currency")
-    price_out: float | None = opt(None, "price of a million output tokens")
-    max_cost: float | None = opt(None, "stop before this much is spent; the same command with a higher one goes on")
+    self_pairs: int = opt(10, "answers judged against themselves, to show a preference for a position", low=0)
+    max_flip_rate: float = opt(
+        0.4, "name no winner if the judge changes sides with the order more often than this", low=0, high=1
+    )
+    samples: int = opt(1, "verdicts per order, averaged", low=1)
+    temperature: float | None = opt(None, "sampling temperature of the judge; unset: the server's own", low=0)
+    max_output_tokens: int = opt(2048, "longest reply of the judge, its reasoning included", low=1)
+    max_concurrency: int = opt(8, "requests at a time; a 429 halves it for a while", low=1)
+    timeout: float = opt(300.0, "seconds without an answer before a request is given up", above=0)
+    max_attempts: int = opt(6, "tries for each verdict: failed requests, and replies that are no verdict", low=1)
+    price_in: float | None = opt(None, "price of a million input tokens, in your currency", low=0)
+    price_out: float | None = opt(None, "price of a million output tokens", low=0)
+    max_cost: float | None = opt(
+        None, "stop before this much is spent; the same command with a higher one goes on", low=0
+    )
     dry_run: bool = opt(False, "count requests, tokens and cost; ask nothing, write nothing")
     batch: bool = opt(False, "use OpenAI's Batch API: cheaper, up to a day, the same command goes on waiting")
-    seed: int = opt(42, "seed of the choice of calibration pairs and of the bootstrap")
+    seed: int = opt(42, "seed of the choice of calibration pairs and of the bootstrap", low=0)
 
     def __post_init__(self) -> None:
-        for name, low in {
-            "calibration_pairs": 0,
-            "self_pairs": 0,
-            "samples": 1,
-            "max_output_tokens": 1,
-            "max_concurrency": 1,
-            "max_attempts": 1,
-            "seed": 0,
-        }.items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name} must be at least {low}, not {getattr(self, name)}")
-        for price in ("temperature", "price_in", "price_out", "max_cost"):
-            value = getattr(self, price)
-            if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"--{price} must be a number of at least 0, not {value}")
-        if not 0 < self.timeout < float("inf"):
-            raise UserError(f"--timeout must be above 0, not {self.timeout}")
-        if not 0 <= self.max_flip_rate <= 1:
-            raise UserError(f"--max_flip_rate is a share between 0 and 1, not {self.max_flip_rate}")
-        if (self.price_in is None) != (self.price_out is None):
-            raise UserError("--price_in and --price_out need each other")
-        if self.max_cost is not None and self.price_in is None:
-            raise UserError("--max_cost needs --price_in and --price_out: the server does not tell its prices")
+        super().__post_init__()
         self.base_url = checked_url(self.base_url)
+
+    def conflicts(self) -> Iterator[str]:
+        if (self.price_in is None) != (self.price_out is None):
+            yield "--price_in and --price_out need each other"
+        if self.max_cost is not None and self.price_in is None:
+            yield "--max_cost needs --price_in and --price_out: the server does not tell its prices"
+        try:
+            checked_url(self.base_url)
+        except UserError as problem:
+            yield str(problem)
         if (self.generations_a is None) != (self.generations_b is None):
-            raise UserError("--generations_a and --generations_b need each other")
+            yield "--generations_a and --generations_b need each other"
         if (self.run_dir is None) == (self.generations_a is None):
-            raise UserError("--run_dir, or --generations_a and --generations_b, is required: the answers to judge")
+            yield "--run_dir, or --generations_a and --generations_b, is required: the answers to judge"
         if self.run_dir is not None and self.policy == self.against:
-            raise UserError(f"--policy and --against are both {self.policy}: nothing to compare")
+            yield f"--policy and --against are both {self.policy}: nothing to compare"
 
     @property
     def generation_files(self) -> tuple[Path, Path]:

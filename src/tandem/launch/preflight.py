@@ -21,7 +21,7 @@ import yaml
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import UserError, script_main
-from tandem.options.parsing import refuse
+from tandem.options.fields import refuse
 
 
 def main(argv: list[str]) -> None:

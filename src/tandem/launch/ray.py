@@ -10,12 +10,15 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tandem.errors import AlarmStop, Preempted, TandemExit, UserError
-from tandem.options.parsing import REQUIRED, opt, parse
+from tandem.options.fields import REQUIRED, opt
+from tandem.options.parsing import parse
+from tandem.options.rules import Options
 from tandem.options.training import TrainOptions, explain_unknown
 from tandem.runs import RUN, checkpoints, is_complete
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
@@ -25,28 +28,20 @@ _DESCRIPTION = "Train under Ray: ray_launch.py RAY OPTIONS… scripts/dpo.py ITS
 
 
 @dataclasses.dataclass
-class RayOptions:
+class RayOptions(Options):
     """Ray."""
 
-    num_workers: int = opt(REQUIRED, "processes to train in")
+    num_workers: int = opt(REQUIRED, "processes to train in", low=1)
     address: str | None = opt(None, "an existing cluster: its address, or auto; unset: a cluster on this machine alone")
-    cpus_per_worker: float = opt(1.0, "CPUs that Ray sets aside for each worker")
+    cpus_per_worker: float = opt(1.0, "CPUs that Ray sets aside for each worker", above=0)
     gpus_per_worker: float = opt(0.0, "GPUs of each worker: 0 or 1")
     storage_path: str | None = opt(None, "where Ray copies checkpoints: a folder, s3://… or gs://…; unset: OUTPUT_ray")
-    max_failures: int = opt(3, "how often a failed worker group is started again; -1: always")
-    reference_workers: int = opt(0, "dpo.py: this many workers of their own fill the reference cache first")
+    max_failures: int = opt(3, "how often a failed worker group is started again; -1: always", low=-1)
+    reference_workers: int = opt(0, "dpo.py: this many workers of their own fill the reference cache first", low=0)
 
-    def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise UserError(f"--num_workers must be at least 1, not {self.num_workers}")
-        if self.cpus_per_worker <= 0:
-            raise UserError(f"--cpus_per_worker must be above 0, not {self.cpus_per_worker}")
+    def conflicts(self) -> Iterator[str]:
         if self.gpus_per_worker not in (0, 1):
-            raise UserError(f"--gpus_per_worker must be 0 or 1, not {self.gpus_per_worker}: one process drives one GPU")
-        if self.max_failures < -1:
-            raise UserError(f"--max_failures must be at least -1, not {self.max_failures}")
-        if self.reference_workers < 0:
-            raise UserError(f"--reference_workers must not be negative, got {self.reference_workers}")
+            yield f"--gpus_per_worker must be 0 or 1, not {self.gpus_per_worker}: one process drives one GPU"
 
 
 def launch(argv: list[str]) -> None:

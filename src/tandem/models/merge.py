@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.errors import UserError
+from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.model import ModelOptions, is_adapter
-from tandem.options.parsing import REQUIRED, changed, opt
+from tandem.options.rules import Options
 from tandem.runs import damage, is_complete, model_files, staged_dir
 
 _SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for them
 
 
 @dataclass
-class MergeOptions:
+class MergeOptions(Options):
     """Merge."""
 
     adapter: str = opt(REQUIRED, "folder of the trained adapter (a full model is copied as it is)")
@@ -23,7 +24,7 @@ class MergeOptions:
 
 
 @dataclass
-class MergeShardsOptions:
+class MergeShardsOptions(Options):
     """Merge shards."""
 
     checkpoint: str = opt(REQUIRED, "checkpoint-N of a run whose weights FSDP keeps in shards")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.errors import UserError
-from tandem.options.parsing import opt
+from tandem.options.fields import opt
+from tandem.options.rules import Options
 from tandem.runs import sha256_json
 
 
@@ -30,26 +30,16 @@ class Sampling:
 
 
 @dataclass
-class SamplingOptions:
+class SamplingOptions(Options):
     """Sampling."""
 
-    max_new_tokens: int = opt(128, "longest answer in tokens")
-    temperature: float = opt(0.7, "softmax temperature")
-    top_p: float = opt(0.95, "nucleus: draw from the most likely tokens that hold this probability")
+    max_new_tokens: int = opt(128, "longest answer in tokens", low=1)
+    temperature: float = opt(0.7, "softmax temperature", above=0, hint="use --greedy for none")
+    top_p: float = opt(0.95, "nucleus: draw from the most likely tokens that hold this probability", above=0, high=1)
     greedy: bool = opt(False, "always take the most likely token")
     seed: int = opt(42, "seed of the draws")
-    max_prompts: int | None = opt(None, "answer the first N distinct held-out prompts")
-    max_prompt_length: int = opt(512, "longest prompt in tokens; its oldest turns are dropped first")
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"--temperature must be above 0, not {self.temperature}; use --greedy for none")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
-        for name in ("max_new_tokens", "max_prompts", "max_prompt_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, not {value}")
+    max_prompts: int | None = opt(None, "answer the first N distinct held-out prompts", low=1)
+    max_prompt_length: int = opt(512, "longest prompt in tokens; its oldest turns are dropped first", low=1)
 
     @property
     def sampling(self) -> Sampling:

@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.options.parsing import changed, flags, opt, refuse
+from tandem.options.fields import changed, flags, opt
+from tandem.options.rules import Options
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -128,76 +129,64 @@ def load_object(name: str) -> Any:
 
 
 @dataclasses.dataclass
-class DPOOptions:
+class DPOOptions(Options):
     """DPO."""
 
-    beta: float = opt(0.1, "β: how strongly the policy is held to the reference")
+    beta: float = opt(0.1, "β: how strongly the policy is held to the reference", above=0, trl=True)
     loss_type: list[str] = opt(
         ["sigmoid"], f"one loss, or several to be added: {', '.join(LOSSES)}; or your own, as module:function"
     )
     loss_weights: list[float] | None = opt(None, "weights of several losses")
-    label_smoothing: float = opt(0.0, "share of labels taken for flipped; with sigmoid this is cDPO")
-    f_divergence_type: str = opt("reverse_kl", "divergence between policy and reference", choices=F_DIVERGENCES)
-    f_alpha_divergence_coef: float = opt(0.5, "α of the alpha divergence")
-    ld_alpha: float | None = opt(None, "LD-DPO: weight of the tokens beyond the shorter answer's length")
-    discopop_tau: float = opt(0.05, "temperature of the discopop loss")
-    use_weighting: bool = opt(False, "WPO: weight pairs by the policy's own probability of them")
-    simpo_gamma: float = opt(0.5, "SimPO: γ, the margin that β times the means' difference should reach")
-    disable_dropout: bool = opt(True, "set every dropout of policy and reference to zero")
+    label_smoothing: float = opt(
+        0.0, "share of labels taken for flipped; with sigmoid this is cDPO", low=0, below=0.5, trl=True
+    )
+    f_divergence_type: str = opt(
+        "reverse_kl", "divergence between policy and reference", choices=F_DIVERGENCES, trl=True
+    )
+    f_alpha_divergence_coef: float = opt(
+        0.5, "α of the alpha divergence", needs="f_divergence_type=alpha_divergence", trl=True
+    )
+    ld_alpha: float | None = opt(
+        None, "LD-DPO: weight of the tokens beyond the shorter answer's length", low=0, high=1, trl=True
+    )
+    discopop_tau: float = opt(0.05, "temperature of the discopop loss", above=0, needs="loss_type=discopop", trl=True)
+    use_weighting: bool = opt(False, "WPO: weight pairs by the policy's own probability of them", trl=True)
+    simpo_gamma: float = opt(
+        0.5, "SimPO: γ, the margin that β times the means' difference should reach", low=0, needs="loss_type=simpo"
+    )
+    disable_dropout: bool = opt(True, "set every dropout of policy and reference to zero", trl=True)
     reference_model: str | None = opt(None, "reference model folder or Hub name; unset: the policy before training")
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.beta <= 0:
-            problems.append(f"--beta must be above 0, not {self.beta}")
+    def conflicts(self) -> Iterator[str]:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            problems.append(f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type")
-        if not 0 <= self.label_smoothing < 0.5:
-            problems.append(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
-        losses = []
+            yield f"--loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} --loss_type"
+        losses, unknown = [], []
         for name in self.loss_type:
             try:
                 losses.append(loss_named(name))
             except UserError as problem:
-                problems.append(str(problem))
-        refuse(problems)
-        problems += self._conflicts(losses)
-        refuse(problems)
+                unknown.append(str(problem))
+        yield from unknown or self._conflicts_of(losses)
 
-    def _conflicts(self, losses: list[Loss]) -> list[str]:
+    def _conflicts_of(self, losses: list[Loss]) -> Iterator[str]:
         """What does not go with these losses, or has no effect with them."""
-        problems = []
         named = f"--loss_type {' '.join(self.loss_type)}"
         if self.label_smoothing and not any(loss.smoothed for loss in losses):
             smoothed = ", ".join(loss.name for loss in LOSSES.values() if loss.smoothed)
-            problems.append(f"--label_smoothing has no effect with {named}; it has with {smoothed}")
+            yield f"--label_smoothing has no effect with {named}; it has with {smoothed}"
         if "exo_pair" in self.loss_type and not self.label_smoothing:
-            problems.append("--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)")
+            yield "--loss_type exo_pair needs --label_smoothing above 0 (its paper takes 1e-3)"
         if self.f_divergence_type != "reverse_kl" and not all(loss.f_divergence for loss in losses):
             fitting = ", ".join(loss.name for loss in LOSSES.values() if loss.f_divergence)
-            problems.append(f"--f_divergence_type {self.f_divergence_type} goes with {fitting}, not with {named}")
-        alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
-        if alpha_given and self.f_divergence_type != "alpha_divergence":
-            problems.append("--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence")
-        if self.discopop_tau <= 0:
-            problems.append(f"--discopop_tau must be above 0, not {self.discopop_tau}")
-        if self.discopop_tau != type(self).discopop_tau and "discopop" not in self.loss_type:
-            problems.append("--discopop_tau has no effect without --loss_type discopop")
-        if self.simpo_gamma != type(self).simpo_gamma and "simpo" not in self.loss_type:
-            problems.append("--simpo_gamma has no effect without --loss_type simpo")
-        if self.simpo_gamma < 0:
-            problems.append(f"--simpo_gamma must not be negative, got {self.simpo_gamma}")
+            yield f"--f_divergence_type {self.f_divergence_type} goes with {fitting}, not with {named}"
         if self.use_weighting and (unweighted := [each.name for each in losses if not each.weighted or each.per_pair]):
             plural = "losses" if len(unweighted) > 1 else "loss"
-            problems.append(f"--use_weighting cannot weight the {plural} {' and '.join(unweighted)}")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            problems.append(f"--ld_alpha must be between 0 and 1, not {self.ld_alpha}")
+            yield f"--use_weighting cannot weight the {plural} {' and '.join(unweighted)}"
         inert = [name for name in ("beta", "f_divergence_type", "ld_alpha", "reference_model") if name in changed(self)]
         if inert and set(self.loss_type) == {"sft"}:
-            problems.append(f"{flags(inert)} no effect with --loss_type sft, which has no reference")
+            yield f"{flags(inert)} no effect with --loss_type sft, which has no reference"
         elif self.reference_model and not self.needs_reference:
-            problems.append(f"--reference_model has no effect with {named}, which has no reference")
-        return problems
+            yield f"--reference_model has no effect with {named}, which has no reference"
 
     @property
     def losses(self) -> list[tuple[Loss, float]]:

@@ -1,14 +1,15 @@
 """Options of the stages that load a model: which model, how it is adapted, how text becomes its tokens."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
-from tandem.errors import UserError
-from tandem.options.parsing import REQUIRED, changed, flags, opt, refuse
+from tandem.options.fields import REQUIRED, opt
+from tandem.options.rules import Options
 
 
 @dataclasses.dataclass
-class ModelOptions:
+class ModelOptions(Options):
     """Model."""
 
     model_name_or_path: str = opt(REQUIRED, "model folder or Hub name; an adapter's folder goes on training it")
@@ -20,46 +21,38 @@ class ModelOptions:
 
 
 @dataclasses.dataclass
-class LoraOptions:
+class LoraOptions(Options):
     """LoRA."""
 
     use_peft: bool = opt(False, "train a LoRA adapter instead of all weights")
-    lora_r: int = opt(16, "rank")
-    lora_alpha: int = opt(32, "scale: the update is multiplied by alpha / r")
-    lora_dropout: float = opt(0.0, "dropout before the adapter; DPO turns it off unless --disable_dropout false")
-    lora_target_modules: list[str] = opt(["all-linear"], "modules to adapt")
+    lora_r: int = opt(16, "rank", low=1, needs="use_peft")
+    lora_alpha: int = opt(32, "scale: the update is multiplied by alpha / r", needs="use_peft")
+    lora_dropout: float = opt(
+        0.0,
+        "dropout before the adapter; DPO turns it off unless --disable_dropout false",
+        low=0,
+        below=1,
+        needs=("use_peft", "disable_dropout=false"),
+    )
+    lora_target_modules: list[str] = opt(["all-linear"], "modules to adapt", needs="use_peft")
     load_in_4bit: bool = opt(False, "QLoRA: hold the base model in 4 bits (CUDA, extra: quantization)")
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.lora_r < 1:
-            problems.append(f"--lora_r must be at least 1, not {self.lora_r}")
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+    def conflicts(self) -> Iterator[str]:
         if self.load_in_4bit and not self.use_peft:
-            problems.append("--load_in_4bit needs --use_peft true: weights in 4 bits cannot be trained themselves")
-        without_effect = [name for name in changed(self) if name not in ("use_peft", "load_in_4bit")]
-        if without_effect and not self.use_peft:
-            problems.append(f"{flags(without_effect)} no effect without --use_peft true")
-        refuse(problems)
+            yield "--load_in_4bit needs --use_peft: weights in 4 bits cannot be trained themselves"
 
 
 @dataclasses.dataclass
-class TextOptions:
+class TextOptions(Options):
     """Text to tokens."""
 
     use_chat_template: bool = opt(True, "render conversations with the tokenizer's chat template, else as transcripts")
-    max_length: int = opt(1024, "longest sequence in tokens; the answer's end is cut")
-    max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first")
+    max_length: int = opt(1024, "longest sequence in tokens; the answer's end is cut", low=2)
+    max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first", low=1)
 
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise UserError(f"--max_length must be at least 2, not {self.max_length}")
-        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
-            raise UserError(
-                f"--max_prompt_length must be at least 1 and below --max_length {self.max_length}, "
-                f"not {self.max_prompt_length}"
-            )
+    def conflicts(self) -> Iterator[str]:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length > 1:
+            yield f"--max_prompt_length must be below --max_length {self.max_length}, not {self.max_prompt_length}"
 
 
 def is_adapter(name: str) -> bool:

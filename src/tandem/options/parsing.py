@@ -1,73 +1,30 @@
-"""Options as dataclasses, read strictly from YAML and the command line.
+"""The options of a script, read strictly from YAML and the command line.
 
-A dataclass per concern, each field an `opt(default, help)`: the field is the one home of an option's name, type,
-default and help text. Nothing heavy is imported here, so that a wrong command line is answered at once.
+Nothing heavy is imported here, so that a wrong command line is answered at once.
 """
 
 import argparse
-import dataclasses
 import difflib
 import math
 import os
 import re
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
 from tandem.credentials import hide, holds_secret, names_secret
 from tandem.errors import UserError
+from tandem.options.fields import REQUIRED, Option, names_of, options_of, refuse, shown
+from tandem.options.rules import broken_rules
 from tandem.runs import write_atomic
 
-REQUIRED: Any = "<required>"  # default of an option that has none; `parse` refuses to go on without a value
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
-def opt(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field that is a command line option; `default=REQUIRED` for one that must be given."""
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Option:
-    name: str
-    type: Any
-    default: Any
-    help: str
-    choices: Sequence[Any] | None
-
-    @property
-    def kinds(self) -> tuple[Any, ...]:
-        """The plain types a value may have: `str | None` gives (str, NoneType)."""
-        if typing.get_origin(self.type) in (Union, types.UnionType):
-            return typing.get_args(self.type)
-        return (self.type,)
-
-    @property
-    def is_list(self) -> bool:
-        return any(typing.get_origin(kind) is list for kind in self.kinds)
-
-
-def options_of(cls: type) -> list[_Option]:
-    """The options of a dataclass, in the order of its fields."""
-    hints = typing.get_type_hints(cls)
-    options = []
-    for field in dataclasses.fields(cls):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        help, choices = field.metadata.get("help", ""), field.metadata.get("choices")
-        options.append(_Option(field.name, hints[field.name], default, help, choices))
-    return options
-
-
-def convert(option: _Option, value: Any, where: str) -> Any:
+def convert(option: Option, value: Any, where: str) -> Any:
     """`value` as `option`'s type.
 
     Text is read as the type says (`5e-4` is a float, though YAML 1.1 calls it text); any other mismatch is a
@@ -127,15 +84,17 @@ def _kind_name(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def _check_choice(option: _Option, value: Any, where: str) -> None:
-    if option.choices is None:
+def _check_choice(option: Option, value: Any, where: str) -> None:
+    if option.rules.choices is None:
         return
     for item in value if isinstance(value, list) else [value]:
-        if item not in option.choices:
-            raise UserError(f"{where}: {option.name} must be one of {', '.join(map(str, option.choices))}, not {item}")
+        if item not in option.rules.choices:
+            raise UserError(
+                f"{where}: {option.name} must be one of {', '.join(map(str, option.rules.choices))}, not {item}"
+            )
 
 
-def _refuse_secret(option: _Option, value: Any, where: str) -> None:
+def _refuse_secret(option: Option, value: Any, where: str) -> None:
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and holds_secret(item):
             raise UserError(
@@ -165,22 +124,16 @@ def _build_parser(classes: Sequence[type], prog: str, description: str) -> argpa
     return parser
 
 
-def _argparse_keywords(option: _Option) -> dict[str, Any]:
-    shown = "required" if option.default is REQUIRED else f"default: {_shown(option.default)}"
-    help = f"{option.help} ({shown})".replace("%", "%%")
-    metavar = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else "VALUE"
+def _argparse_keywords(option: Option) -> dict[str, Any]:
+    default = "required" if option.default is REQUIRED else f"default: {shown(option.default)}"
+    help = f"{option.help} ({default})".replace("%", "%%")
+    metavar = "{" + ",".join(map(str, option.rules.choices)) + "}" if option.rules.choices else "VALUE"
     keywords: dict[str, Any] = {"help": help, "metavar": metavar}
     if bool in option.kinds:
         keywords |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
     elif option.is_list:
         keywords["nargs"] = "+"
     return keywords
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -245,51 +198,89 @@ def parse(
         check: raises a `UserError` on instances that do not go together; it must bear values that a class refuses.
 
     Raises:
-        UserError: unknown options (with the nearest known ones) and values of the wrong type, all in one; or else all
-            missing required options; or else what each class's `__post_init__` and `check` refuse, all in one.
+        UserError: everything that is wrong, in one: unknown options (with the nearest known ones), values of the wrong
+            type, missing options, and what the options' rules, their classes and `check` refuse. What rests on a
+            value that is missing or of the wrong type is not told.
     """
     parser = _build_parser(classes, prog, description)
     namespace, extra = parser.parse_known_args(list(argv))
     given = vars(namespace)
     known = {option.name: option for cls in classes for option in options_of(cls)}
     problems = _stray_arguments(extra, list(known), explain_unknown)
+    misspelt = bool(problems)
     config_file = given.pop("config", None)
     print_config = given.pop("print_config", False)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    unusable: set[str] = set()
     from_yaml = _read_yaml(config_file) if config_file else {}
     for source, mapping in ((f"--config {config_file}", from_yaml), ("command line", given)):
         for name, value in mapping.items():
             sources[name] = source
             try:
                 if name not in known:
+                    misspelt = True
                     raise unknown_option(name, list(known), source, explain_unknown)
                 values[name] = convert(known[name], value, source)
             except UserError as problem:
+                unusable.add(name)
                 problems.append(str(problem))
-    refuse(problems)  # a required option may be missing because it is misspelt
-    required = [option for option in known.values() if option.default is REQUIRED and option.name not in values]
-    refuse([f"--{option.name} is required: {option.help}" for option in required])
+    missing = [option for option in known.values() if option.default is REQUIRED and option.name not in values]
+    if not misspelt:  # else what is missing may be what is misspelt
+        problems += [f"--{option.name} is required: {option.help}" for option in missing if option.name not in unusable]
+    unusable |= {option.name for option in missing}
 
-    instances = []
+    instances, refusals = _instances(classes, values, unusable)
+    problems += refusals
+    problems += broken_rules(instances, between=True, without=unusable)
+    problems += [] if unusable else _told(lambda: check(*instances))
+    refuse(problems)
+    if print_config:
+        _print_config(instances, sources)
+        raise SystemExit(0)
+    return tuple(instances)
+
+
+def _instances(classes: Sequence[type], values: dict[str, Any], unusable: set[str]) -> tuple[list[Any], list[str]]:
+    """An instance of each class, refused or not, and what the classes refuse."""
+    instances: list[Any] = []
+    problems: list[str] = []
     for cls in classes:
-        own = {name: values[name] for name in _names(cls) if name in values}
+        own = {name: values[name] for name in names_of(cls) if name in values}
+        if unusable & set(names_of(cls)):
+            instances.append(_unchecked(cls, own))
+            problems += broken_rules(instances[-1:], without=unusable)
+            continue
         try:
             instances.append(cls(**own))
         except UserError as problem:
             problems.append(str(problem))
             instances.append(_unchecked(cls, own))
+    return instances, problems
+
+
+def _unchecked(cls: type, values: dict[str, Any]) -> Any:
+    """An instance that its class would refuse, to have its conflicts with other classes told as well."""
+    instance: Any = object.__new__(cls)
+    for option in options_of(cls):
+        setattr(instance, option.name, values.get(option.name, option.default))
+    return instance
+
+
+def _told(check: Callable[[], None]) -> list[str]:
+    """What `check` refuses."""
     try:
-        check(*instances)
+        check()
     except UserError as problem:
-        problems.append(str(problem))
-    refuse(problems)
-    if print_config:
-        for name, value in resolved(*instances).items():
-            print(f"{_yaml_line(name, value)}  # {sources.get(name, 'default')}")
-        print(*_environment(), sep="\n")
-        raise SystemExit(0)
-    return tuple(instances)
+        return [str(problem)]
+    return []
+
+
+def _print_config(instances: Sequence[Any], sources: dict[str, str]) -> None:
+    """Every option with its value and its source, and the environment that is read beside them."""
+    for name, value in resolved(*instances).items():
+        print(f"{_yaml_line(name, value)}  # {sources.get(name, 'default')}")
+    print(*_environment(), sep="\n")
 
 
 def _stray_arguments(extra: Sequence[str], known: Sequence[str], explain: Callable[[str], str | None]) -> list[str]:
@@ -304,24 +295,6 @@ def _stray_arguments(extra: Sequence[str], known: Sequence[str], explain: Callab
         elif not behind_unknown:
             problems.append(f"command line: unexpected argument {argument} (options start with --)")
     return problems
-
-
-def _unchecked(cls: type, values: dict[str, Any]) -> Any:
-    """An instance that its class refuses, to have its conflicts with other classes told as well."""
-    instance: Any = object.__new__(cls)
-    for option in options_of(cls):
-        setattr(instance, option.name, values.get(option.name, option.default))
-    return instance
-
-
-def _names(cls: type) -> list[str]:
-    return [option.name for option in options_of(cls)]
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raise one `UserError` that names all `problems`, if there are any."""
-    if problems:
-        raise UserError("; ".join(problems))
 
 
 # Variables that the libraries and the launchers read, by how their names begin
@@ -379,12 +352,3 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
-
-
-def changed(options: Any) -> list[str]:
-    """Names of the options of a dataclass whose values are not their defaults."""
-    return [option.name for option in options_of(type(options)) if getattr(options, option.name) != option.default]
-
-
-def flags(names: Sequence[str]) -> str:
-    return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'}"

@@ -15,7 +15,8 @@ import jinja2
 from markupsafe import Markup
 
 from tandem.judge.calibration import distrust, untried
-from tandem.options.parsing import REQUIRED, opt
+from tandem.options.fields import REQUIRED, opt
+from tandem.options.rules import Options
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
 from tandem.runs import write_atomic, write_json
 
@@ -46,7 +47,7 @@ CALLS = {"labelled": "Labelled pairs", "self": "Answers against themselves", "ma
 
 
 @dataclasses.dataclass
-class ReportOptions:
+class ReportOptions(Options):
     """Report."""
 
     run_dir: str = opt(REQUIRED, "run folder to report on; report.html and training_metrics.json are written into it")

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
-from tandem.options.parsing import REQUIRED, opt
+from tandem.options.rules import Options
 from tandem.runs import MANIFEST, is_complete, model_files
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -30,7 +32,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
-class UploadOptions:
+class UploadOptions(Options):
     """Upload."""
 
     repo_id: str = opt(REQUIRED, "repository on the Hub: owner/name; it is created if it is not there")
@@ -39,9 +41,9 @@ class UploadOptions:
     private: bool = opt(False, "create the repository as a private one")
     dry_run: bool = opt(False, "print what would be pushed; reach no network")
 
-    def __post_init__(self) -> None:
+    def conflicts(self) -> Iterator[str]:
         if not _REPO_ID.fullmatch(self.repo_id) or ".." in self.repo_id or "--" in self.repo_id:
-            raise UserError(f"--repo_id {self.repo_id}: must be owner/name, of letters, digits, '-', '_' and '.'")
+            yield f"--repo_id {self.repo_id}: must be owner/name, of letters, digits, '-', '_' and '.'"
 
 
 def upload(options: UploadOptions) -> str:

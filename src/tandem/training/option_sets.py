@@ -10,9 +10,9 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import may_hold_out
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
+from tandem.options.fields import refuse
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
-from tandem.options.parsing import refuse
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions, check_training
 
 

@@ -19,6 +19,7 @@ from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
 from tandem.models.load import load_model, load_tokenizer
+from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import TrainOptions, check_training
@@ -121,25 +122,20 @@ def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
 
 def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
-    own = {"max_train_samples", "max_eval_samples", "mount_dir", "debug", "resume_from_checkpoint", "allow_changed"}
-    own |= {"tp_size", "global_batch_size"}
-    arguments = {
-        field.name: getattr(train, field.name) for field in dataclasses.fields(TrainOptions) if field.name not in own
-    }
+    arguments = handed_on(train)
     on_cpu = train.use_cpu or not has_accelerator()
     arguments["use_cpu"] = on_cpu
     processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size
     arguments["gradient_accumulation_steps"] = train.accumulation(max(processes, 1))
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
     check_launch(os.environ, arguments, cpu_asked=train.use_cpu, tp_size=train.tp_size)
-    if train.gradient_checkpointing is None:
-        arguments["gradient_checkpointing"] = not is_lazy()
+    checkpointing = train.gradient_checkpointing
+    arguments["gradient_checkpointing"] = not is_lazy() if checkpointing is None else checkpointing
     if train.debug:
         arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
     return arguments | {
         "trust_remote_code": model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
-        "eval_steps": train.eval_steps,
     }
 
 

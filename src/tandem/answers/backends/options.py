@@ -2,23 +2,18 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 
 from tandem.errors import UserError
-from tandem.options.parsing import opt
+from tandem.options.fields import opt
+from tandem.options.rules import Options
 from tandem.servers import checked_url
 
-# Where an option means nothing, giving it is an error
-_ENGINES_OF = {
-    "dtype": ("transformers", "vllm"),
-    "base_url": ("openai",),
-    "tensor_parallel_size": ("vllm",),
-    "data_parallel_size": ("vllm",),
-    "enforce_eager": ("vllm",),
-}
+_NOT_VLLM = "engine=transformers|openai"
 
 
 @dataclasses.dataclass
-class GenerationOptions:
+class GenerationOptions(Options):
     """Generation engine."""
 
     engine: str = opt(
@@ -27,31 +22,44 @@ class GenerationOptions:
         choices=("transformers", "vllm", "openai"),
     )
     batch_size: int | None = opt(
-        None, "prompts at a time: in a batch, in vLLM or in requests; unset: 8, and with vllm as many as it takes"
+        None,
+        "prompts at a time: in a batch, in vLLM or in requests; unset: 8, and with vllm as many as it takes",
+        low=1,
     )
     dtype: str | None = opt(
         None,
         "type of the weights; unset: bfloat16 on a GPU that multiplies it in hardware, else float32",
         choices=("float32", "bfloat16", "float16"),
+        unless="engine=openai",
     )
     base_url: str | None = opt(
-        None, "server of --engine openai, as http://127.0.0.1:8000/v1; its key, if any, is read from $OPENAI_API_KEY"
+        None,
+        "server of --engine openai, as http://127.0.0.1:8000/v1; its key, if any, is read from $OPENAI_API_KEY",
+        unless="engine=transformers|vllm",
     )
-    tensor_parallel_size: int = opt(1, "vllm: GPUs that one copy of the model is spread over")
-    data_parallel_size: int = opt(1, "vllm: copies of the model that share the prompts, each on GPUs of its own")
-    enforce_eager: bool = opt(False, "vllm: compile nothing; starts much sooner and answers more slowly")
+    tensor_parallel_size: int = opt(1, "vllm: GPUs that one copy of the model is spread over", low=1, unless=_NOT_VLLM)
+    data_parallel_size: int = opt(
+        1,
+        "vllm: copies of the model that share the prompts, each on GPUs of its own",
+        low=1,
+        unless=_NOT_VLLM,
+    )
+    enforce_eager: bool = opt(
+        False, "vllm: compile nothing; starts much sooner and answers more slowly", unless=_NOT_VLLM
+    )
 
     def __post_init__(self) -> None:
-        for name, engines in _ENGINES_OF.items():
-            if self.engine not in engines and getattr(self, name) != getattr(type(self), name):
-                raise UserError(f"--{name} has no effect with --engine {self.engine}")
-        for name in ("batch_size", "tensor_parallel_size", "data_parallel_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, not {value}")
-        if self.engine == "openai":
-            if self.base_url is None:
-                raise UserError("--engine openai needs --base_url: the server, as http://127.0.0.1:8000/v1")
+        super().__post_init__()
+        if self.base_url is not None:
             self.base_url = checked_url(self.base_url)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.engine == "openai" and self.base_url is None:
+            yield "--engine openai needs --base_url: the server, as http://127.0.0.1:8000/v1"
+        if self.engine == "openai" and self.base_url is not None:
+            try:
+                checked_url(self.base_url)
+            except UserError as problem:
+                yield str(problem)
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise UserError("--engine vllm needs vLLM: pip install 'tandem[vllm]', or see docs/vllm.md for a CPU")
+            yield "--engine vllm needs vLLM: pip install 'tandem[vllm]', or see docs/vllm.md for a CPU"

@@ -21,6 +21,7 @@ from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models.load import lora_config
 from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
+from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.training import EngineOptions
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
@@ -285,17 +286,10 @@ def dpo_trainer(
         ref_model=reference,
         args=DPOConfig(
             **arguments,
+            **handed_on(dpo),
             max_length=max_length,
-            disable_dropout=dpo.disable_dropout,
-            beta=dpo.beta,
             loss_type=loss_types,
             loss_weights=loss_weights,
-            label_smoothing=dpo.label_smoothing,
-            f_divergence_type=dpo.f_divergence_type,
-            f_alpha_divergence_coef=dpo.f_alpha_divergence_coef,
-            ld_alpha=dpo.ld_alpha,
-            discopop_tau=dpo.discopop_tau,
-            use_weighting=dpo.use_weighting,
             precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
         ),
         processing_class=tokenizer,
