@@ -61,6 +61,10 @@ stage() {
   fi
   if [[ -f $stamp && -e $RUN/$output ]]; then
     echo "== $name: $UPSTREAM ran again, so $RUN/$output is made anew"
+    # Its mirror too: else what is made anew would be brought back as it was
+    if [[ -n ${MOUNT_DIR:-} ]] && cmp -s "$RUN/$output/run.json" "$MOUNT_DIR/$output/run.json"; then
+      rm -rf "${MOUNT_DIR:?}/$output"
+    fi
     rm -rf "${RUN:?}/$output"
   fi
   rm -f "$stamp"

@@ -16,10 +16,13 @@ from typing import Any
 import xxhash
 
 from tandem.errors import UserError
+from tandem.log import logger
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+CONFIG = "config.yaml"
 LOCK = ".lock"
+CARD = "README.md"
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 COUNTERS = "tandem_counters.json"
@@ -168,13 +171,14 @@ def _lock(path: Path) -> int | None:
 
 def write_manifest(folder: str | Path, files: Iterable[Path] | None = None) -> None:
     """List `files` of `folder` (default: all) with size and hash; written last, it is what makes a folder complete.
+    A model card is not listed: it may be edited.
 
     Each is synced to the disk first, so that after a power cut no manifest speaks of bytes that were lost.
     """
     folder = Path(folder)
     listed = {}
     for file in sorted(folder.rglob("*") if files is None else files):
-        if file.is_file() and file.name != MANIFEST:
+        if file.is_file() and file.name not in (MANIFEST, CARD):
             listed[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": _hash(file, sync=True)}
     write_json(folder / MANIFEST, {"files": listed})
 
@@ -191,17 +195,17 @@ def _hash(file: Path, sync: bool = False) -> str:
 
 def is_complete(folder: str | Path) -> bool:
     """Whether `folder` has a manifest and every file it lists has the size it lists. Reads no content."""
-    return _missing(Path(folder)) is None
+    return fault(folder) is None
 
 
 def damage(folder: str | Path) -> str | None:
     """What keeps `folder` from being what its manifest says, in a few words; None if nothing. Reads every byte."""
     folder = Path(folder)
-    missing = _missing(folder)
-    if missing is not None:
-        return missing
-    for name, listed in json.loads((folder / MANIFEST).read_text())["files"].items():
-        if _hash(folder / name) != listed["xxh3_128"]:
+    found = fault(folder)
+    if found is not None:
+        return found
+    for name, digest in contents(folder).items():
+        if _hash(folder / name) != digest:
             return f"the content of {name} has changed"
     return None
 
@@ -223,10 +227,36 @@ def discard(folder: str | Path) -> None:
     shutil.rmtree(folder)
 
 
-def _missing(folder: Path) -> str | None:
+def put_aside_after(step: int, found: Iterable[Path]) -> None:
+    """Rename those of the `found` checkpoints that are of later steps to `skipped_checkpoint-N`. One without a manifest
+    never was a checkpoint, and is removed."""
+    for path in found:
+        if step_of(path) <= step:
+            continue
+        if not (path / MANIFEST).exists():
+            discard(path)
+            continue
+        aside = path.with_name(f"skipped_{path.name}")
+        if aside.exists():
+            discard(aside)
+        path.rename(aside)
+        logger.warning("%s was moved to %s", path, aside.name)
+
+
+def run_id(folder: str | Path) -> str | None:
+    """The id of the run that has made a run's folder, or a checkpoint; None where that is not said."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        sizes = {name: listed["bytes"] for name, listed in files.items()}
+        made_by = json.loads((Path(folder) / RUN).read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return made_by if isinstance(made_by, str) else None
+
+
+def fault(folder: str | Path) -> str | None:
+    """What keeps `folder` from being complete, in a few words; None if nothing. Looks at sizes, not at content."""
+    folder = Path(folder)
+    try:
+        sizes = {name: listed["bytes"] for name, listed in _listed(folder).items()}
     except FileNotFoundError:
         return "it has no manifest: its writing was cut off"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -239,6 +269,36 @@ def _missing(folder: Path) -> str | None:
         if found != size:
             return f"{name} has {found} bytes, not {size}"
     return None
+
+
+def refusal(folder: str | Path) -> str | None:
+    """Why the model in `folder` is not one to merge or push, in words; None if nothing is against it.
+
+    A folder that no run and no merge of Tandem has written is none of its business. Reads every byte.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        if not (folder / CONFIG).exists():
+            return None
+        return "its training has not finished; run it again to resume it"
+    reason = damage(folder)
+    if reason is None:
+        return None
+    return (
+        f"it is not what was trained or merged there: {reason}; put the file back, or, if the change is meant, "
+        f"take the model's files into a folder of their own, without {MANIFEST}"
+    )
+
+
+def contents(folder: str | Path) -> dict[str, str]:
+    """The files that the manifest of a complete folder lists, each with the hash of its content."""
+    return {name: listed["xxh3_128"] for name, listed in _listed(Path(folder)).items()}
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    # Older manifests list the model card, which is there to be edited
+    return {name: listed for name, listed in files.items() if Path(name).name != CARD}
 
 
 def model_files(folder: str | Path) -> list[Path]:

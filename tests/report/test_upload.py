@@ -155,7 +155,10 @@ def test_card_keeps_cells_whole(model: Path, run_dir: Path, tmp_path: Path) -> N
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "manifest.json").unlink(), "has not finished"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9), "has not finished"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9),
+            "it is not what was trained or merged there: model.safetensors has 9 bytes, not",
+        ),
         (lambda folder: _without_manifest(folder, "model.safetensors"), "model.safetensors missing"),
         (lambda folder: _without_manifest(folder, "tokenizer_config.json"), "tokenizer_config.json missing"),
         (lambda folder: _without_manifest(folder, "config.json"), "config.json missing"),

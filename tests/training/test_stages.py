@@ -283,7 +283,7 @@ def test_an_option_that_came_later_strands_no_run(
     (out / "run.json").write_text(json.dumps(run))
     write_manifest(out)
     if not finished:
-        (out / "model.safetensors").unlink()
+        (out / "manifest.json").unlink()
     with pytest.raises(UserError, match="use_weighting was False, is True"):
         train("dpo", out, save_steps=1, use_weighting=True)
     capsys.readouterr()

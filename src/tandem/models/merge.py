@@ -8,7 +8,7 @@ from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.model import ModelOptions, is_adapter
 from tandem.options.rules import Options
-from tandem.runs import damage, is_complete, model_files, staged_dir
+from tandem.runs import CONFIG, damage, is_complete, model_files, refusal, staged_dir
 
 _SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for them
 
@@ -75,8 +75,9 @@ def _check(options: MergeOptions) -> None:
     folder = Path(options.adapter)
     if not is_adapter(options.adapter) and not (folder / "config.json").is_file():
         raise UserError(f"--adapter {options.adapter}: neither an adapter's folder nor a model's")
-    if (folder / "config.yaml").exists() and not is_complete(folder):
-        raise UserError(f"--adapter {options.adapter}: its training has not finished; run it again to resume it")
+    reason = refusal(folder)
+    if reason is not None:
+        raise UserError(f"--adapter {options.adapter}: {reason}")
     _check_target(options.output_dir)
     if is_adapter(options.adapter):
         return
@@ -87,7 +88,7 @@ def _check(options: MergeOptions) -> None:
 
 def _check_target(folder: str) -> None:
     target = Path(folder)
-    former = is_complete(target) and not (target / "config.yaml").exists()  # a merge, not a training run
+    former = is_complete(target) and not (target / CONFIG).exists()  # a merge, not a training run
     if not former and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--output_dir {folder}: holds other files, which a merge would remove")
 

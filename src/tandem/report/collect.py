@@ -12,7 +12,7 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge
 from tandem.judge.verdicts import outcome
-from tandem.runs import read_jsonl
+from tandem.runs import CONFIG, read_jsonl
 
 Json = dict[str, Any]
 
@@ -133,7 +133,7 @@ def as_written(path: Path) -> Iterator[None]:
 
 def _stage(folder: Path) -> Stage | None:
     run, metrics = read_json(folder / "run.json"), read_json(folder / "training_metrics.json")
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     config_yaml = config.read_text(encoding="utf-8") if config.is_file() else None
     if run is None and metrics is None and config_yaml is None:
         return None

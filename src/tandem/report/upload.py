@@ -12,10 +12,9 @@ from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
 from tandem.options.rules import Options
-from tandem.runs import MANIFEST, is_complete, model_files
+from tandem.runs import CARD, model_files, refusal
 
 TOKEN_VARIABLE = "HF_TOKEN"
-CARD = "README.md"
 CARD_SETTINGS = (
     "dataset_name",
     "beta",
@@ -72,9 +71,9 @@ def complete_model_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"--folder {folder}: no such folder")
-    unfinished = (folder / MANIFEST).exists() or (folder / "config.yaml").exists()
-    if unfinished and not is_complete(folder):
-        raise UserError(f"--folder {folder}: its training or merge has not finished; run it again to resume it")
+    reason = refusal(folder)
+    if reason is not None:
+        raise UserError(f"--folder {folder}: {reason}")
     if missing := _missing(folder):
         raise UserError(f"--folder {folder}: not a complete model: {', '.join(missing)} missing")
     files = model_files(folder)

@@ -1,10 +1,8 @@
 """What a training run shows and leaves behind besides the model."""
 
-import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -13,7 +11,6 @@ from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tandem.log import logger
-from tandem.runs import LOCK, MANIFEST
 
 
 class RateProgress(ProgressCallback):
@@ -50,36 +47,6 @@ class RateProgress(ProgressCallback):
         self.training_bar.set_postfix(rates)
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in logs.items()}
         logger.info("step %d: %s", state.global_step, shown)
-
-
-class Mirror(TrainerCallback):
-    """Copies the output folder into another one (a mounted drive) at every save and at the end."""
-
-    def __init__(self, source: str, target: str) -> None:
-        self.source, self.target = Path(source), Path(target) / Path(source).name
-        # Size and time of each original when it was copied: a mounted drive may not keep the times of its copies
-        self._copied: dict[Path, tuple[int, int]] = {}
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.copy()
-
-    def copy(self) -> None:
-        """Bring the mirror up to date; a checkpoint's manifest goes last, as it does in the original."""
-        files = [file for file in self.source.rglob("*") if file.is_file() and file.name != LOCK]
-        for file in sorted(files, key=lambda file: (file.name == MANIFEST, file)):
-            copy = self.target / file.relative_to(self.source)
-            version = (file.stat().st_size, file.stat().st_mtime_ns)
-            if self._copied.get(file) == version and copy.exists():
-                continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            part = copy.with_name(f".{copy.name}.part")
-            shutil.copy2(file, part)
-            part.replace(copy)
-            self._copied[file] = version
-        for folder in self.target.glob("checkpoint-*"):
-            if not (self.source / folder.name).exists():
-                shutil.rmtree(folder)
 
 
 class Preemption(TrainerCallback):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers.trainer import safe_globals  # transformers 4, of Gaudi, has it nowhere else
+from transformers.trainer import TRAINER_STATE_NAME, safe_globals  # transformers 4, of Gaudi, has it nowhere else
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tandem.errors import UserError
@@ -36,6 +36,12 @@ def refuse_code(checkpoint: str | Path) -> None:
             ) from error
 
 
+def steps_done(checkpoint: str | Path) -> int:
+    """Optimizer steps before a checkpoint, as its trainer counted them."""
+    steps: int = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+    return steps
+
+
 class CompleteCheckpoints:
     """Mixin over transformers' Trainer: a checkpoint counts once its manifest, written last, is there.
 
@@ -44,7 +50,9 @@ class CompleteCheckpoints:
 
     args: Any
     state: Any
+    control: Any
     accelerator: Any
+    _resumed_at: int | None = None
 
     def checkpoint_folder(self) -> Path:
         """Where a checkpoint of the current step goes."""
@@ -82,7 +90,28 @@ class CompleteCheckpoints:
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint:
             self._restore_counters(json.loads((Path(resume_from_checkpoint) / COUNTERS).read_text()))
+            self._resumed_at = steps_done(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)  # type: ignore[misc]
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
+        """The batches of the next step; none where a checkpoint of the last step is gone on from. transformers looks at
+        `max_steps` only after a step, and would train one too many."""
+        if self._nothing_left():
+            return [], None
+        return super().get_batch_samples(*arguments, **keywords)  # type: ignore[misc, no-any-return]
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **keywords: Any) -> None:
+        if self._nothing_left():  # the end of the epoch, which may have come before the checkpoint
+            self.control.should_save = False
+            evaluated = any(
+                "eval_loss" in log and log["step"] == self.state.global_step for log in self.state.log_history
+            )
+            self.control.should_evaluate &= not evaluated
+        super()._maybe_log_save_evaluate(*arguments, **keywords)  # type: ignore[misc]
+
+    def _nothing_left(self) -> bool:
+        steps: int = self.state.global_step
+        return steps == self._resumed_at and steps >= self.state.max_steps
 
 
 class ContinuedLogs:

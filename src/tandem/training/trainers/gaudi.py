@@ -66,6 +66,12 @@ class _OnGaudi(CompleteCheckpoints):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **self._flags).logits
         return completion_logps(logits, ids, completion_mask)
 
+    def get_batch_samples_transformers(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
+        """transformers' `get_batch_samples`, by the name that optimum-habana calls it by."""
+        if self._nothing_left():
+            return [], None
+        return super().get_batch_samples_transformers(*arguments, **keywords)  # type: ignore[misc, no-any-return]
+
     def get_train_dataloader(self) -> DataLoader:
         return GaudiTrainer.get_train_dataloader(self)
 

@@ -1,0 +1,135 @@
+"""The settings of a run as its `run.json` keeps them, and which of them another start may change."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.options.training import TrainOptions
+from tandem.runs import CONFIG, RUN, contents, is_complete, sha256_json
+
+# Options that change how a run is watched or where it lies, not what it computes: they may differ when it is resumed
+_FREE_ON_RESUME = {
+    "logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "allow_changed",
+    "save_total_limit", "output_dir",
+}  # fmt: skip
+# These come back from the checkpoint with the optimizer's state, so that another value would change nothing
+_KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
+
+# What the models that a run begins with hold, where their folders say so
+_CONTENTS = {"model_content": "model_name_or_path", "reference_content": "reference_model"}
+
+_NOT_WEIGHTS = (RUN, CONFIG, "training_metrics.json")
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run's result depends on, as `run.json` has it."""
+    return {"config": config, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def contents_of(config: dict[str, Any]) -> dict[str, str]:
+    """Hex digests of what the run's models are made of, by their manifests; a model without one has no entry.
+
+    A merge made anew lies where the one before did: the path alone does not say what a run began with.
+    """
+    found = {}
+    for name, option in _CONTENTS.items():
+        folder = config.get(option)
+        if folder and is_complete(folder):
+            weights = {file: digest for file, digest in contents(folder).items() if file not in _NOT_WEIGHTS}
+            found[name] = sha256_json(weights)
+    return found
+
+
+def run_in(folder: str | Path, defaults: dict[str, Any]) -> dict[str, Any] | None:
+    """What `run.json` says of the run that has written into `folder`; None where there is none.
+
+    An option that came later than that run is taken at its default, which is what the run did.
+
+    Raises:
+        UserError: the file is not one of ours.
+    """
+    path = Path(folder) / RUN
+    try:
+        run: dict[str, Any] = json.loads(path.read_text())
+        if not run["id"] or not run["config"]:
+            return None
+        return run | {"config": defaults | run["config"]}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another --output_dir") from error
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """The settings that differ, each with a few words on how; those that cannot change a result are left out.
+
+    Args:
+        before: of `run.json`.
+        now: the entries of it to compare, `config` among them.
+    """
+    was = before["config"] | before
+    return {
+        name: f"{name} was {was.get(name)}, is {value}"
+        for name, value in (now["config"] | now).items()
+        if name != "config"
+        and name not in _FREE_ON_RESUME
+        and not name.startswith("alarm_")
+        and (name in was or name not in _CONTENTS)  # older runs have not noted them
+        and was.get(name) != value
+    }
+
+
+def check_changes(
+    before: dict[str, Any] | None, now: dict[str, Any], train: TrainOptions, where: str | None = None
+) -> list[str]:
+    """The changes since `before` that the user allows, in words.
+
+    Args:
+        where: what is there; unset: `output_dir` holds it.
+
+    Raises:
+        UserError: naming every change that is not allowed.
+    """
+    known = now["config"].keys() | {"processes", "data", *_CONTENTS}
+    unknown = sorted(set(train.allow_changed) - known)
+    if unknown:
+        raise UserError(f"--allow_changed {' '.join(unknown)}: there is no such setting")
+    changed = changes(before, now) if before else {}
+    kept = sorted(_KEPT_BY_OPTIMIZER & changed.keys() & set(train.allow_changed))
+    if kept:
+        raise UserError(
+            f"--allow_changed {' '.join(kept)}: the optimizer's state in a checkpoint brings the old value back; "
+            "begin a new run from the model in it"
+        )
+    refused = [name for name in changed if name not in train.allow_changed]
+    if refused:
+        raise UserError(
+            f"{where or f'--output_dir {train.output_dir} holds'} a run with other settings "
+            f"({'; '.join(changed[name] for name in refused)}): choose another folder, start over in this one with "
+            f"--resume_from_checkpoint no, or go on all the same with --allow_changed {' '.join(refused)}"
+        )
+    return list(changed.values())
+
+
+def _commit() -> str | None:
+    """The commit that runs; None where this is no checkout, or there is no git (the container images have none)."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tandem")
+    return {
+        "git_sha": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
