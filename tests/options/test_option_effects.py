@@ -503,8 +503,16 @@ COST = "judge/test_judge_options.py::test_cost_by_hand"
 LINE = "test_command_lines.py::"
 
 PAIRED = "rounds/test_pairs.py::"
+DRAWN = "rounds/test_sample.py::"
 
 PROOFS: dict[str, dict[str, str]] = {
+    "SampleOptions": {
+        "output_dir": f"{DRAWN}test_every_draw_is_there_once_in_order",
+        "num_samples": f"{DRAWN}test_every_draw_is_there_once_in_order",
+        "parts": f"{DRAWN}test_parts_are_other_prompts",
+        "part": f"{DRAWN}test_parts_are_other_prompts",
+        "with_chosen": f"{DRAWN}test_several_models_and_the_datas_own_answers",
+    },
     "PairOptions": {
         "scores": f"{PAIRED}test_best_and_worst_with_their_provenance",
         "output_dir": f"{PAIRED}test_best_and_worst_with_their_provenance",

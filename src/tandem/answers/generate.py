@@ -65,7 +65,7 @@ def generate(
         ranks.refuse_several(f"--engine {options.engine}")
     files = {label: folder / f"generations_{label}.jsonl" for label in models}
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
-        sources = {label: _source(model, sampling, options) for label, model in models.items()}
+        sources = {label: source_of(model, sampling, options) for label, model in models.items()}
         done = {label: _answered(files[label], model, sources[label]) for label, model in models.items()}
         wanted = {
             label: {index for index, messages in enumerate(prompts) if prompt_id(messages) not in done[label]}
@@ -101,7 +101,7 @@ def _write_answers(
             bar.update()
 
 
-def _source(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
+def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
     """The fields of a line that say where the answer comes from."""
     base, adapter, max_prompt_length = model, None, None
     if options.engine != "openai":  # there, the server's names say nothing
@@ -130,12 +130,12 @@ def _answered(file: Path, model: str, source: Mapping[str, Any]) -> set[str]:
     for record in records:
         if any(record.get(name) != source[name] for name in identity):
             raise UserError(f"{file}: holds answers of another model than {model} or of other sampling; move it away")
-    if records and _trained_at(source) > file.stat().st_mtime:
+    if records and trained_at(source) > file.stat().st_mtime:
         raise UserError(f"{file}: holds answers from before {model} was last trained or copied; move it away")
     return {record["prompt_id"] for record in records}
 
 
-def _trained_at(source: Mapping[str, Any]) -> float:
+def trained_at(source: Mapping[str, Any]) -> float:
     """When the weights on disk were last written, in seconds since the epoch; 0 for a model of the Hub or a server."""
     folders = [Path(name) for name in (source["model"], source["adapter"]) if name is not None]
     weights = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]

@@ -27,7 +27,7 @@ def load_pairs(options: DataOptions, split: str, skipped: list[str] | None = Non
     Raises:
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
     """
-    located = list(_read_split(options, split))
+    located = list(read_split(options, split))
     if not located:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows")
     bad: list[str] = []
@@ -233,7 +233,12 @@ def _local_splits(name: str, path: Path) -> dict[str, list[Path]]:
     return {split: members for split, members in splits.items() if members}
 
 
-def _read_split(options: DataOptions, split: str) -> Iterable[Located]:
+def read_split(options: DataOptions, split: str) -> Iterable[Located]:
+    """The rows of a split as they are, each with its source and number, whatever they are about.
+
+    Raises:
+        UserError: no such data or split.
+    """
     if not is_local(options.dataset_name):
         return _read_hub(options, split)
     for name in ("dataset_config", "dataset_revision"):

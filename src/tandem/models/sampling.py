@@ -38,7 +38,7 @@ class SamplingOptions(Options):
     top_p: float = opt(0.95, "nucleus: draw from the most likely tokens that hold this probability", above=0, high=1)
     greedy: bool = opt(False, "always take the most likely token")
     seed: int = opt(42, "seed of the draws")
-    max_prompts: int | None = opt(None, "answer the first N distinct held-out prompts", low=1)
+    max_prompts: int | None = opt(None, "answer the first N distinct prompts", low=1)
     max_prompt_length: int = opt(512, "longest prompt in tokens; its oldest turns are dropped first", low=1)
 
     @property
@@ -52,3 +52,8 @@ class SamplingOptions(Options):
 def prompt_seed(seed: int, prompt_id: str) -> int:
     """31 bits: the seed of one prompt's draw, so that it depends neither on other prompts nor on their order."""
     return int(sha256_json([seed, prompt_id])[:8], 16) >> 1
+
+
+def draw_seed(seed: int, prompt_id: str, number: int) -> int:
+    """The seed of one of a prompt's draws, counted from 0. vLLM gives its n draws of one request the same."""
+    return prompt_seed(seed, prompt_id) + number

@@ -104,10 +104,32 @@ class Scorer:
             log_probs: torch.Tensor = output.log_probs.float()
             return log_probs
 
-    @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         """One answer of token ids to each prompt of one batch, its end-of-sequence token included if it came."""
         torch.manual_seed(seed)
+        ids, mask = self._padded(prompts)
+        return self._generate(len(prompts), ids, mask, sampling.keywords())
+
+    def draw(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[list[int]]:
+        """As `sample`, each answer drawn with a seed of its own and, but for rounding, whatever the others are."""
+        from transformers import LogitsProcessorList
+
+        from tandem.models.draws import RowDraws
+
+        ids, mask = self._padded(prompts)
+        keywords = sampling.keywords()
+        if sampling.temperature > 0:
+            own = [*seeds, *[0] * (len(ids) - len(prompts))]
+            rows = RowDraws(own, sampling, ids.shape[1])
+            keywords = {
+                "max_new_tokens": sampling.max_new_tokens,
+                "do_sample": False,
+                "logits_processor": LogitsProcessorList([rows]),
+            }
+        return self._generate(len(prompts), ids, mask, keywords)
+
+    def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, (rows, columns); prompts stand at the right, and rows may be added."""
         rows, width = list(prompts), max(map(len, prompts))
         if self.few_shapes:
             rows += [rows[0]] * (-len(rows) % self.batch_size)
@@ -115,11 +137,19 @@ class Scorer:
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in rows], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in rows], device=self.device)
+        return ids, mask
+
+    @torch.no_grad()
+    def _generate(self, count: int, ids: torch.Tensor, mask: torch.Tensor, keywords: dict[str, Any]) -> list[list[int]]:
         # Without autocast: it would convert every weight again for every token, since it caches none without gradients
         output = self.model.generate(
-            input_ids=ids, attention_mask=mask, pad_token_id=pad, **self._cache(), **sampling.keywords()
+            input_ids=ids,
+            attention_mask=mask,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **self._cache(),
+            **keywords,
         )
-        return [_until_end(answer, self.ends) for answer in output[: len(prompts), width:].tolist()]
+        return [_until_end(answer, self.ends) for answer in output[:count, ids.shape[1] :].tolist()]
 
     def _cache(self) -> dict[str, Any]:
         """Arguments of `generate`: keys and values of a fixed length where shapes count."""

@@ -1,13 +1,46 @@
 """Options of the stages of a round. Light to import."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from tandem.answers.generate import GenerateOptions
+from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 from tandem.rounds import select
+from tandem.rounds.names import DATA, PAIRS, PAIRS_REPORT
 
-PAIRS, PAIRS_REPORT = "pairs.jsonl", "pairs_report.json"
+Item = TypeVar("Item")
+
+
+@dataclass
+class SampleOptions(GenerateOptions):
+    """Samples."""
+
+    output_dir: str = opt(REQUIRED, "folder for samples.jsonl, prompts.jsonl and a draws_<label>.jsonl of each model")
+    num_samples: int = opt(5, "answers of each model to a prompt", low=1)
+    parts: int = opt(1, "deal the prompts to this many parts, so that each round has others", low=1)
+    part: int = opt(1, "the part that is answered here, from 1", low=1)
+    with_chosen: bool = opt(False, f"the data's preferred answers are candidates too, as those of {DATA}")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if DATA in self.by_label:
+            yield f"--models: {DATA} is the label of the data's own answers; take another"
+        if self.part > self.parts:
+            yield f"--part must be from 1 to --parts {self.parts}, not {self.part}"
+
+    def own_part(self, items: Sequence[Item]) -> list[Item]:
+        """Every `parts`-th of `items`.
+
+        Raises:
+            UserError: there are fewer items than parts.
+        """
+        if len(items) < self.parts:
+            raise UserError(f"--parts {self.parts}: there are only {len(items)} prompts to deal")
+        return list(items[self.part - 1 :: self.parts])
 
 
 @dataclass

@@ -19,7 +19,8 @@ from tandem.data.sources import load_pairs
 from tandem.errors import UserError
 from tandem.options.model import TextOptions
 from tandem.rounds import non_answers, select
-from tandem.rounds.options import PAIRS, PAIRS_REPORT, PairOptions
+from tandem.rounds.names import PAIRS, PAIRS_REPORT
+from tandem.rounds.options import PairOptions
 from tandem.rounds.records import Record, by_prompt, read_records
 from tandem.runs import locked, write_atomic, write_json
 

@@ -18,9 +18,6 @@ from tandem.data.formats import Message, RowError, as_messages, kind_of, prompt_
 from tandem.errors import UserError
 from tandem.runs import write_atomic
 
-PROMPTS, SAMPLES, SCORES = "prompts.jsonl", "samples.jsonl", "scores.jsonl"
-DATA = "data"  # the label of the data's own answers among those of models
-
 Record = dict[str, Any]
 Key = tuple[str, str, int]  # label, prompt id, number of the draw
 
@@ -125,5 +122,16 @@ def by_prompt(records: Iterable[Record]) -> dict[str, list[Record]]:
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of records, whole or not at all."""
     # A lone surrogate, which JSON may hold, has no UTF-8
-    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    lines = (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     write_atomic(path, "".join(lines).encode(errors="replace"))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: a column of a data set may be a date, bytes or NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

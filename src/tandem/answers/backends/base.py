@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8  # prompts at a time, where the user and the engine leave it open
 
 
+Draw = tuple[int, int]  # index of the prompt, and which of its draws, counted from 0
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer. `n_tokens` counts the end-of-sequence token too; None where a server does not say."""
@@ -39,6 +42,18 @@ class Engine(Protocol):
 
         Raises:
             UserError: a server failed, or refused a prompt.
+        """
+
+    def draws(
+        self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
+    ) -> Iterator[tuple[Draw, Answer]]:
+        """Those of the `count` draws of each prompt that are `wanted`, as they get ready.
+
+        Each has a seed of its own (`models.sampling.draw_seed`), so that it depends, but for rounding, on neither the
+        other draws nor the other prompts.
+
+        Raises:
+            UserError: a server failed.
         """
 
     def close(self) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator, Sequence
 
 from tandem import ranks
-from tandem.answers.backends.base import BATCH_SIZE, Answer, encode, read_answer, weights_dtype
+from tandem.answers.backends.base import BATCH_SIZE, Answer, Draw, encode, read_answer, weights_dtype
 from tandem.answers.backends.options import GenerationOptions
-from tandem.data.formats import Message
-from tandem.models.sampling import SamplingOptions
+from tandem.data.formats import Message, prompt_id
+from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.models.scorer import Scorer, load_scorer
 
 
@@ -40,6 +40,27 @@ class TransformersEngine:
             for index, answer in zip(batches[start], drawn, strict=True):
                 if index in wanted:
                     yield index, read_answer(answer, scorer.tokenizer, scorer.ends)
+
+    def draws(
+        self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
+    ) -> Iterator[tuple[Draw, Answer]]:
+        """See `Engine`. Batches are fixed by `prompts` and `count`, so that not even rounding depends on `wanted`."""
+        assert self._scorer is not None
+        scorer, sampling = self._scorer, self._sampling
+        ids = encode(prompts, scorer.tokenizer, sampling.max_prompt_length)
+        order = [(at, number) for at in sorted(range(len(ids)), key=lambda at: len(ids[at])) for number in range(count)]
+        size = self._batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [batch for batch in batches if not set(batch).isdisjoint(wanted)]
+
+        def draw(batch: list[Draw]) -> list[list[int]]:
+            seeds = [draw_seed(sampling.seed, prompt_id(prompts[at]), number) for at, number in batch]
+            return scorer.draw([ids[at] for at, _ in batch], sampling.sampling, seeds)
+
+        for batch, drawn in zip(batches, ranks.in_turns(batches, draw), strict=True):
+            for key, answer in zip(batch, drawn, strict=True):
+                if key in wanted:
+                    yield key, read_answer(answer, scorer.tokenizer, scorer.ends)
 
     def close(self) -> None:
         """See `Engine`."""

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from tandem.answers.backends.base import Answer, encode, read_answer, weights_dtype
+from tandem.answers.backends.base import Answer, Draw, encode, read_answer, weights_dtype
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
 from tandem.models.load import base_of_adapter, load_tokenizer
-from tandem.models.sampling import SamplingOptions, prompt_seed
+from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.models.scorer import end_ids
 from tandem.options.model import ModelOptions, is_adapter
 
@@ -89,24 +89,45 @@ class VllmEngine:
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
         """See `Engine`."""
-        stream = self._stream(prompts, sorted(wanted))
+        for (index, _), answer in self.draws(prompts, 1, [(index, 0) for index in wanted]):
+            yield index, answer
+
+    def draws(
+        self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
+    ) -> Iterator[tuple[Draw, Answer]]:
+        """See `Engine`. A prompt of which all draws are wanted is asked once."""
+        missing: dict[int, list[int]] = {}
+        for index, number in sorted(wanted):
+            missing.setdefault(index, []).append(number)
+        asks = [
+            ask
+            for index, numbers in missing.items()
+            for ask in ([(index, 0, count)] if len(numbers) == count else [(index, one, 1) for one in numbers])
+        ]
+        stream = self._stream(prompts, asks)
         while (item := self._loop.run_until_complete(anext(stream, None))) is not None:
             yield item
 
-    async def _stream(self, prompts: Sequence[list[Message]], wanted: list[int]) -> AsyncIterator[tuple[int, Answer]]:
-        ids = encode([prompts[index] for index in wanted], self._tokenizer, self._sampling.max_prompt_length)
+    async def _stream(
+        self, prompts: Sequence[list[Message]], asks: Sequence[tuple[int, int, int]]
+    ) -> AsyncIterator[tuple[Draw, Answer]]:
+        """Answers to `asks`, each the index of a prompt, its first draw and how many."""
+        encoded = encode([prompts[index] for index, _, _ in asks], self._tokenizer, self._sampling.max_prompt_length)
         asked = [
-            asyncio.ensure_future(self._ask(index, tokens, prompts[index]))
-            for index, tokens in zip(wanted, ids, strict=True)
+            asyncio.ensure_future(self._ask(index, first, count, tokens, prompts[index]))
+            for (index, first, count), tokens in zip(asks, encoded, strict=True)
         ]
         try:
             for ready in asyncio.as_completed(asked):
-                yield await ready
+                for item in await ready:
+                    yield item
         finally:
             for task in asked:
                 task.cancel()
 
-    async def _ask(self, index: int, ids: list[int], messages: list[Message]) -> tuple[int, Answer]:
+    async def _ask(
+        self, index: int, first: int, count: int, ids: list[int], messages: list[Message]
+    ) -> list[tuple[Draw, Answer]]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -115,24 +136,28 @@ class VllmEngine:
         assert self._llm is not None
         draw, key = self._sampling.sampling, prompt_id(messages)
         parameters = SamplingParams(
+            n=count,
             max_tokens=draw.max_new_tokens,
             temperature=draw.temperature,
             top_p=draw.top_p,
-            seed=prompt_seed(self._sampling.seed, key),
+            seed=draw_seed(self._sampling.seed, key, first),  # vLLM adds the number of the draw
             stop_token_ids=sorted(self._ends),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = TokensPrompt(prompt_token_ids=ids)
-        drawn: Sequence[int] = ()
+        drawn: dict[int, Sequence[int]] = {}
         try:
-            async for output in self._llm.generate(prompt, parameters, key, lora_request=self._lora):
-                drawn = output.outputs[0].token_ids  # there is one output: the whole
+            async for output in self._llm.generate(prompt, parameters, f"{key}-{first}", lora_request=self._lora):
+                drawn |= {first + one.index: one.token_ids for one in output.outputs}
         except EngineDeadError:
             raise UserError(
                 f"{self._base}: vLLM's engine has died, see above; answers so far are kept, the same command goes on"
             ) from None
-        return index, read_answer(drawn, self._tokenizer, self._ends)
+        return [
+            ((index, number), read_answer(drawn.get(number, ()), self._tokenizer, self._ends))
+            for number in range(first, first + count)
+        ]
 
     def _stop(self) -> None:
         if self._llm is None:

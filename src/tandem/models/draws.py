@@ -1,0 +1,65 @@
+"""Tokens drawn for each row of a batch from numbers of its own, so that a draw depends on no other row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+from tandem.models.sampling import Sampling
+
+
+class RowDraws(LogitsProcessor):
+    """Leaves each row one token: the one that its next uniform number falls on, by the inverse of the distribution.
+
+    `generate` then takes the most likely token, which is that one. The distribution is softmax(logits / temperature),
+    cut to the nucleus of `top_p` (Holtzman et al. 2020), as vLLM and transformers cut it.
+
+    Args:
+        seeds: one for each row; equal seeds draw equal numbers
+        sampling: temperature above 0
+        width: columns of the prompts, with which `generate` begins
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, width: int) -> None:
+        uniforms = [np.random.default_rng(seed).random(sampling.max_new_tokens, np.float32) for seed in seeds]
+        self._uniforms = torch.from_numpy(np.stack(uniforms))
+        self._sampling = sampling
+        self._width = width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`scores` (rows, vocabulary) with all but the drawn token at −∞."""
+        uniform = self._uniforms[:, input_ids.shape[1] - self._width].to(scores.device)
+        token = pick(scores.float() / self._sampling.temperature, self._sampling.top_p, uniform)
+        drawn = torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+        return drawn  # type: ignore[return-value]
+
+
+def pick(logits: torch.Tensor, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
+    """The token of each row: the first whose cumulated probability, within the nucleus, is above the number.
+
+    Args:
+        logits: (rows, vocabulary) float32
+        top_p: probability of the nucleus; 1 keeps all tokens
+        uniform: (rows,) float32 in [0, 1)
+
+    Returns:
+        (rows,) int64
+    """
+    probabilities = logits.softmax(-1)
+    if top_p >= 1:
+        return _place(probabilities, uniform)
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    inside = ordered.cumsum(-1) - ordered < top_p
+    inside[:, 0] = True
+    place = _place(ordered * inside, uniform)
+    return tokens.gather(1, place[:, None])[:, 0]
+
+
+def _place(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    cumulated = weights.cumsum(-1)
+    reach = uniform[:, None] * cumulated[:, -1:]
+    place = (cumulated <= reach).sum(-1)
+    # Rounding may carry a number beyond the last token that has any weight
+    last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(place, last)
