@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tandem.data.balance import Balance
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import script_main
@@ -14,7 +15,8 @@ def main(argv: list[str]) -> None:
         argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__
     )
     skipped: list[str] = []
-    train, held_out = load_splits(data, skipped)
+    balances: list[Balance] = []
+    train, held_out = load_splits(data, skipped, balances)
     from tandem.data.check import run_check  # its libraries take a second to import
 
     tokenizer = None
@@ -22,7 +24,8 @@ def main(argv: list[str]) -> None:
         from tandem.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
-    run_check(options, text, {"train": train, **({"held-out": held_out} if held_out else {})}, skipped, tokenizer)
+    splits = {"train": train, **({"held-out": held_out} if held_out else {})}
+    run_check(options, text, splits, skipped, tokenizer, balances)
     if options.report:
         save(Path(options.report).with_suffix(".yaml"), options, text, data)
 

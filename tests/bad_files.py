@@ -207,18 +207,18 @@ BAD_FILES: dict[str, Bad] = {
         messages(rejected=[{"role": "assistant", "content": None}]),
         "{file} row 1: field 'rejected', message 1: 'content' must be text, not null",
     ),
-    "content in parts": Bad(
+    "a part of content that is no text": Bad(
         "a.jsonl",
-        messages(chosen=[{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]),
-        "{file} row 1: field 'chosen', message 1: 'content' must be text, not a list",
+        messages(chosen=[{"role": "assistant", "content": [{"type": "image", "url": "a"}]}]),
+        "{file} row 1: field 'chosen', message 1: 'content' has a part that is no text (image)",
     ),
     "a message without a role": Bad(
         "a.jsonl", messages(chosen=[{"content": "a"}]), "{file} row 1: field 'chosen', message 1: 'role' is missing"
     ),
     "an unknown role": Bad(
         "a.jsonl",
-        messages(chosen=[{"role": "tool", "content": "a"}]),
-        "{file} row 1: field 'chosen', message 1: 'role' must be one of system, user, assistant, not 'tool'",
+        messages(chosen=[{"role": "narrator", "content": "a"}]),
+        "{file} row 1: field 'chosen', message 1: 'role' must be one of system, user, assistant, tool, not 'narrator'",
     ),
     "no messages": Bad(
         "a.jsonl",

@@ -201,7 +201,7 @@ def test_sharegpt_system_column():
         ("prompt_pair", {"images": [b"png"]}, "field 'images': is not empty, and Tandem trains on text only"),
         (
             "messages",
-            {"chosen": [{"role": "tool", "content": "x"}]},
+            {"chosen": [{"role": "narrator", "content": "x"}]},
             "field 'chosen', message 1: 'role' must be one of system, user",
         ),
         ("messages", {"prompt": [user("a"), system("b"), user("c")]}, "field 'prompt': a system turn may only come fi"),

@@ -171,7 +171,8 @@ def test_examples_say_where_and_what():
 def test_every_kind_has_a_level_and_pairs_of_it_can_be_dropped_where_it_is_about_pairs():
     assert {level for level, _ in KINDS.values()} == set(LEVELS)
     of_the_template = {name for name in KINDS if name.startswith("template")}
-    assert set(DROPPABLE) == KINDS.keys() - {"unreadable", "length_bias", "keywords"} - of_the_template
+    of_all = {"unreadable", "unread_columns", "ignored_columns", "length_bias", "keywords"}
+    assert set(DROPPABLE) == KINDS.keys() - of_all - of_the_template
     assert str(Finding("identical", "train", 1, 2)).startswith("train: 1 of 2 pairs have")
 
 

@@ -176,13 +176,14 @@ def test_keys(tmp_path: Path):
     assert refusal(file, **keys | {"chosen_key": "god"}) == (
         f"{file} row 1: no column 'god', named by a --…_key option (has q, ctx, sys, good, bad)"
     )
-    assert refusal(file, **keys, input_key="ctx") == (
-        "--input_key has no effect with the format prompt_pair; "
-        "force one that has this column with --data_format (alpaca)"
-    )
+    assert load(file, **keys, input_key="ctx")[0]["prompt"] == "2+2?\n\nmaths"
+    answers = {"chosen_key": "good", "rejected_key": "bad"}
+    refused = refusal(file, **answers, input_key="ctx", data_format="hh")
+    assert refused.startswith("--input_key has no effect with the format hh; force one")
     assert load(file, **keys, system_key="sys")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
     other = write(tmp_path / "b.jsonl", [rows[0] | {"instruction": "i", "chosen": "a", "rejected": "b"}])
-    assert refusal(other, prompt_key="q").startswith("--prompt_key has no effect with the format alpaca; force one")
+    assert load(other, prompt_key="q")[0]["prompt"] == "2+2?"
+    assert refusal(other, prompt_key="q", data_format="hh").startswith("--prompt_key has no effect with the format hh")
     with pytest.raises(UserError, match="--chosen_key and --rejected_key both name good"):
         DataOptions(str(file), chosen_key="good", rejected_key="good")
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tandem.engine.layout import plan_pairs
-from tandem.engine.precision import tolerance
-from tandem.engine.probe import ProbeCache, difference, length_for, probe_batch
+from tandem.engine.probe import ProbeCache, difference, length_for, probe_batch, tolerance
 from tests.engine.tiny_models import VOCABULARY, tiny_model
 
 

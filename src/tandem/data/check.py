@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tandem.data.balance import Balance
 from tandem.data.formats import Row
-from tandem.data.lint import HELD_OUT, LEVELS, Finding, lint, unreadable
+from tandem.data.lint import HELD_OUT, LEVELS, Finding, lint, unread_columns, unreadable
 from tandem.data.options import CheckOptions
 from tandem.data.show import print_pair, show_pairs
 from tandem.data.texts import render
@@ -31,11 +32,12 @@ def run_check(
     splits: Mapping[str, Sequence[Row]],
     skipped: Sequence[str] = (),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    balances: Sequence[Balance] = (),
 ) -> None:
     """Print what was found, write the report and the mended data.
 
-    `skipped` says of each row that the reader left out where it is and why. Without a tokenizer nothing is counted in
-    tokens.
+    `skipped` says of each row that the reader left out where it is and why, `balances` which columns were read. Without
+    a tokenizer nothing is counted in tokens.
 
     Raises:
         UserError: a finding of the level `fail_on`; nothing to train on.
@@ -43,6 +45,7 @@ def run_check(
     figures, findings = lint(splits, tokenizer, text)
     if skipped:
         findings.insert(0, unreadable(skipped, sum(map(len, splits.values()))))
+    findings[:0] = unread_columns(balances)
     shown = [
         pair | {"split": name}
         for name, pairs in splits.items()
@@ -53,6 +56,7 @@ def run_check(
     print(to_markdown(figures), findings_to_markdown(findings), sep="\n\n")
     if options.report:
         report = {"splits": figures, "findings": [finding.to_json() for finding in findings], "shown": shown}
+        report["columns"] = [balance.to_json() for balance in balances]
         write_json(Path(options.report), report)
     if options.fixed_dir:
         write_fixed(Path(options.fixed_dir), splits, mend(splits, findings, options.dropped))

@@ -1,7 +1,8 @@
 """Any known shape of a preference row → the canonical row.
 
-Canonical: `prompt`, `chosen`, `rejected`, all three text or all three lists of `{"role", "content"}` messages, plus
-`pair_id`, `source` and `row`. `chosen` and `rejected` never repeat the prompt.
+Canonical: `prompt`, `chosen`, `rejected`, all three text or all three lists of messages (`data.messages`), plus
+`pair_id`, `source` and `row`, and where the row has them `tools` (a list) and `chat_template_kwargs` (a dict). `chosen`
+and `rejected` never repeat the prompt.
 """
 
 import re
@@ -9,59 +10,52 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from tandem.data import columns
+from tandem.data.balance import Balance
+from tandem.data.messages import Message as Message
+from tandem.data.messages import read_turns, text_of
+from tandem.data.rows import Row as Row
+from tandem.data.rows import RowError as RowError
+from tandem.data.rows import TrackedRow, columns_of, leaves
+from tandem.data.rows import kind_of as kind_of
 from tandem.errors import UserError
 from tandem.runs import sha256_json
 
-Message = dict[str, str]
-Row = dict[str, Any]
+Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one, tokenizers and files cannot
 _LONGEST_TEXT = 10_000_000  # characters, a shelf of books: beyond it a file was read wrongly, not a pair
-_NAMES_SHOWN, _NAME_LENGTH = 12, 40  # of columns in a message; a hostile file can have any number of any length
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _BY_COLUMN = {"question": "orca", "instruction": "alpaca", "prompt": "prompt_pair"}  # where answers are text
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-class RowError(Exception):
-    """What is wrong with one row, beginning with the field at fault; the reader adds file and row number."""
-
-
-def kind_of(value: Any) -> str:
-    """What `value` is, in the words of JSON, for messages."""
-    if value is None:
-        return "null"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"of the type {type(value).__name__}")
-
-
-def columns_of(row: Row) -> str:
-    """The names of `row`'s columns, for messages."""
-    names = [str(name)[:_NAME_LENGTH] for name in list(row)[:_NAMES_SHOWN]]
-    return ", ".join([*names, f"and {len(row) - len(names)} more"] if len(row) > len(names) else names) or "none"
-
-
-def to_canonical(row: Row, data_format: str) -> Row:
-    """The canonical row of `row`, without `source` and `row`.
+def to_canonical(row: Row, data_format: str, balance: Balance | None = None) -> Row:
+    """The canonical row of `row`, without `source` and `row`; `balance` is told what of it no one has read.
 
     Raises:
-        RowError: a missing column, a value of the wrong type, an empty completion, roles out of order.
+        RowError: a missing column, a value of the wrong type, an empty completion, roles out of order, content that
+            would be lost.
     """
-    for field in ("image", "images"):
-        if row.get(field):
-            raise RowError(f"field {field!r}: is not empty, and Tandem trains on text only")
-    prompt, chosen, rejected = _CONVERTERS[data_format](row)
-    _check_text("prompt", prompt, "prompt")
-    _check_text("chosen", chosen, "completion")
-    _check_text("rejected", rejected, "completion")
+    tracked = TrackedRow(row)
+    columns.refuse_media(tracked)
+    prompt, chosen, rejected = _CONVERTERS[data_format](tracked)
+    prompt, chosen, rejected, extras = columns.add_context(tracked, prompt, chosen, rejected)
+    for field, value, name in (
+        ("prompt", prompt, "prompt"), ("chosen", chosen, "completion"), ("rejected", rejected, "completion")
+    ):  # fmt: skip
+        _check_text(field, value, name)
+    _check_text("tools", "\n".join(leaves(extras)), "tools", may_be_empty=True)
     if isinstance(prompt, list):
         _check_prompt_roles(prompt)
         _check_completion_roles("chosen", chosen)
         _check_completion_roles("rejected", rejected)
-    identity = sha256_json([prompt, chosen, rejected])[:16]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair_id": identity}
+    unread = columns.refuse_lost(tracked, prompt)
+    if balance is not None:
+        balance.add(tracked, unread)
+    identity = sha256_json([prompt, chosen, rejected, *([extras] if extras else [])])[:16]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair_id": identity, **extras}
 
 
 def detect_format(row: Row) -> str | None:
@@ -92,10 +86,6 @@ def prompt_id(prompt: str | list[Message]) -> str:
     return sha256_json(prompt)[:16]
 
 
-def _text_of(value: str | list[Message]) -> str:
-    return value if isinstance(value, str) else "".join(message["content"] for message in value)
-
-
 def _string(row: Row, field: str, *, default: str | None = None) -> str:
     value = row.get(field)
     if value is None and default is not None:
@@ -107,8 +97,8 @@ def _string(row: Row, field: str, *, default: str | None = None) -> str:
     return value
 
 
-def _check_text(field: str, value: str | list[Message], name: str) -> None:
-    text = _text_of(value)
+def _check_text(field: str, value: str | list[Message], name: str, *, may_be_empty: bool = False) -> None:
+    text = text_of(value)
     if _SURROGATE.search(text):
         raise RowError(f"field {field!r}: has half of a surrogate pair, which is no character")
     if "\0" in text:
@@ -117,14 +107,14 @@ def _check_text(field: str, value: str | list[Message], name: str) -> None:
         raise RowError(
             f"field {field!r}: has {len(text):,} characters; more than {_LONGEST_TEXT:,} are taken for a mistake"
         )
-    if not text.strip():
+    if not may_be_empty and not text.strip():
         raise RowError(f"field {field!r}: the {name} is empty")
 
 
 def _check_prompt_roles(prompt: list[Message]) -> None:
     roles = [message["role"] for message in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns[-1] != "user":
+    if not turns or turns[-1] not in ("user", "tool"):
         raise RowError("field 'prompt': must end with a user's turn")
     if "system" in turns:
         raise RowError("field 'prompt': a system turn may only come first")
@@ -173,109 +163,100 @@ def _split_shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[
     return chosen[:split], chosen[split:], rejected[split:]
 
 
-def _hh(row: Row) -> tuple[Any, Any, Any]:
+def _hh(row: TrackedRow) -> Parts:
     chosen = parse_transcript(_string(row, "chosen"), "chosen")
     rejected = parse_transcript(_string(row, "rejected"), "rejected")
     return _split_shared(chosen, rejected)
 
 
-def _prompt_pair(row: Row) -> tuple[Any, Any, Any]:
+def _prompt_pair(row: TrackedRow) -> Parts:
     prompt, chosen, rejected = (_string(row, field) for field in ("prompt", "chosen", "rejected"))
-    system = _system(row)
-    if prompt.lstrip().startswith("Human:"):
-        messages = parse_transcript(prompt, "prompt")
-        if messages[-1] == {"role": "assistant", "content": ""}:  # "…\n\nAssistant:" asks for the answer that follows
-            messages.pop()
-    elif system:
-        messages = [{"role": "user", "content": prompt}]
-    else:
+    if all(text.lstrip().startswith("Human:") for text in (chosen, rejected)):
+        return _repeated(_prompt_turns(prompt), *_hh(row))
+    prompt = _with_input(row, prompt)
+    if not prompt.lstrip().startswith("Human:"):
         return prompt, chosen, rejected
-    return system + messages, _assistant(chosen), _assistant(rejected)
+    return _prompt_turns(prompt), _assistant(chosen), _assistant(rejected)
+
+
+def _prompt_turns(prompt: str) -> list[Message]:
+    if not prompt.lstrip().startswith("Human:"):
+        return [{"role": "user", "content": prompt}]
+    messages = parse_transcript(prompt, "prompt")
+    if messages[-1] == {"role": "assistant", "content": ""}:  # "…\n\nAssistant:" asks for the answer that follows
+        messages.pop()
+    return messages
+
+
+def _repeated(asked: list[Message], prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Parts:
+    """The parts that 'chosen' and 'rejected' share and have, if what stands in 'prompt' is among the shared ones.
+
+    Raises:
+        RowError: the prompt is another.
+    """
+    contents = {turn["content"].strip() for turn in prompt}
+    if not all(turn["content"].strip() in contents for turn in asked):
+        raise RowError(
+            "field 'prompt': is not in the conversation that 'chosen' and 'rejected' begin with, so two could be the "
+            "prompt: leave one out, as with --ignore_columns prompt"
+        )
+    return prompt, chosen, rejected
 
 
 def _assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text.strip()}]
 
 
-def _system(row: Row) -> list[Message]:
-    text = _string(row, "system", default="")
-    return [{"role": "system", "content": text}] if text.strip() else []
+def _with_input(row: TrackedRow, question: str) -> str:
+    """A question with what it is about, which alpaca calls its input."""
+    extra = _string(row, "input", default="")
+    return question + (f"\n\n{extra}" if extra.strip() and extra.strip() != question.strip() else "")
 
 
-def _one_turn(question: str, row: Row) -> tuple[Any, Any, Any]:
-    messages = [*_system(row), {"role": "user", "content": question}]
+def _one_turn(question: str, row: TrackedRow) -> Parts:
+    messages = [{"role": "user", "content": _with_input(row, question)}]
     return messages, _assistant(_string(row, "chosen")), _assistant(_string(row, "rejected"))
 
 
-def _alpaca(row: Row) -> tuple[Any, Any, Any]:
-    extra = _string(row, "input", default="")
-    question = _string(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
-    return _one_turn(question, row)
+def _alpaca(row: TrackedRow) -> Parts:
+    return _one_turn(_string(row, "instruction"), row)
 
 
-def _orca(row: Row) -> tuple[Any, Any, Any]:
+def _orca(row: TrackedRow) -> Parts:
     return _one_turn(_string(row, "question"), row)
 
 
-def _messages(row: Row) -> tuple[Any, Any, Any]:
-    chosen, rejected = (_message_list(row, field) for field in ("chosen", "rejected"))
+def _messages(row: TrackedRow) -> Parts:
+    chosen, rejected = (read_turns(row, field) for field in ("chosen", "rejected"))
     prompt = row.get("prompt")
     if isinstance(prompt, list) and prompt:
-        turns = _message_list(row, "prompt")
+        turns = read_turns(row, "prompt")
         return turns, _without_prompt(turns, chosen), _without_prompt(turns, rejected)
-    if len(chosen) > 1 or len(rejected) > 1:  # they repeat the prompt (ultrafeedback_binarized)
+    if any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
+        # They repeat the prompt, as ultrafeedback_binarized's do
+        parts = _split_shared(chosen, rejected)
+        return _repeated([{"role": "user", "content": prompt}], *parts) if _is_text(prompt) else parts
+    if not _is_text(prompt) and len(chosen) > 1 < len(rejected):  # a conversation that the assistant begins
         return _split_shared(chosen, rejected)
-    return [*_system(row), {"role": "user", "content": _string(row, "prompt")}], chosen, rejected
+    return [{"role": "user", "content": _with_input(row, _string(row, "prompt"))}], chosen, rejected
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:
     return completion[len(prompt) :] if completion[: len(prompt)] == prompt else completion
 
 
-def _message_list(row: Row, field: str) -> list[Message]:
-    return _turns(row, field, "role", "content", _ROLES)
-
-
-def _turns(row: Row, field: str, role_key: str, text_key: str, roles: dict[str, str]) -> list[Message]:
-    """The messages in `field`; ShareGPT's answers may be one object instead of a list."""
-    if field not in row:
-        raise RowError(f"column {field!r} is missing; columns are {columns_of(row)}")
-    value = row[field]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise RowError(
-            f"field {field!r}: must be a list of messages, not {'an empty one' if value == [] else kind_of(value)}"
-        )
-    return [
-        _message(item, f"field {field!r}, message {number}", role_key, text_key, roles)
-        for number, item in enumerate(value, 1)
-    ]
-
-
-def _message(item: Any, where: str, role_key: str, text_key: str, roles: dict[str, str]) -> Message:
-    if not isinstance(item, dict):
-        raise RowError(f"{where}: must be an object with {role_key!r} and {text_key!r}, not {kind_of(item)}")
-    for key in (role_key, text_key):
-        if key not in item:
-            raise RowError(f"{where}: {key!r} is missing")
-        if not isinstance(item[key], str):
-            raise RowError(f"{where}: {key!r} must be text, not {kind_of(item[key])}")
-    if item[role_key] not in roles:
-        raise RowError(
-            f"{where}: {role_key!r} must be one of {', '.join(roles)}, not {item[role_key][:_NAME_LENGTH]!r}"
-        )
-    return {"role": roles[item[role_key]], "content": item[text_key]}
-
-
-def _sharegpt(row: Row) -> tuple[Any, Any, Any]:
+def _sharegpt(row: TrackedRow) -> Parts:
     prompt, chosen, rejected = (
-        _turns(row, field, "from", "value", _SHAREGPT_ROLES) for field in ("conversations", "chosen", "rejected")
+        read_turns(row, field, "from", "value", _SHAREGPT_ROLES) for field in ("conversations", "chosen", "rejected")
     )
-    return (prompt if prompt[0]["role"] == "system" else _system(row) + prompt), chosen, rejected
+    return prompt, chosen, rejected
 
 
-_CONVERTERS: dict[str, Callable[[Row], tuple[Any, Any, Any]]] = {
+_CONVERTERS: dict[str, Callable[[TrackedRow], Parts]] = {
     "hh": _hh,
     "prompt_pair": _prompt_pair,
     "alpaca": _alpaca,

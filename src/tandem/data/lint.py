@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tandem.data.balance import Balance
 from tandem.data.examine import Examined, examine
 from tandem.data.formats import Row, as_messages
 from tandem.data.near import CROWD, SIMILAR, Candidates, jaccard
@@ -31,6 +32,8 @@ _KEYWORDS = 0.75  # accuracy of a bag of words from which the pairs teach words
 # Every finding: its level, and what is said of so many of so many pairs, in the order of a report
 KINDS: dict[str, tuple[str, str]] = {
     "unreadable": ("warning", "rows cannot be read and are left out, as --max_bad_rows allows"),
+    "unread_columns": ("warning", "rows have text that differs from row to row and that no format reads"),
+    "ignored_columns": ("note", "rows have columns or keys that are not part of a pair"),
     "template_refuses": ("error", "pairs are refused by the chat template"),
     "template_trains_user": (
         "error",
@@ -133,6 +136,18 @@ def unreadable(skipped: Sequence[str], kept: int) -> Finding:
     """Rows that the reader left out, each said as place and reason, beside the `kept` ones."""
     examples = [{"found": line} for line in skipped[:EXAMPLES]]
     return Finding("unreadable", "all", len(skipped), kept + len(skipped), examples=examples)
+
+
+def unread_columns(balances: Sequence[Balance]) -> Iterator[Finding]:
+    """Columns and message keys that were not read: those that may be part of the pairs, and the others."""
+    for balance in balances:
+        suspects = balance.suspects()
+        others = [name for name in balance.unread if name not in suspects]
+        for kind, names in (("unread_columns", suspects), ("ignored_columns", others)):
+            if names:
+                most = max(balance.unread[name].count for name in names)
+                examples = [{"found": balance.describe(name)} for name in names]
+                yield Finding(kind, balance.place, most, max(most, balance.rows), examples=examples)
 
 
 def _finding(kind: str, split: str, pairs: Sequence[Row], found: Mapping[int, str]) -> Finding:

@@ -12,7 +12,7 @@ from tandem.options.rules import Options
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
-    "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key",
+    "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns",
 )  # fmt: skip
 
 
@@ -43,8 +43,11 @@ class DataOptions(Options):
     prompt_key: str | None = opt(None, "column that holds the prompt")
     chosen_key: str | None = opt(None, "column that holds the preferred answer")
     rejected_key: str | None = opt(None, "column that holds the other answer")
-    input_key: str | None = opt(None, "column that holds the alpaca format's input")
+    input_key: str | None = opt(None, "column whose text is put after the prompt's, as the alpaca format's input")
     system_key: str | None = opt(None, "column that holds a system message")
+    ignore_columns: list[str] = opt(
+        [], "columns to leave out, and with a dot before them keys of messages: context .weight"
+    )
     max_bad_rows: int = opt(0, "skip and list up to this many rows that cannot be read", low=0)
 
     def conflicts(self) -> Iterator[str]:

@@ -6,23 +6,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.data.balance import Balance
+from tandem.data.columns import arrange, with_line_feeds
 from tandem.data.files import SUFFIXES, read_rows
-from tandem.data.formats import FORMATS, Row, RowError, check_format, choose_format, columns_of, prompt_id, to_canonical
+from tandem.data.formats import FORMATS, Row, RowError, check_format, choose_format, prompt_id, to_canonical
 from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
+from tandem.data.rows import columns_of
 from tandem.errors import UserError, one_line
+from tandem.ranks import is_first
 
 _SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "eval", "valid", "dev")}
+
+_CRLF = "line ends of Windows (CRLF) made line feeds"
 
 Located = tuple[str, int, Row | RowError]  # source, row number, row or what is wrong with it
 
 
-def load_pairs(options: DataOptions, split: str, skipped: list[str] | None = None) -> list[Row]:
+def load_pairs(
+    options: DataOptions, split: str, skipped: list[str] | None = None, balances: list[Balance] | None = None
+) -> list[Row]:
     """Canonical rows of one split of `options.dataset_name`, which is no mixture.
 
     `split` is a split's name with an optional slice (`train[:5%]`). A local file is all `train`; a folder's files
     belong to the split their names begin with, or all to `train`. Rows left out as `options.max_bad_rows` allows are
-    told on stderr, and added to `skipped`.
+    told on stderr, and added to `skipped`; so is what no format reads, as a `Balance`, to `balances`.
 
     Raises:
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
@@ -34,7 +42,15 @@ def load_pairs(options: DataOptions, split: str, skipped: list[str] | None = Non
     located = [row for row in located if _good(row, options.max_bad_rows, bad)]
     if not located:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
-    rows = [(source, number, _rename(source, number, row, options.keys)) for source, number, row in located]
+    balance = Balance(f"{options.dataset_name} ({split})")
+    rows = []
+    for source, number, row in located:
+        try:
+            rows.append((source, number, _arranged(source, number, row, options, balance)))
+        except RowError as error:
+            _good((source, number, error), options.max_bad_rows, bad)
+    if not rows:
+        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
     data_format, example = options.data_format, ""
     if data_format is None:
         data_format, example = choose_format((_place(source, number), row) for source, number, row in rows)
@@ -44,7 +60,8 @@ def load_pairs(options: DataOptions, split: str, skipped: list[str] | None = Non
         try:
             if example:
                 check_format(row, data_format, example)
-            pairs.append({**to_canonical(row, data_format), "source": source, "row": number, "format": data_format})
+            pair = to_canonical(row, data_format, balance)
+            pairs.append({**pair, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, error), options.max_bad_rows, bad)
     for line in bad:
@@ -53,6 +70,10 @@ def load_pairs(options: DataOptions, split: str, skipped: list[str] | None = Non
         skipped += bad
     if not pairs:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
+    if balances is not None:
+        balances.append(balance)
+    if (balance.unread or balance.changed) and is_first():
+        print(one_line(str(balance)), file=sys.stderr)
     return pairs
 
 
@@ -76,7 +97,9 @@ def _place(source: str, number: int) -> str:
     return f"{source} row {number}"
 
 
-def load_splits(options: DataOptions, skipped: list[str] | None = None) -> tuple[list[Row], list[Row]]:
+def load_splits(
+    options: DataOptions, skipped: list[str] | None = None, balances: list[Balance] | None = None
+) -> tuple[list[Row], list[Row]]:
     """Training and held-out pairs; with `val_ratio` no prompt is in both.
 
     With `val_ratio` the held-out pairs are drawn from the training split, whole prompts at a time and from each source
@@ -85,14 +108,15 @@ def load_splits(options: DataOptions, skipped: list[str] | None = None) -> tuple
     """
     sources = sources_of(options)
     if options.val_ratio:
-        halves = [_halves(source.options, skipped) for source in sources]
+        halves = [_halves(source.options, skipped, balances) for source in sources]
         held_out = [pair for _, half in halves for pair in half]
         # A prompt that one source holds out may be another's training prompt
         prompts = {prompt_id(pair["prompt"]) for pair in held_out}
         parts = [[pair for pair in train if prompt_id(pair["prompt"]) not in prompts] for train, _ in halves]
     else:
-        parts = [load_pairs(source.options, source.options.dataset_train_split, skipped) for source in sources]
-        held_out = [pair for source in sources for pair in _test_split(source.options, skipped)]
+        given = [source.options for source in sources]
+        parts = [load_pairs(each, each.dataset_train_split, skipped, balances) for each in given]
+        held_out = [pair for source in sources for pair in _test_split(source.options, skipped, balances)]
     return mix(sources, parts, options.data_seed), _shuffled(held_out, sources, options.data_seed)
 
 
@@ -134,15 +158,21 @@ def may_hold_out(options: DataOptions) -> bool:
     )
 
 
-def _halves(options: DataOptions, skipped: list[str] | None) -> tuple[list[Row], list[Row]]:
-    pairs = load_pairs(options, options.dataset_train_split, skipped)
+def _halves(
+    options: DataOptions, skipped: list[str] | None, balances: list[Balance] | None
+) -> tuple[list[Row], list[Row]]:
+    pairs = load_pairs(options, options.dataset_train_split, skipped, balances)
     return split_by_prompt(pairs, options.val_ratio, options.data_seed)
 
 
-def _test_split(options: DataOptions, skipped: list[str] | None = None) -> list[Row]:
+def _test_split(
+    options: DataOptions, skipped: list[str] | None = None, balances: list[Balance] | None = None
+) -> list[Row]:
     """Pairs of the test split; none where a local source has no such split."""
     name, split = options.dataset_name, options.dataset_test_split
-    return [] if is_local(name) and _base(split) not in local_splits(name) else load_pairs(options, split, skipped)
+    if is_local(name) and _base(split) not in local_splits(name):
+        return []
+    return load_pairs(options, split, skipped, balances)
 
 
 def _shuffled(pairs: list[Row], sources: Sequence[Source], seed: int) -> list[Row]:
@@ -163,19 +193,26 @@ def split_by_prompt(pairs: list[Row], ratio: float, seed: int) -> tuple[list[Row
     return by_side
 
 
-def _rename(source: str, number: int, row: Any, keys: dict[str, str]) -> Row:
-    for key in keys.values():
+def _arranged(source: str, number: int, row: Any, options: DataOptions, balance: Balance) -> Row:
+    """`row` under the names that formats know; what the options leave out of it goes to `balance`."""
+    for key in options.keys.values():
         if key not in row:
             place = _place(source, number)
             raise UserError(f"{place}: no column {key!r}, named by a --…_key option (has {columns_of(row)})")
-    return {**row, **{name: row[key] for name, key in keys.items()}}
+    tidy = with_line_feeds(row)
+    if tidy != row:
+        balance.changed[_CRLF] = balance.changed.get(_CRLF, 0) + 1
+    arranged, aside = arrange(tidy, options.keys, options.data_format, options.ignore_columns)
+    for name, (value, why) in aside.items():
+        balance.set_aside(name, value, why)
+    return arranged
 
 
 def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:
     used = {
         "prompt_key": ("prompt_pair", "messages") if options.data_format is None else _all_but("hh"),
-        "input_key": ("alpaca",),
-        "system_key": _all_but("hh"),
+        "input_key": ("alpaca", "prompt_pair", "orca", "messages"),
+        "system_key": FORMATS,
     }
     for name, formats in used.items():
         if getattr(options, name) and data_format not in formats:

@@ -1,0 +1,113 @@
+"""The closing balance of a reading: which columns and keys of a data set were read, and which were not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, shorten
+
+# Columns that say something about a pair and are no part of it, by the names they have in data sets people train on
+_ABOUT = {
+    "id", "uid", "idx", "index", "uuid", "hash", "prompt_id", "pair_id", "question_id", "conversation_id", "source",
+    "source_dataset", "dataset", "origin", "split", "url", "license", "created_at", "timestamp", "date", "language",
+    "lang", "category", "categories", "subcategory", "subset", "topic", "task", "task_type", "type", "domain", "tags",
+    "difficulty", "model", "models", "model_name", "chosen_model", "rejected_model", "model_chosen", "model_rejected",
+    "chosen-model", "rejected-model", "judge", "annotator", "annotators", "worker", "row", "in", "status",
+    "messages", "generations", "generation_models", "raw_generation_responses", "order", "generation_model",
+}  # fmt: skip
+_SHOWN = 40  # names in one line; a hostile file can have any number
+
+
+@dataclass
+class Unread:
+    """What a reading found of one column or key that it did not read.
+
+    Attributes:
+        count: rows that have a value there.
+        kind: what the values are.
+        why: in words, where there is a reason other than that no format has it.
+        varies: whether its text differs from row to row.
+    """
+
+    kind: str
+    why: str
+    count: int = 0
+    varies: bool = False
+    first: Any = field(default=None, repr=False)
+
+    def add(self, value: Any) -> None:
+        """Count one more value."""
+        self.count += 1
+        if self.count == 1:
+            self.first = value
+        elif not self.varies and any(True for _ in leaves(value)):
+            self.varies = bool(value != self.first)
+
+
+@dataclass
+class Balance:
+    """What became of every column and message key of one source's split.
+
+    Attributes:
+        place: the source and its split, for people.
+        rows: how many rows were read.
+        read: columns that are part of the pairs.
+        unread: name → what is there; a key of messages begins with a dot.
+        changed: what was done to texts → rows it was done in.
+    """
+
+    place: str
+    rows: int = 0
+    read: set[str] = field(default_factory=set)
+    unread: dict[str, Unread] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+
+    def add(self, row: TrackedRow, unread: Mapping[str, Any]) -> None:
+        """Count one row that was read, and what of it was not."""
+        self.rows += 1
+        self.read.update(name for name in row.read if name in row and has_value(row.peek(name)))
+        for change in row.changed:
+            self.changed[change] = self.changed.get(change, 0) + 1
+        for name, value in unread.items():
+            self.set_aside(name, value, row.why.get(name, ""))
+
+    def set_aside(self, name: str, value: Any, why: str) -> None:
+        """Count a value that is not read, and why."""
+        self.unread.setdefault(name, Unread(kind_of(value), why)).add(value)
+
+    def suspects(self) -> list[str]:
+        """Columns and keys that nobody named and whose text differs from row to row: perhaps part of the pairs."""
+        return [
+            name
+            for name, unread in self.unread.items()
+            if unread.varies and not unread.why and name.lower() not in _ABOUT
+        ]
+
+    def describe(self, name: str) -> str:
+        """One column or key that was not read, in words."""
+        unread = self.unread[name]
+        told = f"{shorten(name)}: {unread.kind} in {unread.count} of {self.rows} rows"
+        return told + (f", {unread.why}" if unread.why else "")
+
+    def __str__(self) -> str:
+        read = f"{self.place}: {self.rows} rows; read: {_listed(sorted(map(shorten, self.read)))}"
+        unread = _listed([self.describe(name) for name in self.unread], "; ")
+        changed = _listed([f"{what} in {count}" for what, count in self.changed.items()])
+        return read + (f"; NOT read: {unread}" if unread else "") + (f"; {changed}" if changed else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """As in data_report.json."""
+        return {
+            "place": self.place,
+            "rows": self.rows,
+            "read": sorted(self.read),
+            "unread": {
+                name: {"count": each.count, "kind": each.kind, "why": each.why} for name, each in self.unread.items()
+            },
+            "changed": self.changed,
+        }
+
+
+def _listed(names: list[str], between: str = ", ") -> str:
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return between.join(names[:_SHOWN] + more)
