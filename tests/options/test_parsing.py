@@ -119,9 +119,9 @@ def test_command_line_refusals(argv: list[str], message: str):
     ("text", "message"),
     [
         ("cuont: 3", "unknown option cuont; did you mean count?"),
-        ("name: a\ncount: 3.5", "count must be a whole number, not 3.5"),
-        ("name: a\ncount: .inf", "count must be a whole number, not inf"),
-        ("name: a\ncount: true", "count must be a whole number, not True"),
+        ("name: a\ncount: 3.5", "count must be a whole number, not '3.5'"),
+        ("name: a\ncount: .inf", "count must be a whole number, not '.inf'"),
+        ("name: a\ncount: true", "count must be a whole number, not 'true'"),
         ("name: a\ncount: null", "count needs a value"),
         ("name: [a]", "name must be text, not ['a']"),
         ("- name", "must be a mapping of options, not a list"),
@@ -132,6 +132,54 @@ def test_command_line_refusals(argv: list[str], message: str):
 def test_yaml_refusals(tmp_path: Path, text: str, message: str):
     file = config(tmp_path, text)
     assert refusal("--config", file) == f"--config {file}: {message}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0123456", "12:30:00", "2026-11-29", "2026-11-29 10:00:00", "1e3", "1_000", "0x1f", "true", "no", "Off", "1.50",
+        ".inf", "007", "+5", "1.10", "=",
+    ],
+)  # fmt: skip
+def test_yaml_text_is_what_is_written(tmp_path: Path, name: str):
+    assert read("--config", config(tmp_path, f"name: {name}")).name == name
+    assert read("--config", config(tmp_path, f"name: '{name}'")).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("count: 010", {"count": 10}),
+        ("count: 1e3", {"count": 1000}),
+        ("count: 5.0", {"count": 5}),
+        ("count: -1_000", {"count": -1000}),
+        ("count: '7'", {"count": 7}),
+        ("rate: 1", {"rate": 1.0}),
+        ("wet: on", {"wet": True}),
+        ("wet: Off", {"wet": False}),
+        ("wet: yes", {"wet": True}),
+        ("limit: ~", {"limit": None}),
+        ("limit:", {"limit": None}),
+        ("dry: None", {"dry": None}),
+        ("weights: [1, 2.5, 1e-3]", {"weights": [1.0, 2.5, 1e-3]}),
+        ("kinds: none", {"kinds": ["none"]}),
+    ],
+)
+def test_yaml_is_read_by_the_options_type(tmp_path: Path, text: str, expected: dict[str, object]):
+    assert read("--config", config(tmp_path, f"name: a\n{text}")) == Colours(name="a", **expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["count: 1:30", "count: 0x1f", "count: 1e999", "count: 2026-11-29", "rate: 1:30", "wet: 2"]
+)
+def test_yaml_of_another_type_is_refused(tmp_path: Path, text: str):
+    name, _, value = text.partition(": ")
+    assert f"{name} must be " in refusal("--config", config(tmp_path, f"name: a\n{text}"))
+    assert f"{name} must be " in refusal("--name", "a", f"--{name}", value)
+
+
+def test_yaml_may_repeat_a_part_by_its_anchor(tmp_path: Path):
+    assert read("--config", config(tmp_path, "<<: {count: 5, rate: 1}\nname: a")) == Colours("a", count=5, rate=1.0)
 
 
 def test_empty_yaml_changes_nothing(tmp_path: Path):

@@ -14,7 +14,7 @@ from tandem.data.formats import Row, kind_of
 from tandem.data.options import SOURCE_OPTIONS, DataOptions
 from tandem.errors import UserError
 from tandem.options.fields import opt, options_of
-from tandem.options.parsing import StrictLoader, convert, unknown_option
+from tandem.options.parsing import TextLoader, convert, unknown_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ def sources_of(options: DataOptions) -> list[Source]:
 
 def _entries(options: DataOptions, where: str) -> list[Any]:
     try:
-        entries = yaml.load(Path(options.dataset_name).read_text(encoding="utf-8"), Loader=StrictLoader)
+        entries = yaml.load(Path(options.dataset_name).read_text(encoding="utf-8"), Loader=TextLoader)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: !!timestamp of a date that is none
         raise UserError(f"{where}: not YAML: {error}") from error
     if not isinstance(entries, list) or len(entries) < 2:
         raise UserError(f"{where}: must be a list of two or more sources, each with dataset_name and weight")

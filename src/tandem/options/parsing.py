@@ -21,14 +21,13 @@ from tandem.options.fields import REQUIRED, Option, names_of, options_of, refuse
 from tandem.options.rules import broken_rules
 from tandem.runs import write_atomic
 
-_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
 
 
 def convert(option: Option, value: Any, where: str) -> Any:
     """`value` as `option`'s type.
 
-    Text is read as the type says (`5e-4` is a float, though YAML 1.1 calls it text); any other mismatch is a
-    `UserError` that names `where` the value came from.
+    Text is read as the type says, and a value that is none of it is a `UserError` that names `where` it came from.
     """
     if type(None) in option.kinds and (value is None or _lower(value) in ("none", "null")):
         return None
@@ -66,6 +65,8 @@ def _as_kind(kind: Any, value: Any) -> Any:
         return str(value)
     if kind is int and not isinstance(value, str) and int(value) != value:
         raise ValueError
+    if kind is int and isinstance(value, str) and not value.strip("+-").replace("_", "").isdecimal():
+        return _as_kind(int, float(value))  # 1e3, 5.0
     if kind is float and not math.isfinite(float(value)):
         raise ValueError
     return kind(value)
@@ -147,9 +148,19 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class TextLoader(StrictLoader):
+    """YAML in which a plain value is the text that is written there, for `convert` to read by its option's type; only
+    null is nothing. YAML 1.1 would make 42798 of the revision 0123456, and 45000 of the name 12:30:00."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML declares it so
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in StrictLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=StrictLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=TextLoader)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
