@@ -1,30 +1,7 @@
 """Train a policy on preference pairs with DPO, from a model or an SFT adapter."""
 
+from tandem.commands.dpo import main
 from tandem.errors import script_main
-from tandem.options.parsing import parse
-from tandem.options.training import PlanOptions, explain_unknown
-from tandem.training.option_sets import DPOOptionSet, check, classes
-
-
-def main(argv: list[str]) -> None:
-    *options, plan = parse(
-        argv,
-        (*classes(DPOOptionSet), PlanOptions),
-        prog="dpo.py",
-        description=__doc__,
-        explain_unknown=explain_unknown,
-        check=check,
-    )
-    run = DPOOptionSet(*options)
-    if plan.plan:
-        from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
-
-        print(plan_run(run, plan))
-        return
-    from tandem.training.stages import run_dpo
-
-    run_dpo(run)
-
 
 if __name__ == "__main__":
     script_main(main)

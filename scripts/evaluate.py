@@ -1,25 +1,7 @@
 """Measure the SFT and DPO models on held-out pairs against a reference model."""
 
-from pathlib import Path
-
-from tandem import ranks
-from tandem.data.options import DataOptions
-from tandem.data.sources import load_held_out
+from tandem.commands.evaluate import main
 from tandem.errors import script_main
-from tandem.evaluation.evaluate import EvaluateOptions, evaluate, to_markdown
-from tandem.options.model import TextOptions
-from tandem.options.parsing import parse, save
-
-
-def main(argv: list[str]) -> None:
-    classes = (EvaluateOptions, TextOptions, DataOptions)
-    options, text, data = parse(argv, classes, prog="evaluate.py", description=__doc__)
-    with ranks.joined():
-        results = evaluate(options, text, load_held_out(data))
-    if ranks.is_first():
-        print(to_markdown(results))
-        save(Path(options.output_file).with_suffix(".yaml"), options, text, data)
-
 
 if __name__ == "__main__":
     script_main(main)

@@ -1,27 +1,7 @@
 """Have models answer the same held-out prompts under the same sampling."""
 
-from pathlib import Path
-
-from tandem import ranks
-from tandem.answers.backends.options import GenerationOptions
-from tandem.answers.generate import GenerateOptions, generate
-from tandem.data.held_out import held_out_prompts
-from tandem.data.options import DataOptions
-from tandem.data.sources import load_held_out
+from tandem.commands.generate import main
 from tandem.errors import script_main
-from tandem.models.sampling import SamplingOptions
-from tandem.options.parsing import parse, save
-
-
-def main(argv: list[str]) -> None:
-    classes = (GenerateOptions, GenerationOptions, SamplingOptions, DataOptions)
-    options, engine, sampling, data = parse(argv, classes, prog="generate.py", description=__doc__)
-    prompts = held_out_prompts(load_held_out(data), sampling.max_prompts)
-    files = generate(options.by_label, prompts, sampling, engine, Path(options.output_dir))
-    if ranks.is_first():
-        save(Path(options.output_dir) / "generate.yaml", options, engine, sampling, data)
-        print(*files.values(), sep="\n")
-
 
 if __name__ == "__main__":
     script_main(main)

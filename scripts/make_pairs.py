@@ -1,19 +1,7 @@
 """Make preference pairs of scored answers."""
 
-from pathlib import Path
-
+from tandem.commands.make_pairs import main
 from tandem.errors import script_main
-from tandem.options.parsing import parse, save
-from tandem.rounds.options import PairOptions
-
-
-def main(argv: list[str]) -> None:
-    (options,) = parse(argv, (PairOptions,), prog="make_pairs.py", description=__doc__)
-    from tandem.rounds.pairs import make_pairs, to_markdown
-
-    print(to_markdown(make_pairs(options)))
-    save(Path(options.output_dir) / "make_pairs.yaml", options)
-
 
 if __name__ == "__main__":
     script_main(main)

@@ -1,30 +1,7 @@
 """Fine-tune a model on the chosen answers, the step before DPO."""
 
+from tandem.commands.sft import main
 from tandem.errors import script_main
-from tandem.options.parsing import parse
-from tandem.options.training import PlanOptions, explain_unknown
-from tandem.training.option_sets import SFTOptionSet, check, classes
-
-
-def main(argv: list[str]) -> None:
-    *options, plan = parse(
-        argv,
-        (*classes(SFTOptionSet), PlanOptions),
-        prog="sft.py",
-        description=__doc__,
-        explain_unknown=explain_unknown,
-        check=check,
-    )
-    run = SFTOptionSet(*options)
-    if plan.plan:
-        from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
-
-        print(plan_run(run, plan))
-        return
-    from tandem.training.stages import run_sft
-
-    run_sft(run)
-
 
 if __name__ == "__main__":
     script_main(main)

@@ -7,62 +7,27 @@ row, so that TRL's losses and metrics, PEFT, and the wrappers of DDP, FSDP and D
 
 import contextlib
 import functools
-import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl
-from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tandem.engine import attention, probe
 from tandem.engine.attention import PAIR_ATTENTION, Backend, PairAttention
 from tandem.engine.choice import LayoutChoice, LayoutReport, attention_configs, log_once
 from tandem.engine.layout import Layout, PairPlan, plan_pairs
 from tandem.engine.logprobs import LogitTransform, score_tokens
-from tandem.errors import UserError
-
-SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
-
-try:
-    from trl.trainer import dpo_trainer
-    from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
-except ImportError as error:
-    raise UserError(f"the pair engine needs trl{SUPPORTED_TRL}, found {trl.__version__}: {error}") from error
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
 _TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits", "num_items_in_batch"}
-
-
-def check_trl_contract(version: str, installer: Callable[..., None], output: type) -> None:
-    """Check what the seam relies on in TRL.
-
-    Raises:
-        UserError: naming the supported TRL version, for another version or for one that was changed.
-    """
-    expected = ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
-    needed = {"loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"}
-    parameters = list(inspect.signature(installer).parameters)
-    missing = needed - {field.name for field in fields(output)}
-    if version not in SUPPORTED_TRL:
-        problem = f"found {version}"
-    elif parameters != expected:
-        problem = f"add_fused_lm_head takes {parameters}, not {expected}"
-    elif missing:
-        problem = f"FusedCausalLMOutput lacks {sorted(missing)}"
-    else:
-        return
-    raise UserError(f"the pair engine supports trl{SUPPORTED_TRL}: {problem}; pip install 'trl{SUPPORTED_TRL}'")
-
-
-check_trl_contract(trl.__version__, add_fused_lm_head, FusedCausalLMOutput)
 
 
 def add_pair_forward(

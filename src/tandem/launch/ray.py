@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tandem import contract
 from tandem.errors import AlarmStop, Preempted, TandemExit, UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.parsing import parse
@@ -62,7 +63,7 @@ def launch(argv: list[str]) -> None:
         raise UserError("--reference_workers has no effect with sft.py: it has no reference")
     train = job.run().train
     if importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed: pip install 'tandem[ray]'")
+        raise UserError(f"Ray is not installed: {contract.extra('ray')}")
     _run(options, job, train)
 
 

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tandem import contract
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.errors import UserError
 from tandem.log import logger
@@ -202,7 +203,8 @@ def adapters_of_whole_layers() -> Iterator[None]:
     """
     from peft.tuners.lora import layer
 
-    if not hasattr(layer, "_get_in_out_features"):  # PEFT 0.17, of Gaudi's environment, which has no tensor parallelism
+    # PEFT 0.17, of Gaudi's environment: no tensor parallelism. Elsewhere the contract refuses a PEFT without it
+    if not hasattr(layer, "_get_in_out_features"):
         yield
         return
     width_of_part = layer._get_in_out_features
@@ -284,7 +286,7 @@ def _four_bits() -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'tandem[quantization]'") from None
+        raise UserError(f"--load_in_4bit needs bitsandbytes: {contract.extra('quantization')}") from None
     if not torch.cuda.is_available():
         raise UserError("--load_in_4bit needs a CUDA device")
     from transformers import BitsAndBytesConfig

@@ -8,6 +8,7 @@ import difflib
 import math
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,7 +116,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(classes: Sequence[type], prog: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        prog=_as_called(prog), description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     parser.add_argument("--print_config", action="store_true", help="print every option, its value and its source")
     for cls in classes:
@@ -123,6 +126,11 @@ def _build_parser(classes: Sequence[type], prog: str, description: str) -> argpa
         for option in options_of(cls):
             group.add_argument(f"--{option.name}", **_argparse_keywords(option))
     return parser
+
+
+def _as_called(prog: str) -> str:
+    """`dpo.py` as the user called it: the script, or `tandem dpo`."""
+    return f"tandem {Path(prog).stem}" if Path(sys.argv[0]).name == "tandem" else prog
 
 
 def _argparse_keywords(option: Option) -> dict[str, Any]:

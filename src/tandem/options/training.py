@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from tandem import contract
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.losses import DPOOptions
@@ -119,7 +120,7 @@ class TrainOptions(Options):
         if "none" in self.report_to and len(self.report_to) > 1:
             yield "--report_to none excludes other trackers"
         if "8bit" in self.optim and importlib.util.find_spec("bitsandbytes") is None:
-            yield f"--optim {self.optim} needs bitsandbytes: pip install 'tandem[quantization]'"
+            yield f"--optim {self.optim} needs bitsandbytes: {contract.extra('quantization')}"
         for name in ("output_dir", "mount_dir"):
             folder = getattr(self, name)
             if folder and Path(folder).is_file():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator
 
+from tandem import contract
 from tandem.errors import UserError
 from tandem.options.fields import opt
 from tandem.options.rules import Options
@@ -62,4 +63,4 @@ class GenerationOptions(Options):
             except UserError as problem:
                 yield str(problem)
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-            yield "--engine vllm needs vLLM: pip install 'tandem[vllm]', or see docs/vllm.md for a CPU"
+            yield f"--engine vllm needs vLLM: {contract.extra('vllm')}, or see docs/vllm.md for a CPU"

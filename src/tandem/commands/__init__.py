@@ -1,0 +1,1 @@
+"""The commands: `scripts/dpo.py` is `tandem.commands.dpo`, and so is `tandem dpo`."""

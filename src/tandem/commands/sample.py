@@ -1,0 +1,21 @@
+"""Draw several answers to each training prompt from one or several models."""
+
+from pathlib import Path
+
+from tandem import ranks
+from tandem.answers.backends.options import GenerationOptions
+from tandem.data.options import DataOptions
+from tandem.models.sampling import SamplingOptions
+from tandem.options.parsing import parse, save
+from tandem.rounds.options import SampleOptions
+from tandem.rounds.prompts import training_prompts
+from tandem.rounds.sample import sample
+
+
+def main(argv: list[str]) -> None:
+    classes = (SampleOptions, GenerationOptions, SamplingOptions, DataOptions)
+    options, engine, sampling, data = parse(argv, classes, prog="sample.py", description=__doc__)
+    file = sample(options, engine, sampling, training_prompts(data))
+    if ranks.is_first():
+        save(Path(options.output_dir) / "sample.yaml", options, engine, sampling, data)
+        print(file)

@@ -1,0 +1,27 @@
+"""Fine-tune a model on the chosen answers, the step before DPO."""
+
+from tandem import contract
+from tandem.options.parsing import parse
+from tandem.options.training import PlanOptions, explain_unknown
+from tandem.training.option_sets import SFTOptionSet, check, classes
+
+
+def main(argv: list[str]) -> None:
+    *options, plan = parse(
+        argv,
+        (*classes(SFTOptionSet), PlanOptions),
+        prog="sft.py",
+        description=__doc__,
+        explain_unknown=explain_unknown,
+        check=check,
+    )
+    run = SFTOptionSet(*options)
+    contract.check()
+    if plan.plan:
+        from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
+
+        print(plan_run(run, plan))
+        return
+    from tandem.training.stages import run_sft
+
+    run_sft(run)

@@ -1,0 +1,336 @@
+"""What Tandem borrows from inside other packages: private names, and overridden or replaced ones that nobody promises.
+
+One record a name: where it is used, and the test that exercises it. `check` looks each of them up before training, and
+the packages' versions, which were the ones that all tests ran with. There are two environments, the main one
+(requirements.txt) and Intel Gaudi's (requirements-gaudi.txt); the versions that Tandem works with stand here alone.
+
+Imports nothing heavy by itself; `check` imports what it looks into.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from tandem.errors import UserError
+
+DISTRIBUTION = "tandem-dpo"  # `tandem` on PyPI is a stranger's
+UNTESTED = "TANDEM_UNTESTED_VERSIONS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """A name inside another package.
+
+    Attributes:
+        owner: the module or class that has it, dotted; its first part is the package.
+        name: the name. What an object gets only when it is made (`_tr_loss`) is looked for in the owner's methods.
+        used_in: the module of tandem.
+        test: the test that fails where it means something else.
+        takes: the parameters it must have, in this order, and no others; None: not looked at.
+        fields: fields that this dataclass must have.
+    """
+
+    owner: str
+    name: str
+    used_in: str
+    test: str
+    takes: tuple[str, ...] | None = None
+    fields: tuple[str, ...] = ()
+
+    @property
+    def package(self) -> str:
+        return self.owner.partition(".")[0]
+
+    def problem(self) -> str | None:
+        """What is wrong with it, if anything is."""
+        try:
+            owner = _resolve(self.owner)
+        except (ImportError, AttributeError) as error:
+            return f"{self.owner} is not there ({_first_line(error)})"
+        if not hasattr(owner, self.name):
+            return None if self.name in _mentioned(owner) else f"{self.owner} has no {self.name}"
+        value = getattr(owner, self.name)
+        if self.takes is not None and (found := tuple(inspect.signature(value).parameters)) != self.takes:
+            return f"{self.owner}.{self.name} takes {list(found)}, not {list(self.takes)}"
+        if missing := [field for field in self.fields if field not in getattr(value, "__dataclass_fields__", {})]:
+            return f"{self.owner}.{self.name} lacks {', '.join(missing)}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """An environment: the versions its tests ran with, and what is borrowed there."""
+
+    name: str
+    versions: dict[str, str]
+    borrowed: tuple[Borrowed, ...]
+
+
+_FORWARD, _CHECKPOINTS, _SHARDING = "engine.forward", "training.trainers.checkpoints", "training.trainers.sharding"
+_EQUAL, _RESUMED = "tests/training/trainers/test_tandem_trainer.py", "tests/training/test_stages.py"
+_TWO_PROCESSES = "tests/distributed/test_sharded_equality.py"
+_REHEARSED = "tests/training/test_rehearsal.py"
+_DPO, _SFT, _TRAINER = "trl.trainer.dpo_trainer.DPOTrainer", "trl.SFTTrainer", "transformers.Trainer"
+
+MAIN = Contract(
+    "main environment",
+    {
+        "torch": ">=2.11,<2.14",
+        "transformers": ">=5.23,<5.24",
+        "trl": ">=1.16,<1.17",
+        "accelerate": ">=1.15,<1.16",
+        "peft": ">=0.21,<0.22",
+    },
+    (
+        Borrowed(
+            "trl.trainer.dpo_trainer",
+            "add_fused_lm_head",
+            _FORWARD,
+            "tests/engine/test_forward.py",
+            takes=("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+        ),
+        Borrowed(
+            "trl.trainer.utils",
+            "FusedCausalLMOutput",
+            _FORWARD,
+            "tests/engine/test_forward.py",
+            fields=(
+                "loss",
+                "log_probs",
+                "entropy",
+                "log_sum_sq_probs",
+                "mean_logits",
+                "is_top1",
+                "label_mask",
+                "aux_loss",
+            ),
+        ),
+        Borrowed("trl.trainer.utils", "maybe_gather_lm_head_ctx", "engine.logprobs", "tests/engine/test_logprobs.py"),
+        Borrowed("trl.trainer.utils", "create_model_from_path", "models.load", "tests/models/test_load.py"),
+        Borrowed("trl.kernels", "ChunkedLogProbFunction", "engine.logprobs", "tests/engine/test_logprobs.py"),
+        Borrowed("trl.trainer.dpo_trainer", "hash_module", "training.trainers.trl", _EQUAL),
+        Borrowed("trl.trainer.dpo_trainer", "create_model_from_path", _SHARDING, _TWO_PROCESSES),
+        Borrowed("trl.trainer.dpo_trainer", "prepare_fsdp", _SHARDING, _TWO_PROCESSES),
+        Borrowed("trl.models.utils", "prepare_deepspeed", _SHARDING, _TWO_PROCESSES),
+        Borrowed(_DPO, "_prepare_dataset", "training.trainers.trl", _EQUAL),
+        Borrowed(_DPO, "_set_signature_columns_if_needed", "training.trainers.trl", _EQUAL),
+        Borrowed(_DPO, "_precompute_ref_logps", "training.trainers.pair_trainer", _EQUAL),
+        Borrowed(_DPO, "_precompute_engine", "training.trainers.trl", _TWO_PROCESSES),
+        Borrowed(_DPO, "_metrics", "training.trainers.trl", _EQUAL),
+        Borrowed(_DPO, "_total_train_tokens", "training.trainers.trl", _EQUAL),
+        Borrowed(_DPO, "_signature_columns", "training.trainers.trl", _EQUAL),
+        Borrowed(_SFT, "_metrics", _CHECKPOINTS, _RESUMED),
+        Borrowed(_SFT, "_total_train_tokens", _CHECKPOINTS, _RESUMED),
+        Borrowed(_DPO, "_tp_size", "training.trainers.trl", _TWO_PROCESSES),
+        Borrowed(_TRAINER, "_get_grad_norm", "training.trainers.trl", _EQUAL),
+        Borrowed(_TRAINER, "_save_checkpoint", _CHECKPOINTS, _RESUMED, takes=("self", "model", "trial")),
+        Borrowed(_TRAINER, "_tr_loss", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_total_loss_scalar", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_globalstep_last_logged", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_initial_global_step", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_run_epoch", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_maybe_log_save_evaluate", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_finalize_training", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_save", _SHARDING, _TWO_PROCESSES),
+        Borrowed(_TRAINER, "_prepare_for_training", _SHARDING, _TWO_PROCESSES),
+        Borrowed(_TRAINER, "create_accelerator_and_postprocess", _SHARDING, _TWO_PROCESSES),
+        Borrowed("transformers.trainer", "safe_globals", _CHECKPOINTS, "tests/test_bad_input.py"),
+        Borrowed("transformers.trainer", "TRAINER_STATE_NAME", "training.session", _RESUMED),
+        Borrowed(
+            "transformers.PreTrainedConfig",
+            "_attn_implementation",
+            "engine.attention",
+            "tests/engine/test_attention.py",
+        ),
+        Borrowed(
+            "transformers.PreTrainedModel",
+            "_supports_attention_backend",
+            "engine.choice",
+            "tests/engine/test_forward.py",
+        ),
+        Borrowed("transformers.PreTrainedModel", "_no_split_modules", _SHARDING, _TWO_PROCESSES),
+        Borrowed(
+            "transformers.models.mixtral.modeling_mixtral",
+            "load_balancing_loss_func",
+            _FORWARD,
+            "tests/engine/test_forward.py",
+            takes=("gate_logits", "num_experts", "top_k", "attention_mask"),
+        ),
+        Borrowed("accelerate.utils.fsdp_utils", "fsdp2_prepare_model", _SHARDING, _TWO_PROCESSES),
+        Borrowed("peft.tuners.lora.layer", "_get_in_out_features", "models.load", _TWO_PROCESSES),
+        Borrowed("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", _SHARDING, _TWO_PROCESSES),
+        Borrowed(
+            "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState", "_fsdp_param_group", _SHARDING, _TWO_PROCESSES
+        ),
+        Borrowed(
+            "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
+            "_mp_policy",
+            "engine.precision",
+            _TWO_PROCESSES,
+        ),
+        Borrowed(
+            "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam", "_module_info", _SHARDING, _TWO_PROCESSES
+        ),
+        Borrowed("torch.cpu", "_is_avx512_bf16_supported", "devices", "tests/training/test_stages.py"),
+        Borrowed("torch.cpu", "_is_amx_tile_supported", "devices", "tests/training/test_stages.py"),
+        Borrowed("torch._subclasses", "FakeTensorMode", "training.rehearsal", _REHEARSED),
+        Borrowed("torch.utils._python_dispatch", "TorchDispatchMode", "training.rehearsal", _REHEARSED),
+        Borrowed("torch.utils", "_pytree", "training.rehearsal", _REHEARSED),
+        Borrowed("torch.UntypedStorage", "_cdata", "training.rehearsal", _REHEARSED),
+        Borrowed("torch.nn.Module", "_parameters", "training.rehearsal", _REHEARSED),
+        Borrowed("torch.nn.Module", "_buffers", "training.rehearsal", _REHEARSED),
+    ),
+)
+
+_GAUDI_TRAINER, _GAUDI_DPO = "optimum.habana.GaudiTrainer", "optimum.habana.trl.GaudiDPOTrainer"
+_ON_GAUDI, _GAUDI_RUNS = "training.trainers.gaudi", "tests/gaudi/test_runs.py"
+
+GAUDI = Contract(
+    "Gaudi's environment",
+    {
+        "torch": ">=2.6,<2.14",
+        "transformers": ">=4.55.4,<4.56",
+        "trl": ">=0.9.6,<0.10",
+        "accelerate": ">=1.10,<1.11",
+        "peft": ">=0.17,<0.18",
+        "optimum-habana": ">=1.21,<1.22",
+    },
+    (
+        Borrowed(_GAUDI_TRAINER, "_save", _ON_GAUDI, _GAUDI_RUNS),
+        Borrowed(_GAUDI_TRAINER, "_save_checkpoint", _CHECKPOINTS, _GAUDI_RUNS),
+        Borrowed(_GAUDI_TRAINER, "_prepare_inputs", _ON_GAUDI, _GAUDI_RUNS),
+        Borrowed(_GAUDI_TRAINER, "FusedNorm", _ON_GAUDI, _GAUDI_RUNS),
+        Borrowed(_GAUDI_DPO, "_stored_metrics", _ON_GAUDI, _GAUDI_RUNS),
+        Borrowed(_GAUDI_DPO, "dpo_loss", _ON_GAUDI, _GAUDI_RUNS),
+        Borrowed(_GAUDI_DPO, "tokenize_row", _ON_GAUDI, _GAUDI_RUNS),
+        Borrowed(
+            "optimum.habana.transformers.modeling_attn_mask_utils.GaudiAttentionMaskConverter",
+            "_make_causal_mask",
+            "models.habana",
+            "tests/gaudi/test_stock_bugs.py",
+        ),
+        Borrowed(
+            "optimum.habana.transformers.modeling_utils",
+            "adapt_transformers_to_gaudi",
+            "models.habana",
+            "tests/gaudi/test_stock_bugs.py",
+        ),
+        Borrowed("transformers.trainer", "safe_globals", _CHECKPOINTS, _GAUDI_RUNS),
+    ),
+)
+
+
+def installed() -> Contract:
+    """The contract of the environment that runs."""
+    found = importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.habana")
+    return GAUDI if found else MAIN
+
+
+def problems() -> list[str]:
+    """Everything that the installed packages lack, a line each; a package of another version is one."""
+    return [*_of_versions(installed()), *_of_names(installed())]
+
+
+@functools.cache
+def check() -> None:
+    """Look up all that is borrowed, before anything is loaded.
+
+    Raises:
+        UserError: naming the package, the versions that Tandem works with, and what is missing.
+            `TANDEM_UNTESTED_VERSIONS=1` lets other versions pass, as long as no name is missing.
+    """
+    contract = installed()
+    faults = [*_of_names(contract)]
+    if os.environ.get(UNTESTED) != "1":
+        faults = [*_of_versions(contract), *faults]
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def extra(name: str) -> str:
+    """The command that installs an optional part of Tandem: into a checkout, or beside an installed wheel."""
+    root = Path(__file__).parents[2]
+    return (
+        f"pip install -e '.[{name}]'"
+        if (root / "pyproject.toml").is_file()
+        else f"pip install '{DISTRIBUTION}[{name}]'"
+    )
+
+
+def _of_versions(contract: Contract) -> Iterator[str]:
+    from packaging.specifiers import SpecifierSet  # a tenth of a second, which a wrong command line need not wait for
+
+    for package, versions in contract.versions.items():
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield f"{package} is not installed: pip install '{package}{versions}'"
+            continue
+        # 2.13.0+cpu is a 2.13.0
+        if found.partition("+")[0] not in SpecifierSet(versions, prereleases=True):
+            yield (
+                f"{package} {found} is installed, and Tandem was tested with {package}{versions}: "
+                f"pip install '{package}{versions}', or try it with {UNTESTED}=1"
+            )
+
+
+def _of_names(contract: Contract) -> Iterator[str]:
+    for borrowed in contract.borrowed:
+        if problem := borrowed.problem():
+            package = "optimum-habana" if borrowed.package == "optimum" else borrowed.package
+            versions = contract.versions[package]
+            found = metadata.version(package)
+            yield f"{package} {found}: {problem}; Tandem needs {package}{versions}: pip install '{package}{versions}'"
+
+
+def _resolve(dotted: str) -> Any:
+    """The module or class of this name.
+
+    Raises:
+        ImportError, AttributeError: there is none.
+    """
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as error:
+            if length == 1 or not dotted.startswith(error.name or " "):
+                raise
+            continue
+        for part in parts[length:]:
+            value = getattr(value, part)
+        return value
+    raise ImportError(dotted)
+
+
+def _mentioned(owner: Any) -> set[str]:
+    """The names that a class's own methods mention, those of its bases too."""
+    names: set[str] = set()
+    for cls in getattr(owner, "__mro__", ()):
+        names |= set(getattr(cls, "__annotations__", {}))
+        for value in vars(cls).values():
+            function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+            names |= _names_in(getattr(function, "__code__", None))
+    return names
+
+
+def _names_in(code: CodeType | None) -> set[str]:
+    if code is None:
+        return set()
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
