@@ -83,7 +83,7 @@ def test_the_version_names_the_packages(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_doctors_screenful_has_nothing_of_the_users():
-    said = run("doctor", HF_TOKEN="hf_notshown", HOME="/home/notshown").stdout
+    said = run("doctor", HF_TOKEN="hf_notshown", HOME="/home/notshown", WANDB_MODE="online").stdout
     assert said.startswith(f"tandem {tandem.__version__}, python ")
     assert "borrowed names are all there" in said
     assert "CPU only" in said or "driver" in said or "MPS" in said

@@ -141,7 +141,7 @@ def test_a_hub_name_without_a_network():
 
 
 def test_four_bits_need_their_extra(tiny_model: Path):
-    with pytest.raises(UserError, match=r"--load_in_4bit needs bitsandbytes: pip install 'tandem\[quantization\]'"):
+    with pytest.raises(UserError, match=r"--load_in_4bit needs bitsandbytes: pip install -e '.\[quantization\]'"):
         load_model(ModelOptions(str(tiny_model)), quantize=True)
 
 

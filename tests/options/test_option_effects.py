@@ -745,9 +745,7 @@ def test_every_option_has_an_entry_and_no_entry_is_left_over():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_only_options_of_the_table(
-    name: str, script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-):
+def test_every_script_has_only_options_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch):
     class Parsed(Exception):
         pass
 
@@ -757,7 +755,7 @@ def test_every_script_has_only_options_of_the_table(
         classes.extend(given)
         raise Parsed
 
-    module = script(name)
+    module = importlib.import_module(f"tandem.commands.{name}")
     monkeypatch.setattr(module, "parse", parse)
     with pytest.raises(Parsed):
         module.main([])

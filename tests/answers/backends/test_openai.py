@@ -243,5 +243,5 @@ def test_the_server_has_the_tokenizer(server: Server, tmp_path: Path):
 
 def test_vllm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--engine vllm needs vLLM: pip install 'tandem\[vllm\]'"):
+    with pytest.raises(UserError, match=r"--engine vllm needs vLLM: pip install -e '.\[vllm\]'"):
         GenerationOptions(engine="vllm")
