@@ -143,7 +143,6 @@ MAIN = Contract(
         Borrowed(_TRAINER, "_prepare_for_training", _SHARDING, _TWO_PROCESSES),
         Borrowed(_TRAINER, "create_accelerator_and_postprocess", _SHARDING, _TWO_PROCESSES),
         Borrowed("transformers.trainer", "safe_globals", _CHECKPOINTS, "tests/test_bad_input.py"),
-        Borrowed("transformers.trainer", "TRAINER_STATE_NAME", "training.session", _RESUMED),
         Borrowed(
             "transformers.PreTrainedConfig",
             "_attn_implementation",
