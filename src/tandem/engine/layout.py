@@ -52,8 +52,8 @@ class Segment(NamedTuple):
 class PairPlan:
     """Index plan of one batch: T packed tokens, K keys, N sequences, M scored completion tokens. int64 unless said.
 
-    Python's numbers are on the host and all tensors are views of one, so that a plan that a data loader has made goes to
-    the device in one copy, and nothing in a step waits for the device to learn a size.
+    All numbers are Python's and all tensors are views of one: a plan that a data loader has made goes to the device in
+    one copy, and nothing in a step waits for the device to learn a size.
 
     Attributes:
         shape: (2B, S) of the padded grid the plan was made from.
@@ -169,6 +169,8 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         raise ValueError(f"a batch of pairs has an even number of rows, not {rows}")
     if layout == "padded":
         raise ValueError("the padded layout has no plan: it is TRL's own forward")
+    if not columns:
+        raise ValueError("the batch has no tokens")
     device = input_ids.device
     if device.type != "cpu":  # all that follows is small
         input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask, labels]).cpu()
