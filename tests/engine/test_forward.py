@@ -13,6 +13,8 @@ from trl.trainer.utils import add_fused_lm_head
 from tandem.engine import choice, forward, probe
 from tandem.engine.forward import add_pair_forward, pair_engine
 from tandem.engine.logprobs import score_tokens
+from tandem.engine.precision import tolerance
+from tandem.errors import UserError
 from tests.engine.tiny_models import collate, perturbed, random_pairs, tiny_model
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -331,7 +333,7 @@ def test_the_probe_sees_the_precision_of_the_call(batch):
     with spy(model, attended), torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch, fused_lm_head=True)
     assert attended[0] == torch.bfloat16
-    assert reports[0].layout == "shared" and 1e-5 < reports[0].difference < probe.tolerance(torch.bfloat16)
+    assert reports[0].layout == "shared" and 1e-5 < reports[0].difference < tolerance(torch.bfloat16)
 
 
 def test_the_probe_under_autocast_leaves_the_gradients_alone(batch):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tandem.engine.layout import plan_pairs
-from tandem.engine.probe import ProbeCache, difference, length_for, probe_batch, tolerance
+from tandem.engine.precision import tolerance
+from tandem.engine.probe import ProbeCache, difference, length_for, probe_batch
 from tests.engine.tiny_models import VOCABULARY, tiny_model
 
 

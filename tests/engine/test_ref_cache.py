@@ -56,23 +56,36 @@ def test_the_fingerprint_sees_one_weight_and_the_configuration():
     assert fingerprint(llama().to(torch.bfloat16)) != before
 
 
-def test_an_adapter_that_is_off_does_not_count_and_trls_frozen_copy_does():
+def test_an_adapter_counts_where_it_is_on():
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
     model = get_peft_model(llama(), config)
-    assert fingerprint(model) == fingerprint(llama())
-    model.add_adapter("ref", config)
-    with_copy = fingerprint(model)
-    assert with_copy != fingerprint(llama())
+    assert fingerprint(model, adapter=False) == fingerprint(llama())
+    before = fingerprint(model)
+    assert before != fingerprint(llama())
+    model.add_adapter("other", config)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other." in name:
+                parameter += 1
+    assert fingerprint(model) == before
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".default." in name:
                 parameter += 1
-    assert fingerprint(model) == with_copy
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".ref." in name:
-                parameter += 1
-    assert fingerprint(model) != with_copy
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}])
+def test_an_adapters_settings_count(change: dict[str, Any]):
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+    def adapted(**changes: Any) -> str:
+        torch.manual_seed(0)
+        return fingerprint(get_peft_model(llama(), LoraConfig(**settings | changes)))
+
+    assert adapted() == adapted(base_model_name_or_path="elsewhere", target_modules=["v_proj", "q_proj"])
+    assert adapted(**change) != adapted()
 
 
 @given(st.lists(st.tuples(st.floats(-1e4, 0, width=32), st.floats(-1e4, 0, width=32)), max_size=700))

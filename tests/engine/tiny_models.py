@@ -50,7 +50,7 @@ CONFIGS = {
     "Mixtral": (transformers.MixtralConfig, _GQA | {"num_local_experts": 4}),
     "Qwen2Moe": (transformers.Qwen2MoeConfig, _GQA | _EXPERTS | {"shared_expert_intermediate_size": 32}),
     "GptOss": (transformers.GptOssConfig, _GQA | _WINDOW | {"head_dim": 8, "num_local_experts": 4}),
-    # dropout: a function call in OPT, where TRL's `disable_dropout` finds modules only
+    # dropout: stock TRL, which these are compared to, leaves it on where it is a function call
     "OPT": (transformers.OPTConfig, _BASE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
     "Bloom": (
         transformers.BloomConfig,

@@ -1,22 +1,22 @@
 """Which layout a model is forwarded in: the one asked for, as long as the probe finds that it changes nothing."""
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tandem.engine import attention, kernels, probe
 from tandem.engine.attention import Backend
 from tandem.engine.layout import Layout
-from tandem.engine.precision import computed_in, is_sharded, same_autocast
+from tandem.engine.modes import evaluating
+from tandem.engine.precision import computed_in, is_sharded, same_autocast, tolerance
 
 logger = logging.getLogger("tandem.engine")
 
@@ -132,7 +132,7 @@ class LayoutChoice:
         failure = ""
         if gap is None:
             batch = probe.probe_batch(model, input_ids, length)
-            with torch.no_grad(), _evaluating(model), same_autocast(device.type):
+            with torch.no_grad(), evaluating(model), same_autocast(device.type):
                 reference = padded(batch)
                 try:
                     gap = probe.difference(reference, packed(batch), batch["labels"])
@@ -146,7 +146,7 @@ class LayoutChoice:
             if gap == gap and PartialState().is_main_process:
                 self.cache.write(key, gap)
         self.probed = max(length, input_ids.shape[1], self.longest)
-        limit = probe.tolerance(dtype)
+        limit = tolerance(dtype)
         if gap <= limit:
             self.settle(self.layout, difference=gap)
             return
@@ -188,18 +188,6 @@ def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     decoder = model.get_decoder()
     configs = (getattr(module, "config", None) for module in decoder.modules())
     return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing, each module going back to the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @functools.cache

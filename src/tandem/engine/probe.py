@@ -25,14 +25,6 @@ _MAX_LENGTH = 160
 _MIN_LENGTH = 48
 # Tokens that are averaged over: a fault that only the last tokens of long rows have must not drown in the others
 _BLOCK = 64
-# Largest mean difference per token that rounding explains, in units of max(1, mean |log p|). Measured on SmolLM2-135M:
-# rounding 8e-8, 2e-4 and 1e-3 in the three dtypes; wrong positions, a lost prompt or a lost window 0.03 and more.
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest `difference` that counts as agreement for a model computing in `dtype`."""
-    return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
 
 
 def length_for(model: PreTrainedModel, longest: int) -> int:

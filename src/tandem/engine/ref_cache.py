@@ -1,9 +1,9 @@
 """Reference log-probs on disk, keyed by what they depend on and by nothing else.
 
-A pair's entry is keyed by the reference's weights and configuration, the token ids of both rows as they are forwarded
-(after truncation) and which of them are scored, the dtype of the forward, and `ld_alpha`. So a sweep over β, learning
-rate, loss, epochs, order or subset scores each pair once ever, and a change of template, tokenizer, truncation or of
-one weight finds nothing.
+A pair's entry is keyed by the reference's weights and configuration, its adapter's too, the token ids of both rows as
+they are forwarded (after truncation) and which of them are scored, the dtype of the forward, and `ld_alpha`. So a sweep
+over β, learning rate, loss, epochs, order or subset scores each pair once ever, and a change of template, tokenizer,
+truncation, adapter or of one weight finds nothing.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,33 +28,60 @@ _DATABASE = "log_probs.sqlite"
 _LOCK_SECONDS = 60
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hex digest of the weights and configuration that the reference's log-probs come from.
+def fingerprint(model: PreTrainedModel, *, adapter: bool = True) -> str:
+    """Hex digest of all that the log-probs of the reference `model` come from: weights and configuration, its
+    adapter's too.
 
-    For a PEFT model the reference is the copy of its adapter that TRL names `ref` or, without one, the base model; a
-    model has the same fingerprint with adapters around it as without, and in one piece as sharded. Collective where it
-    is sharded.
+    The same in one piece as sharded. Collective where it is sharded.
+
+    Args:
+        adapter: whether a PEFT model is the reference with its active adapters on. Without, it has the fingerprint of
+            its base.
     """
     digest = xxhash.xxh3_128()
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures", "pad_token_id"):
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(_reference_tensors(model).items()):
+    known = getattr(model, "peft_config", {})
+    active = _active_adapters(model) if adapter else []
+    for name in sorted(active):
+        digest.update(json.dumps(_adapter_settings(known[name]), sort_keys=True, default=_plain).encode())
+    for name, tensor in sorted(_reference_tensors(model, off=set(known) - set(active)).items()):
         whole = _whole(tensor)
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
         digest.update(whole.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _reference_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    adapters = set(getattr(model, "peft_config", ()))
+def _active_adapters(model: Any) -> list[str]:
+    if not getattr(model, "peft_config", None):
+        return []
+    active = model.active_adapters
+    return list(active() if callable(active) else active)
+
+
+def _adapter_settings(config: Any) -> dict[str, Any]:
+    """What of an adapter's configuration its output may depend on: `lora_alpha` and rsLoRA are in no weight."""
+    settings: dict[str, Any] = config.to_dict()
+    for name in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
+        settings.pop(name, None)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    # The order of a set differs between processes
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+
+def _reference_tensors(model: PreTrainedModel, off: set[str]) -> dict[str, torch.Tensor]:
+    """Tensors by the name they have in the model without adapters, less those of the adapters that are off."""
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        parts = name.split(".")
-        if adapters & set(parts) and "ref" not in parts:
+        if off & set(name.split(".")):
             continue
-        tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        tensors[plain] = tensor
     return tensors
 
 

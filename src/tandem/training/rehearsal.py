@@ -20,10 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.optimization import Adafactor
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import add_fused_lm_head
 
 from tandem.engine.forward import forward_plan
 from tandem.engine.layout import IGNORED_LABEL, Layout, PairPlan, plan_pairs
+from tandem.engine.modes import disable_dropout
 from tandem.errors import UserError
 from tandem.models.load import base_of_adapter, lora_config
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
@@ -173,7 +174,7 @@ class Rehearsal:
     def _step(self, make: Callable[[Tensor], Tensor]) -> "_Step":
         _replace_tensors(self.model, make)
         if not self.dropout:
-            disable_dropout_in_model(self.model)
+            disable_dropout(self.model)
         return _Step(self.model, self.train, self.autocast)
 
 

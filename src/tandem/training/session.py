@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -179,9 +178,6 @@ class Session:
             self._mirror.put_aside_after(step)
 
     def _save(self, trainer: Any, metrics: dict[str, Any]) -> None:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if isinstance(model, PeftModel) and "ref" in model.peft_config:
-            model.delete_adapter("ref")  # TRL's frozen copy of the adapter we started from; not part of the result
         trainer.save_model(str(self.folder))
         if not trainer.is_world_process_zero():
             return

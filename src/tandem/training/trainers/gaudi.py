@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME
 from tandem.data.texts import tokenize_pair
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.losses import Pairs, pair_losses, rewards
+from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.errors import UserError
@@ -130,7 +131,10 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         self.accelerator.clip_grad_norm_ = self._recorded(self.accelerator.clip_grad_norm_)
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self._new_adapter = keywords.get("peft_config") is not None
+        self._added_adapter = keywords.get("peft_config")
+        self._reference_name = ref_model.name_or_path if ref_model is not None else None
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
         self._precompute_reference()
         self._add_monitor(monitor, logs_dir)
 
@@ -143,10 +147,8 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
     def _precompute_reference(self) -> None:
         """Log-probs of the reference, while policy and reference are still the same model."""
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        self._precompute_model_hash = ""
-        with _trained_adapter_as_reference(model, self._new_adapter):
-            if self._ref_cache is not None:
-                self._precompute_model_hash = fingerprint(model)
+        scored = self._ref_cache is not None
+        self._precompute_model_hash = fingerprint(model, adapter=self._with_adapter()) if scored else ""
         size = self.args.per_device_train_batch_size  # the shape of training, which is compiled anyway
         self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
         if self.eval_dataset is not None:
@@ -156,12 +158,9 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
     def _reference_collator(self, batch_size: int) -> PairCollator:
         return dataclasses.replace(self.data_collator, size=batch_size)
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        without_adapter = self.ref_model is None and self._new_adapter
-        adapter = self.null_ref_context() if without_adapter else contextlib.nullcontext()
-        model.eval()
-        with torch.no_grad(), adapter, self.compute_loss_context_manager():
-            return self._logps(model, inputs)
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any] = self.compute_loss_context_manager()
+        return context
 
     # Loss and metrics
 
@@ -297,21 +296,6 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
             self._tokens = self._tokens + counters["num_tokens"]
         for name, values in counters["metrics"].items():
             self._stored_metrics["train"][name] = list(torch.tensor(values, device=self.args.device))
-
-
-@contextlib.contextmanager
-def _trained_adapter_as_reference(model: Any, new_adapter: bool) -> Iterator[None]:
-    """While it is open, an adapter that the run goes on training is there a second time, named `ref`: `fingerprint`
-    takes the adapter of that name for the reference's."""
-    if new_adapter or not isinstance(model, PeftModel):
-        yield
-        return
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    yield
-    model.delete_adapter("ref")
 
 
 class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):

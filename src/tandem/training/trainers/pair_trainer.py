@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, tqdm
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 
+from tandem.engine.modes import evaluating
 from tandem.engine.pairs import PairCollator
+from tandem.engine.precision import computed_in
 from tandem.engine.ref_cache import RefCache, pair_key
 from tandem.log import logger
 from tandem.monitor.callback import Monitor, MonitorCallback
 from tandem.monitor.options import MonitorOptions
 from tandem.training.trainers.checkpoints import CompleteCheckpoints
+from tandem.training.trainers.reference import check_gap, gap, starts_as_its_base
 
 
 class PairTrainer(CompleteCheckpoints):
@@ -36,8 +40,14 @@ class PairTrainer(CompleteCheckpoints):
     _ref_cache: RefCache | None
     """None in a run whose losses need no reference."""
     _precompute_model_hash: str
-    compute_ref_log_probs: Any
-    """(model, batch) → the reference's summed log-probs of chosen and of rejected answers, (B,) nats each."""
+    _reference_name: str | None
+    """Of the model that is the reference; None where it is the policy before training."""
+    _added_adapter: PeftConfig | None
+    """Of the adapter that the policy was given for this run."""
+    _logps: Any
+    """(model, batch) → summed log-probs of chosen and of rejected answers, (B,) nats each."""
+    _prepare_inputs: Any
+    _reference_checked = False
 
     @contextlib.contextmanager
     def _reference_ready(self) -> Iterator[Any]:
@@ -48,6 +58,44 @@ class PairTrainer(CompleteCheckpoints):
         """The log-probs of all ranks, each pair once. Collective."""
         gathered: tuple[torch.Tensor, torch.Tensor] = self.accelerator.gather_for_metrics(logps)
         return gathered
+
+    def _with_adapter(self) -> bool:
+        """Whether the reference, where it has an adapter, is scored with it."""
+        return self.ref_model is not None or not starts_as_its_base(self._added_adapter)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's log-probs of chosen and of rejected answers, (B,) nats each."""
+        off: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel) and not self._with_adapter():
+            off = policy.disable_adapter()
+        with torch.no_grad(), evaluating(model), off, self._autocast():
+            logps: tuple[torch.Tensor, torch.Tensor] = self._logps(model, inputs)
+        return logps
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that the policy is forwarded in."""
+        context: contextlib.AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
+        if not self._reference_checked:
+            self._reference_checked = True
+            self._check_reference(model, self._prepare_inputs(inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]
+        return loss
+
+    def _check_reference(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Before the first update of a run that is not resumed: see `check_gap`. Collective."""
+        if self._ref_cache is None or self._reference_name is not None or self.state.global_step > 0:
+            return
+        device = inputs["input_ids"].device
+        with torch.no_grad(), evaluating(model), self._autocast():
+            policy = torch.cat(self._logps(model, inputs))
+            computed = computed_in(model, device.type)
+        reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        found = gap(policy, reference.to(policy), inputs["completion_mask"][:, 1:].sum(1))
+        check_gap(self.accelerator.gather(found[None]).max().item(), computed)
 
     def _reference_collator(self, batch_size: int) -> PairCollator:
         return self.data_collator

@@ -15,7 +15,9 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.devices import has_hpu
 from tandem.engine.forward import pair_engine
+from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.losses import Pairs, pair_losses, rewards
+from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import PairCollator, longest_row, sequence_logps
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models.load import lora_config
@@ -29,6 +31,7 @@ from tandem.training.trainers import topology
 from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.training.trainers.deferred import DeferredGather, Promise
 from tandem.training.trainers.pair_trainer import PairTrainer
+from tandem.training.trainers.reference import without_trls_copy
 from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
 
 
@@ -66,13 +69,17 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
         # Planned where batches are made, so that no step waits for its plan
         keywords["data_collator"] = dataclasses.replace(keywords["data_collator"], layout=engine.layout)
         longest = max(longest_row(pairs, keywords["data_collator"].max_length) for pairs in splits)
+        self._added_adapter = keywords.get("peft_config")
         with (
             pair_engine(engine.layout, longest=longest),
             _weights_hashed_by(self._hash),
             policy_is_reference(ref_model),
+            without_trls_copy(keywords["model"]),
         ):
             super().__init__(*arguments, ref_model=ref_model, **keywords)
         self.ref_model = None
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
         self._deferred = DeferredGather(self.accelerator)
         self._token_counts: list[Promise] = []
         self._add_monitor(monitor, logs_dir, ranks_per_batch=self._tp_size)
@@ -85,7 +92,7 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
         return {"reference": reference, "layout": self._layout}
 
     def _hash(self, model: Any) -> str:
-        return fingerprint(model) if self._ref_cache is not None else ""
+        return fingerprint(model, adapter=self._with_adapter()) if self._ref_cache is not None else ""
 
     @contextlib.contextmanager
     def _reference_ready(self) -> Iterator[Any]:
@@ -94,6 +101,14 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
             if self.is_deepspeed_enabled and self.ref_model is None:
                 self._precompute_engine = ready  # of the training pairs, and again of the held-out ones
             yield ready
+
+    def _logps(self, model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = inputs["input_ids"], inputs["completion_mask"]
+        labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
+        text = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "labels": labels}
+        per_token = model(**text, use_cache=False, fused_lm_head=True).log_probs
+        chosen, rejected = sequence_logps(per_token, mask[:, 1:], self.ld_alpha).chunk(2)
+        return chosen, rejected
 
     def _gather_scores(self, logps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if self._tp_size == 1:

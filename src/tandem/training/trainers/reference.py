@@ -1,0 +1,79 @@
+"""A run's reference where none is named: the policy before training, whatever adapter it begins with."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from tandem.engine.precision import tolerance
+from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# Of LoRA: they leave its product, or its B, at zero. PiSSA, OLoRA and CorDA move a part of the base's weights into the
+# adapter, others begin at random
+_STARTS_AT_ZERO = (True, "gaussian", "eva")
+
+
+def starts_as_its_base(added: "PeftConfig | None") -> bool:
+    """Whether a policy to which the adapter `added` is given computes, before training, what its base does.
+
+    Then the reference is the base without the adapter, and has its entries in the cache in common with all other runs
+    on that base. In any other case it is the policy with its adapter on: one that is trained on, which is more than its
+    base (`added` is None), or one whose start has changed the base.
+    """
+    return isinstance(added, LoraConfig) and added.init_lora_weights in _STARTS_AT_ZERO
+
+
+@contextlib.contextmanager
+def without_trls_copy(model: Any) -> Iterator[None]:
+    """While TRL's constructor runs, no adapter `ref` is made of the one that `model` is trained on with.
+
+    TRL would score with that copy, which lacks the parameters whose names end in the adapter's, and whose making
+    changes the base once more where the adapter's init does so (PiSSA). The policy itself is there to be scored.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    find = model.get_parameter
+    model.add_adapter = lambda *_, **__: None
+    # Each parameter is then copied to itself
+    model.get_parameter = lambda name: find(name.replace(".ref.", ".default."))
+    try:
+        yield
+    finally:
+        del model.add_adapter, model.get_parameter
+
+
+def gap(policy: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Difference per token of answers' log-probs, over max(1, mean |log p|): in the probe's unit.
+
+    Args:
+        policy, reference: (N,) nats.
+        tokens: (N,) scored tokens of each.
+    """
+    scale = torch.maximum(tokens.sum(), reference.abs().sum())
+    return (policy - reference).abs().sum() / scale.clamp(min=1)
+
+
+def check_gap(found: float, computed: torch.dtype) -> None:
+    """Stop a run whose reference is not the policy that it begins with.
+
+    Args:
+        found: the largest `gap` of any process in the first batch, both in evaluation mode, before the first update.
+            Not a number where the policy gives none, which the monitor tells.
+        computed: dtype that the policy computes in.
+
+    Raises:
+        UserError: the difference is more than rounding explains.
+    """
+    limit = tolerance(computed)
+    if found > limit:
+        raise UserError(
+            "the reference is not the policy before training: in the first batch their log-probs differ by "
+            f"{found:.1e} per token, and rounding explains {limit:.0e}. Nothing was trained. Score the reference anew "
+            "with another --ref_cache; if that does not help, name the model to be held to with --reference_model"
+        )
