@@ -14,7 +14,6 @@ from tandem.engine import choice, forward, probe
 from tandem.engine.forward import add_pair_forward, pair_engine
 from tandem.engine.logprobs import score_tokens
 from tandem.engine.precision import tolerance
-from tandem.errors import UserError
 from tests.engine.tiny_models import collate, perturbed, random_pairs, tiny_model
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
