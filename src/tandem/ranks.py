@@ -5,13 +5,14 @@ In evaluation and generation each process has the whole model, and rank r takes 
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from tandem.errors import UserError
+from tandem.errors import UserError, one_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,6 +25,13 @@ _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpe
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """Say a line on stderr: once, however often its cause comes up, and by one process."""
+    if is_first():
+        print(one_line(line), file=sys.stderr)
 
 
 def count() -> int:

@@ -161,3 +161,27 @@ def test_options_of_a_source_are_not_of_the_mixture():
 def test_a_hub_name_stays_one(folder: Path):
     options = mixture(folder, A, {"dataset_name": "Anthropic/hh-rlhf", "dataset_revision": "main"})
     assert [source.options.dataset_name for source in sources_of(options)] == [f"{folder}/a.jsonl", "Anthropic/hh-rlhf"]
+
+
+def test_no_form_of_a_held_out_prompt_is_trained_on(folder: Path):
+    """The same prompts as text, as messages, with white space, and in another format."""
+    text = pairs("a", 10)
+    save_pairs(folder / "a.jsonl", text)
+    turns = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in text]
+    for row in turns:
+        row |= {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    save_pairs(folder / "b.jsonl", turns)
+    save_pairs(folder / "c.jsonl", [{**row, "prompt": f" {row['prompt']}\n"} for row in text])
+    save_pairs(folder / "d.jsonl", [{"question": row.pop("prompt"), **row} for row in text])
+    options = mixture(folder, *({"dataset_name": f"{name}.jsonl"} for name in "abcd"))
+    for seed in range(5):
+        options.val_ratio, options.data_seed = 0.5, seed
+        train, held_out = load_splits(options)
+
+        def asked(rows: list[dict[str, Any]]) -> set[str]:
+            prompts = [row["prompt"] for row in rows]
+            return {(each if isinstance(each, str) else each[0]["content"]).strip() for each in prompts}
+
+        assert asked(train) and not asked(train) & asked(held_out)
+        assert asked(train) | asked(held_out) == {f"a {i}" for i in range(10)}
+        assert {Path(row["source"]).name for row in train} == {f"{name}.jsonl" for name in "abcd"}

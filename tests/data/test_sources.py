@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.data.files import read_rows
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
 from tandem.data.sources import (
@@ -17,7 +18,6 @@ from tandem.data.sources import (
     load_pairs,
     load_splits,
     load_training,
-    read_rows,
     split_by_prompt,
 )
 from tandem.errors import UserError

@@ -17,6 +17,7 @@ from tandem.data.formats import Row, RowError, kind_of
 from tandem.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
+_SYNONYMS = (".ndjson", ".ndjson.gz")  # of .jsonl
 # What is unpacked from a .gz has no other bound
 LONGEST_LINE = 2**28  # bytes
 LARGEST_DOCUMENT = 2**31  # bytes of a .json file, which is read whole
@@ -29,6 +30,11 @@ _NUL = re.compile("\0")
 _READING_ERRORS = (OSError, EOFError, zlib.error)
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a file of this name is read, in whatever case its ending is written."""
+    return name.lower().endswith(SUFFIXES + _SYNONYMS)
+
+
 def read_rows(path: Path) -> Iterator[NumberedRow]:
     """The rows of a file with their numbers: from 1, in .jsonl those of the lines.
 
@@ -37,7 +43,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
     Raises:
         UserError: naming the file and the row or line from which on nothing can be read.
     """
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     read = {".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json}.get(Path(name).suffix, _read_jsonl)
     try:
         yield from read(path)
@@ -47,7 +53,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
-    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         start = file.peek(2)[:2]
         if start == b"\x1f\x8b":
             raise UserError(f"{path}: is packed with gzip; let its name end in .gz")

@@ -82,8 +82,8 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
 
 
 def prompt_id(prompt: str | list[Message]) -> str:
-    """Stable id of a prompt: 16 hex digits of a content hash."""
-    return sha256_json(prompt)[:16]
+    """Stable id of a prompt: 16 hex digits of a hash of its messages, be they given as text or as a list."""
+    return sha256_json(as_messages(prompt))[:16]
 
 
 def _string(row: Row, field: str, *, default: str | None = None) -> str:

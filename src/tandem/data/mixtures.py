@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tandem.data.files import SUFFIXES
+from tandem.data.files import is_data_file
 from tandem.data.formats import Row, kind_of
 from tandem.data.options import SOURCE_OPTIONS, DataOptions
 from tandem.errors import UserError
@@ -95,7 +95,7 @@ def _of_the_whole(name: str) -> str | None:
 def _beside(mixture: Path, name: str) -> str:
     """`name` as a path relative to the mixture's file, unless it is a Hub name."""
     path = mixture.parent / Path(name).expanduser()
-    local = name.startswith((".", "/", "~")) or name.endswith((*SUFFIXES, ".yaml", ".yml")) or path.exists()
+    local = name.startswith((".", "/", "~")) or is_data_file(name) or name.endswith((".yaml", ".yml")) or path.exists()
     return str(path) if local else name
 
 

@@ -2,25 +2,29 @@
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from tandem.data.balance import Balance
 from tandem.data.columns import arrange, with_line_feeds
-from tandem.data.files import SUFFIXES, read_rows
-from tandem.data.formats import FORMATS, Row, RowError, check_format, choose_format, prompt_id, to_canonical
+from tandem.data.formats import (
+    FORMATS,
+    Row,
+    RowError,
+    as_messages,
+    check_format,
+    choose_format,
+    prompt_id,
+    to_canonical,
+)
 from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
 from tandem.data.rows import columns_of
+from tandem.data.splits import Located, has_test_split, is_local, read_split
 from tandem.errors import UserError, one_line
 from tandem.ranks import is_first
 
-_SPLIT_PREFIXES = {"train": ("train",), "test": ("test", "eval", "valid", "dev")}
-
 _CRLF = "line ends of Windows (CRLF) made line feeds"
-
-Located = tuple[str, int, Row | RowError]  # source, row number, row or what is wrong with it
 
 
 def load_pairs(
@@ -29,7 +33,7 @@ def load_pairs(
     """Canonical rows of one split of `options.dataset_name`, which is no mixture.
 
     `split` is a split's name with an optional slice (`train[:5%]`). A local file is all `train`; a folder's files
-    belong to the split their names begin with, or all to `train`. Rows left out as `options.max_bad_rows` allows are
+    belong to the splits that `data.layout` finds, or all to `train`. Rows left out as `options.max_bad_rows` allows are
     told on stderr, and added to `skipped`; so is what no format reads, as a `Balance`, to `balances`.
 
     Raises:
@@ -111,8 +115,8 @@ def load_splits(
         halves = [_halves(source.options, skipped, balances) for source in sources]
         held_out = [pair for _, half in halves for pair in half]
         # A prompt that one source holds out may be another's training prompt
-        prompts = {prompt_id(pair["prompt"]) for pair in held_out}
-        parts = [[pair for pair in train if prompt_id(pair["prompt"]) not in prompts] for train, _ in halves]
+        prompts = {_asked(pair) for pair in held_out}
+        parts = [[pair for pair in train if _asked(pair) not in prompts] for train, _ in halves]
     else:
         given = [source.options for source in sources]
         parts = [load_pairs(each, each.dataset_train_split, skipped, balances) for each in given]
@@ -152,9 +156,7 @@ def may_hold_out(options: DataOptions) -> bool:
         UserError: no such file or folder.
     """
     return bool(options.val_ratio) or any(
-        not is_local(source.options.dataset_name)
-        or _base(source.options.dataset_test_split) in local_splits(source.options.dataset_name)
-        for source in sources_of(options)
+        not is_local(source.options.dataset_name) or has_test_split(source.options) for source in sources_of(options)
     )
 
 
@@ -168,11 +170,13 @@ def _halves(
 def _test_split(
     options: DataOptions, skipped: list[str] | None = None, balances: list[Balance] | None = None
 ) -> list[Row]:
-    """Pairs of the test split; none where a local source has no such split."""
-    name, split = options.dataset_name, options.dataset_test_split
-    if is_local(name) and _base(split) not in local_splits(name):
+    """Pairs of the test split; none where a source has no held-out split, and none was named."""
+    try:
+        return load_pairs(options, options.dataset_test_split, skipped, balances)
+    except UserError:
+        if has_test_split(options):
+            raise
         return []
-    return load_pairs(options, split, skipped, balances)
 
 
 def _shuffled(pairs: list[Row], sources: Sequence[Source], seed: int) -> list[Row]:
@@ -181,16 +185,25 @@ def _shuffled(pairs: list[Row], sources: Sequence[Source], seed: int) -> list[Ro
 
 
 def split_by_prompt(pairs: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out `ratio` of the distinct prompts (at least one), with all their pairs."""
-    prompts = sorted({prompt_id(pair["prompt"]) for pair in pairs})
+    """Hold out `ratio` of the distinct prompts (at least one), with all their pairs.
+
+    Prompts that differ in white space alone, or in being text or messages, are one.
+    """
+    prompts = sorted({_asked(pair) for pair in pairs})
     if len(prompts) < 2:
         raise UserError("--val_ratio: the data has only one prompt, so nothing can be held out")
     count = min(len(prompts) - 1, max(1, round(ratio * len(prompts))))
     held_out = set(random.Random(seed).sample(prompts, count))
     by_side: tuple[list[Row], list[Row]] = ([], [])
     for pair in pairs:
-        by_side[prompt_id(pair["prompt"]) in held_out].append(pair)
+        by_side[_asked(pair) in held_out].append(pair)
     return by_side
+
+
+def _asked(pair: Row) -> str:
+    """What is equal for prompts of which one may not be trained on while the other is held out."""
+    turns = as_messages(pair["prompt"])
+    return prompt_id([{**turn, "content": " ".join(str(turn.get("content", "")).split())} for turn in turns])
 
 
 def _arranged(source: str, number: int, row: Any, options: DataOptions, balance: Balance) -> Row:
@@ -224,94 +237,3 @@ def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:
 
 def _all_but(name: str) -> tuple[str, ...]:
     return tuple(known for known in FORMATS if known != name)
-
-
-def _base(split: str) -> str:
-    return split.split("[")[0]
-
-
-def is_local(name: str) -> bool:
-    """Whether `name` means a path here rather than a Hub name: it exists, or could not be a Hub name."""
-    return name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or Path(name).exists()
-
-
-def local_splits(name: str) -> dict[str, list[Path]]:
-    """The data files of a path, by split."""
-    try:
-        return _local_splits(name, Path(name).expanduser())
-    except (OSError, RuntimeError) as error:  # of a name too long, no permission, or the ~ of nobody
-        raise UserError(f"--dataset_name {name}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _local_splits(name: str, path: Path) -> dict[str, list[Path]]:
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"--dataset_name {name}: not one of {', '.join(SUFFIXES)}")
-        return {"train": [path]}
-    if not path.is_dir():
-        raise UserError(
-            f"--dataset_name {name}: " + ("not a file or folder" if path.exists() else "no such file or folder")
-        )
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
-    if not files:
-        raise UserError(f"--dataset_name {name}: the folder has no {', '.join(SUFFIXES)} file")
-    splits = {
-        split: [file for file in files if file.name.lower().startswith(prefixes)]
-        for split, prefixes in _SPLIT_PREFIXES.items()
-    }
-    if not splits["train"]:
-        return {"train": files}
-    left_out = sorted(set(files).difference(*splits.values()))
-    if left_out:
-        raise UserError(
-            f"--dataset_name {name}: {left_out[0].name} is in no split, as other files are: "
-            f"name it train…, {'…, '.join(_SPLIT_PREFIXES['test'])}…, or move it away"
-        )
-    return {split: members for split, members in splits.items() if members}
-
-
-def read_split(options: DataOptions, split: str) -> Iterable[Located]:
-    """The rows of a split as they are, each with its source and number, whatever they are about.
-
-    Raises:
-        UserError: no such data or split.
-    """
-    if not is_local(options.dataset_name):
-        return _read_hub(options, split)
-    for name in ("dataset_config", "dataset_revision"):
-        if getattr(options, name):
-            raise UserError(f"--{name} has no effect: {options.dataset_name} is here, not on the Hub")
-    splits = local_splits(options.dataset_name)
-    if _base(split) not in splits:
-        known = ", ".join(splits)
-        raise UserError(
-            f"--dataset_name {options.dataset_name}: no split {_base(split)} (has {known}); see --val_ratio"
-        )
-    located = [(str(file), number, row) for file in splits[_base(split)] for number, row in read_rows(file)]
-    return _slice(located, split)
-
-
-def _slice(located: list[Located], split: str) -> list[Located]:
-    if "[" not in split:
-        return located
-    from datasets import ReadInstruction
-
-    base = _base(split)
-    try:
-        parts = ReadInstruction.from_spec(split).to_absolute({base: len(located)})
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"split {split}: {error}") from error
-    return [item for part in parts for item in located[part.from_ : part.to]]
-
-
-def _read_hub(options: DataOptions, split: str) -> Iterator[Located]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(
-            options.dataset_name, options.dataset_config, split=split, revision=options.dataset_revision
-        )
-    except Exception as error:  # the library raises a dozen kinds: not found, no access, no network, bad split, …
-        raise UserError(f"--dataset_name {options.dataset_name} (split {split}): {error}") from error
-    for number, row in enumerate(dataset, 1):
-        yield f"{options.dataset_name} {split}", number, dict(row)
