@@ -25,6 +25,13 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def gpu_without_bf16() -> str | None:
+    """Name of this process's CUDA GPU if it is of before Ampere (a T4): torch emulates bfloat16 there, slowly."""
+    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    return torch.cuda.get_device_name()
+
+
 def has_accelerator() -> bool:
     """Whether torch sees a CUDA, MPS, XPU or HPU device."""
     return torch.accelerator.is_available() or has_hpu()

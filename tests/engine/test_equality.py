@@ -197,20 +197,39 @@ def test_bf16_starts_at_ln_2_and_learns(build_trainer, lora):
     assert losses[-1] < 0.6
 
 
-def test_bf16_log_probs_are_as_close_to_float32_as_trls():
+@pytest.mark.parametrize(("dtype", "coarse"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_half_log_probs_are_as_close_to_float32_as_trls(dtype: torch.dtype, coarse: float):
     """Root mean square over about 2,000 tokens; the two differ by a percent from draw to draw, either way."""
     model, batch = tiny_model("Llama"), collate(random_pairs(100))
 
-    def log_probs(layout: str, bf16: bool) -> torch.Tensor:
+    def log_probs(layout: str, half: bool) -> torch.Tensor:
         forward = copy.deepcopy(model)
         add_pair_forward(forward, layout=layout)
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=half):
             output = forward(**batch, use_cache=False, fused_lm_head=True)
         assert output.log_probs.dtype == torch.float32
         return output.log_probs[batch["labels"][:, 1:] != -100]
 
-    exact = log_probs("padded", bf16=False)
-    trl, ours = ((log_probs(layout, bf16=True) - exact).square().mean().sqrt() for layout in ("padded", "shared"))
+    exact = log_probs("padded", half=False)
+    trl, ours = ((log_probs(layout, half=True) - exact).square().mean().sqrt() for layout in ("padded", "shared"))
     assert exact.numel() > 1500
-    assert trl > 1e-3, "bf16 was on"
+    assert trl > coarse, "autocast was on"
     assert ours <= 1.02 * trl
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_fp16_gradients_bear_the_loss_scaler(layout: str):
+    """What a T4 computes: float16 autocast, and a mean over tokens times the 2**16 that GradScaler begins with."""
+    model, batch = tiny_model("Llama"), collate(random_pairs(20))
+    real = batch["labels"][:, 1:] != -100
+
+    def gradient(half: bool) -> torch.Tensor:
+        forward = copy.deepcopy(model)
+        add_pair_forward(forward, layout=layout)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            loss = -forward(**batch, use_cache=False, fused_lm_head=True).log_probs[real].mean()
+        (loss * 2**16).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in forward.parameters()]) / 2**16
+
+    exact, found = gradient(half=False), gradient(half=True)
+    assert 1e-5 < (found - exact).norm() / exact.norm() < 1e-2

@@ -97,6 +97,10 @@ def test_each_token_is_scored_once_from_exactly_its_context(layout, batch):
         assert contexts[index] == context(ids, mask, row, column)
         assert target == labels[row, column + 1]
 
+    # Then a backward that adds atomically adds at most two numbers, whose sum is the same in either order
+    for index in (plan.key_index, plan.score_index):
+        assert not len(index) or index.bincount().max() <= 2
+
     assert plan.multiplicity.sum() == mask.sum()
     assert plan.cu_seq_q.dtype == plan.cu_seq_k.dtype == torch.int32
     assert plan.max_q == max(segment.q_length for segment in plan.segments)
@@ -172,3 +176,17 @@ def test_batches_that_are_no_padded_pairs_are_refused(mask, labels, message):
     ids = torch.full((len(mask), 3), 5)
     with pytest.raises(ValueError, match=message):
         plan_pairs(ids, torch.tensor(mask), torch.tensor(labels))
+
+
+def test_a_plan_goes_to_a_device_in_one_copy(monkeypatch):
+    ids = torch.tensor([[10, 11, 12], [10, 11, 13]])
+    plan = plan_pairs(ids, torch.ones_like(ids), torch.where(ids > 11, ids, -100))
+    moved = []
+    real = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *args, **options: moved.append(options) or real(self, *args, **options)
+    )
+    there = plan.to("meta", non_blocking=True)
+    assert moved == [{"non_blocking": True}]
+    assert there.token_index.is_meta and there.score_slots.is_meta
+    assert there.segments == plan.segments and there.max_k == plan.max_k == 3

@@ -1,13 +1,16 @@
 """Batches of pairs and sums over them, beside TRL's collator and numbers by hand."""
 
+import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.layout import IGNORED_LABEL, plan_pairs
 from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, longest_row, sequence_logps
+from tests.engine.tiny_models import random_pairs
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=9)
 pair = st.fixed_dictionaries(
@@ -87,3 +90,20 @@ def test_sequence_logps_by_hand():
     assert sequence_logps(per_token, mask, None).tolist() == [-7.0, -8.0]
     assert sequence_logps(per_token, mask, 0.5).tolist() == [-1 - 1 - 2, -8.0]
     assert sequence_logps(per_token, mask, 0.0).tolist() == [-1.0, -8.0]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_the_plan_of_a_batch_is_made_in_a_loaders_worker(layout):
+    pairs = random_pairs(5)
+    loader = DataLoader(pairs, batch_size=3, num_workers=1, collate_fn=PairCollator(0, 30, layout=layout))
+    for batch in loader:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        here = plan_pairs(batch["input_ids"], batch["attention_mask"], labels, layout)
+        assert torch.equal(batch["pair_plan"].indices, here.indices)
+        assert batch["pair_plan"].segments == here.segments and batch["pair_plan"].shape == here.shape
+
+
+def test_a_batch_without_a_token_has_no_plan():
+    empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    assert "pair_plan" not in PairCollator(0, 30, layout="shared")([empty])
+    assert "pair_plan" not in PairCollator(0, 30)(random_pairs(1))

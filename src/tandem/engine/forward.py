@@ -23,7 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from tandem.engine import attention, probe
 from tandem.engine.attention import PAIR_ATTENTION, Backend, PairAttention
 from tandem.engine.choice import LayoutChoice, LayoutReport, attention_configs, log_once
-from tandem.engine.layout import Layout, PairPlan, plan_pairs
+from tandem.engine.layout import PAIR_PLAN, Layout, PairPlan, plan_pairs
 from tandem.engine.logprobs import LogitTransform, score_tokens
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
@@ -46,9 +46,10 @@ def add_pair_forward(
 
     `model(input_ids=..., attention_mask=..., labels=..., fused_lm_head=True)` on a (2B, S) batch of pairs, as TRL
     collates them, then runs the backbone once, on one row that holds each distinct token once. It returns TRL's
-    fields, with no gradient on `entropy`. Batches and models it cannot serve take TRL's padded forward, and a line on
-    the logger `tandem.engine` says so. The first such call probes the model (see `tandem.engine.probe`). Install it
-    before the model is wrapped by PEFT or accelerate, as TRL does.
+    fields, with no gradient on `entropy`. A batch may bring its plan, as `pair_plan` (`PairCollator.layout`); without
+    one it is planned here, for which the host waits for the device. Batches and models the engine cannot serve take
+    TRL's padded forward, and a line on the logger `tandem.engine` says so. The first such call probes the model (see
+    `tandem.engine.probe`). Install it before the model is wrapped by PEFT or accelerate, as TRL does.
 
     Args:
         model: a causal language model, or a multimodal one that is given text.
@@ -67,9 +68,10 @@ def add_pair_forward(
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        made = kwargs.pop(PAIR_PLAN, None)
         if not fused_lm_head:
             return padded_forward(*args, **kwargs)
-        return engine(self, *args, **kwargs)
+        return engine(self, made, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
@@ -143,7 +145,7 @@ class _PairEngine:
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
         self.outputs = outputs
 
-    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, model: PreTrainedModel, made: PairPlan | None, *args: Any, **kwargs: Any) -> Any:
         choice, input_ids = self.choice, kwargs.get("input_ids")
         if choice.report is None and kwargs.get("shift_labels") is not None:
             choice.settle("padded", "context or sequence parallelism cuts its rows")
@@ -152,7 +154,7 @@ class _PairEngine:
             choice.probe(model, input_ids, self.probe_padded, functools.partial(self.probe_packed, model))
         if not choice.is_padded:
             try:
-                plan = self.plan(args, kwargs)
+                plan = self.plan(made, args, kwargs)
             except _Unserved as reason:
                 log_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
             else:
@@ -168,7 +170,7 @@ class _PairEngine:
         log_probs: Tensor = self.forward(model, plan, input_ids=batch["input_ids"], labels=batch["labels"]).log_probs
         return log_probs
 
-    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairPlan:
+    def plan(self, made: PairPlan | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairPlan:
         extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _TEXT_INPUTS)
         input_ids, labels, mask = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
         if extra:
@@ -177,6 +179,8 @@ class _PairEngine:
             raise _Unserved("it comes without input_ids and labels by keyword")
         if not self.choice.covers(input_ids.shape[1]):
             raise _Unserved("its rows are longer than those that the probe has seen")
+        if made is not None and made.shape == tuple(input_ids.shape):
+            return made.to(input_ids.device, non_blocking=True)
         try:
             return plan_pairs(
                 input_ids, torch.ones_like(input_ids) if mask is None else mask, labels, self.choice.layout

@@ -13,8 +13,9 @@ aligned causal attention with as many queries as keys for chosen, and fewer quer
 Everything here is index arithmetic on tensors: no model, no trl, no transformers.
 """
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 Layout = Literal["shared", "packed", "padded"]
 IGNORED_LABEL = -100
+PAIR_PLAN = "pair_plan"
+"""Name of a plan in a batch, and of the forward's argument."""
 
 
 class Segment(NamedTuple):
@@ -49,38 +52,94 @@ class Segment(NamedTuple):
 class PairPlan:
     """Index plan of one batch: T packed tokens, K keys, N sequences, M scored completion tokens. int64 unless said.
 
+    All numbers are Python's and all tensors are views of one: a plan that a data loader has made goes to the device in
+    one copy, and nothing in a step waits for the device to learn a size.
+
     Attributes:
         shape: (2B, S) of the padded grid the plan was made from.
-        token_index: (T,) flat index into the grid of every packed token.
-        position_ids: (1, T) column each token had in the grid: the position the padded path gives it.
-        multiplicity: (1, T) how many grid rows a token stands for, 1 or 2.
         segments: the N sequences, as slices of the packed row.
-        key_index: (K,) packed position of every key, sequence after sequence.
-        cu_seq_q, cu_seq_k: (N + 1,) int32, cumulative query and key lengths of the sequences.
-        max_q, max_k: longest query and key length.
-        score_index: (M,) packed position whose hidden state predicts each scored token.
-        targets: (M,) the scored tokens.
-        score_slots: (M,) flat index of each scored token in a (2B, S - 1) result.
+        n_scored: M.
+        indices: (3T + K + 2(N + 1) + 3M,) the tensors below, one after the other.
     """
 
     shape: tuple[int, int]
-    token_index: Tensor
-    position_ids: Tensor
-    multiplicity: Tensor
     segments: tuple[Segment, ...]
-    key_index: Tensor
-    cu_seq_q: Tensor
-    cu_seq_k: Tensor
-    max_q: int
-    max_k: int
-    score_index: Tensor
-    targets: Tensor
-    score_slots: Tensor
+    n_scored: int
+    indices: Tensor
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        tokens, keys, scored = self.n_tokens, sum(each.k_length for each in self.segments), self.n_scored
+        ends = len(self.segments) + 1
+        return self.indices.split([tokens, tokens, tokens, keys, ends, ends, scored, scored, scored])
 
     @property
+    def token_index(self) -> Tensor:
+        """(T,) flat index into the grid of every packed token."""
+        return self._parts[0]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(1, T) column each token had in the grid: the position the padded path gives it."""
+        return self._parts[1][None]
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """(1, T) how many grid rows a token stands for, 1 or 2."""
+        return self._parts[2][None]
+
+    @property
+    def key_index(self) -> Tensor:
+        """(K,) packed position of every key, sequence after sequence; none is there more than twice."""
+        return self._parts[3]
+
+    @functools.cached_property
+    def cu_seq_q(self) -> Tensor:
+        """(N + 1,) int32, cumulative query lengths of the sequences."""
+        return self._parts[4].to(torch.int32)
+
+    @functools.cached_property
+    def cu_seq_k(self) -> Tensor:
+        """(N + 1,) int32, cumulative key lengths of the sequences."""
+        return self._parts[5].to(torch.int32)
+
+    @property
+    def score_index(self) -> Tensor:
+        """(M,) packed position whose hidden state predicts each scored token; none is there more than twice."""
+        return self._parts[6]
+
+    @property
+    def targets(self) -> Tensor:
+        """(M,) the scored tokens."""
+        return self._parts[7]
+
+    @property
+    def score_slots(self) -> Tensor:
+        """(M,) flat index of each scored token in a (2B, S - 1) result."""
+        return self._parts[8]
+
+    @functools.cached_property
     def n_tokens(self) -> int:
         """T, the tokens the backbone forwards."""
-        return self.token_index.numel()
+        return sum(segment.q_length for segment in self.segments)
+
+    @functools.cached_property
+    def max_q(self) -> int:
+        """The most queries of a sequence."""
+        return max(segment.q_length for segment in self.segments)
+
+    @functools.cached_property
+    def max_k(self) -> int:
+        """The most keys of a sequence."""
+        return max(segment.k_length for segment in self.segments)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PairPlan":
+        """The plan on `device`. Data loaders call this as they do a tensor's."""
+        return replace(self, indices=self.indices.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PairPlan":
+        """The plan in page-locked memory, from which a copy to the device does not wait. Data loaders call this."""
+        return replace(self, indices=self.indices.pin_memory())
 
     def scatter(self, values: Tensor) -> Tensor:
         """Put (M,) per-token values into the (2B, S - 1) grid TRL reads, zero elsewhere. Keeps the gradient."""
@@ -99,6 +158,9 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         layout: `shared` forwards a pair's common prefix once; `packed` keeps every row whole. A pair whose rows start
             at different columns, or with different tokens, shares nothing under either.
 
+    Returns:
+        The plan, on the device of `input_ids`; from another than the host, in one wait for the batch.
+
     Raises:
         ValueError: an odd number of rows, no token at all, a row with a hole, or a label that no real token precedes.
     """
@@ -107,29 +169,30 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         raise ValueError(f"a batch of pairs has an even number of rows, not {rows}")
     if layout == "padded":
         raise ValueError("the padded layout has no plan: it is TRL's own forward")
-    pairs, device = rows // 2, input_ids.device
+    if not columns:
+        raise ValueError("the batch has no tokens")
+    device = input_ids.device
+    if device.type != "cpu":  # all that follows is small
+        input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask, labels]).cpu()
+    pairs = rows // 2
 
     # (B, 2, S): pair-major, so that flattening runs through chosen, rejected of one pair before the next
     def by_pair(grid: Tensor) -> Tensor:
         return grid.view(2, pairs, columns).transpose(0, 1)
 
-    ids, real = by_pair(input_ids), by_pair(attention_mask != 0)
-    column = torch.arange(columns, device=device)
+    mask = attention_mask != 0
+    ids, real = by_pair(input_ids), by_pair(mask)
+    column = torch.arange(columns)
     starts = real.long().argmax(-1)
     lengths = real.sum(-1)
     shared = _common_prefix(ids, real, starts, column) if layout == "shared" else torch.zeros_like(lengths[:, 0])
 
-    scored = labels[:, 1:] != IGNORED_LABEL
-    mask = attention_mask != 0
-    orphans = (scored & ~(mask[:, 1:] & mask[:, :-1])).any()
-    holes = (real != ((column >= starts[..., None]) & (column < (starts + lengths)[..., None]))).any()
-    # One transfer to the host for all that python has to know
-    *sizes, has_orphans, has_holes = torch.cat([lengths.flatten(), shared, orphans.view(1), holes.view(1)]).tolist()
-    if has_holes:
+    if (real != ((column >= starts[..., None]) & (column < (starts + lengths)[..., None]))).any():
         raise ValueError("the attention mask of a row has a hole")
-    if has_orphans:
+    scored = labels[:, 1:] != IGNORED_LABEL
+    if (scored & ~(mask[:, 1:] & mask[:, :-1])).any():
         raise ValueError("a label sits on padding or right behind it, so nothing predicts it")
-    segments, kept_rows = _segments(sizes[:rows], sizes[rows:])
+    segments, kept_rows = _segments(lengths.flatten().tolist(), shared.tolist())
     if not segments:
         raise ValueError("the batch has no tokens")
 
@@ -141,27 +204,23 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
     packed = (keep.flatten().cumsum(0) - 1).view_as(keep)
     packed[:, 1] = torch.where(in_prefix, packed[:, 0], packed[:, 1])
 
-    grid_index = by_pair(torch.arange(rows * columns, device=device).view(rows, columns))
-    attended = real & torch.tensor(kept_rows, device=device).view(pairs, 2, 1)
+    grid_index = by_pair(torch.arange(rows * columns).view(rows, columns))
+    attended = real & torch.tensor(kept_rows).view(pairs, 2, 1)
     packed_of_grid = packed.transpose(0, 1).reshape(rows, columns)
     twice = torch.stack([in_prefix, torch.zeros_like(in_prefix)], dim=1)
-    q_lengths = [segment.q_length for segment in segments]
-    k_lengths = [segment.k_length for segment in segments]
-    return PairPlan(
-        shape=(rows, columns),
-        token_index=grid_index[keep],
-        position_ids=column.expand_as(keep)[keep][None],
-        multiplicity=(1 + twice.long())[keep][None],
-        segments=segments,
-        key_index=packed[attended],
-        cu_seq_q=_cumulative(q_lengths, device),
-        cu_seq_k=_cumulative(k_lengths, device),
-        max_q=max(q_lengths),
-        max_k=max(k_lengths),
-        score_index=packed_of_grid[:, :-1][scored],
-        targets=labels[:, 1:][scored],
-        score_slots=scored.flatten().nonzero().squeeze(1),
+    targets = labels[:, 1:][scored]
+    indices = (
+        grid_index[keep],
+        column.expand_as(keep)[keep],
+        (1 + twice.long())[keep],
+        packed[attended],
+        _cumulative([segment.q_length for segment in segments]),
+        _cumulative([segment.k_length for segment in segments]),
+        packed_of_grid[:, :-1][scored],
+        targets,
+        scored.flatten().nonzero().squeeze(1),
     )
+    return PairPlan((rows, columns), segments, len(targets), torch.cat(indices)).to(device)
 
 
 def _common_prefix(ids: Tensor, real: Tensor, starts: Tensor, column: Tensor) -> Tensor:
@@ -192,5 +251,5 @@ def even_size(tokens: int, limit: int) -> int:
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / limit))))
 
 
-def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)

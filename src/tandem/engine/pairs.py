@@ -1,5 +1,6 @@
 """A batch of pairs as tensors, and sums over it: pure torch, the same on every device."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.layout import IGNORED_LABEL, PAIR_PLAN, Layout, plan_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +29,8 @@ class PairCollator:
 
     Rows are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`,
     `attention_mask`, `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where
-    the pairs have them; `pair_id`, a list.
+    the pairs have them; `pair_id`, a list; `pair_plan`, the engine's `PairPlan` of the batch, with a `layout` that has
+    one.
 
     Attributes:
         pad_token_id: what fills rows up on the right.
@@ -37,6 +39,7 @@ class PairCollator:
         multiple: make rows a multiple of this long, and no longer than `max_length`: few lengths instead of many.
         size: make every batch this many pairs, copies of its first one filling it up, and add `pair_weights`, (B,)
             float32: 0 for a copy, else 1.
+        layout: add the plan of this layout. Where it is made here, in a data loader's worker, no step waits for it.
     """
 
     pad_token_id: int
@@ -44,6 +47,7 @@ class PairCollator:
     static: bool = False
     multiple: int = 1
     size: int | None = None
+    layout: Layout = "padded"
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         filled = [*examples, *[examples[0]] * ((self.size or 0) - len(examples))]
@@ -58,6 +62,10 @@ class PairCollator:
                 batch[name] = torch.tensor([pair[name] for pair in filled])
         if self.size is not None:
             batch["pair_weights"] = (torch.arange(len(filled)) < len(examples)).float()
+        if self.layout != "padded":
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
+            with contextlib.suppress(ValueError):  # the engine will say why it cannot serve this batch
+                batch[PAIR_PLAN] = plan_pairs(batch["input_ids"], batch["attention_mask"], labels, self.layout)
         return batch | {"pair_id": [pair.get("pair_id") for pair in filled]}
 
     def _width(self, longest: int) -> int:

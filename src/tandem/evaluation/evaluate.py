@@ -45,6 +45,11 @@ class EvaluateOptions(Options):
             yield "nothing to evaluate: give --sft_model, --dpo_model or both"
         if Path(self.output_file).suffix != ".json":
             yield f"--output_file {self.output_file}: must end in .json"
+        if self.eval_bf16:
+            from tandem.devices import gpu_without_bf16  # torch takes seconds, which only --eval_bf16 pays
+
+            if gpu := gpu_without_bf16():
+                yield f"--eval_bf16: {gpu} has no bfloat16, only a slow emulation: leave it out for float32"
 
     @property
     def policies(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from tandem import contract
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
+from tandem.devices import gpu_without_bf16
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
@@ -295,7 +296,7 @@ def _four_bits() -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float16 if gpu_without_bf16() else torch.bfloat16,
     )
 
 

@@ -215,6 +215,11 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, 
         problems.append(f"--model_revision has no effect: {model.model_name_or_path} is a folder")
     if train.fp16 and not _accelerator_for(train):
         problems.append("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
+    if train.bf16 and not train.use_cpu:
+        from tandem.devices import gpu_without_bf16  # torch takes seconds, which only --bf16 pays
+
+        if gpu := gpu_without_bf16():
+            problems.append(f"--bf16: {gpu} has no bfloat16, only a slow emulation: use --fp16, or neither for float32")
     if min(train.per_device_train_batch_size, train.tp_size) >= 1:  # else they are refused themselves
         try:
             train.accumulation(max(int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size, 1))

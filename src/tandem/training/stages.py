@@ -136,6 +136,7 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     return arguments | {
         "trust_remote_code": model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
+        "accelerator_config": {"non_blocking": not on_cpu},  # from pinned memory a copy need not wait
     }
 
 

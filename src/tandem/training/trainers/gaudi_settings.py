@@ -50,7 +50,7 @@ def training_arguments(arguments: Mapping[str, Any], *, lazy: bool, graphs: bool
         lazy: run in lazy mode.
         graphs: record the training step as an HPU graph, where lazy mode and recomputation allow it.
     """
-    own = {name: value for name, value in arguments.items() if name != "trust_remote_code"}
+    own = {name: value for name, value in arguments.items() if name not in ("trust_remote_code", "accelerator_config")}
     on_hpu = not own["use_cpu"]
     warmup = own.pop("warmup_steps")
     own |= {"warmup_ratio": warmup} if warmup < 1 else {"warmup_steps": int(warmup)}
