@@ -1,67 +1,38 @@
-"""A CUDA GPU of before Ampere, as Colab's T4: torch says that it has bfloat16 and emulates it. None is here: torch is
-told that there is one."""
+"""Why there is no GPU, in the cases that people meet."""
 
-import sys
-from types import ModuleType
+from pathlib import Path
 
 import pytest
 import torch
 
-from tandem.devices import fast_bf16, gpu_without_bf16
-from tandem.errors import UserError
-from tandem.evaluation.evaluate import EvaluateOptions
-from tandem.models import load
-from tandem.options.model import LoraOptions, ModelOptions
-from tandem.options.training import TrainOptions, check_training
-from tandem.training.stages import _arguments
+from tandem import devices
 
-MODEL = ModelOptions("gpt2")
+DRIVER_570 = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Tue Jan 14 02:19:35 UTC 2025\n"
+DRIVER_OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
 
 
-@pytest.fixture
-def t4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-
-
-def check(**train: object) -> None:
-    check_training(MODEL, LoraOptions(), TrainOptions("out", **train))
-
-
-@pytest.mark.usefixtures("t4")
-def test_bf16_is_refused_by_name_and_fp16_is_not():
-    with pytest.raises(UserError, match="--bf16: Tesla T4 has no bfloat16, only a slow emulation: use --fp16, or"):
-        check(bf16=True)
-    with pytest.raises(UserError, match="--eval_bf16: Tesla T4 has no bfloat16"):
-        EvaluateOptions("gpt2", sft_model="m", eval_bf16=True)
-    check(fp16=True)
-    check(bf16=True, use_cpu=True)
-    EvaluateOptions("gpt2", sft_model="m")
-
-
-@pytest.mark.usefixtures("t4")
-def test_bf16_is_not_the_default_there():
-    assert not fast_bf16()
-    assert not _arguments(TrainOptions("out"), MODEL)["bf16"]
-    arguments = _arguments(TrainOptions("out", fp16=True), MODEL)
-    assert arguments["fp16"] and not arguments["bf16"]
-
-
-@pytest.mark.usefixtures("t4")
-def test_layers_of_4_bits_compute_in_float16_there(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
-    monkeypatch.setattr("transformers.utils.quantization_config.BitsAndBytesConfig.post_init", lambda self: None)
-    assert load._four_bits().bnb_4bit_compute_dtype == torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert load._four_bits().bnb_4bit_compute_dtype == torch.bfloat16
-
-
-def test_other_devices_have_no_such_gpu(monkeypatch: pytest.MonkeyPatch):
-    assert gpu_without_bf16() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert gpu_without_bf16() is None
-    check(bf16=True)
+@pytest.mark.parametrize(
+    ("cuda", "driver", "visible", "said"),
+    [
+        (None, None, None, "built without CUDA"),
+        ("13.0", DRIVER_570, None, r"driver is 570\.86\.15, and torch .* for CUDA 13\.0 needs 580 or newer"),
+        ("12.8", DRIVER_570, None, "finds none, though the driver is loaded"),
+        ("13.0", DRIVER_OPEN, None, "finds none, though the driver is loaded"),
+        ("13.0", None, None, "nvidia-smi must list a GPU"),
+        ("13.0", DRIVER_OPEN, "", "CUDA_VISIBLE_DEVICES hides"),
+        ("13.0", "something else", None, "though the driver is loaded"),
+    ],
+)
+def test_why_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str, driver: str | None, visible: str | None, said: str
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(devices, "_DRIVER", tmp_path / "version")
+    if driver is not None:
+        (tmp_path / "version").write_text(driver)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(devices.why_no_gpu())

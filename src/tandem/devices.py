@@ -1,6 +1,14 @@
 """Which accelerators this process sees, and what they do fast."""
 
+import os
+import re
+from pathlib import Path
+
 import torch
+
+# Of NVIDIA's drivers, the first whose versions run programs of a CUDA release (CUDA's release notes, table 3)
+_OLDEST_DRIVER = {12: 525, 13: 580}
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def has_hpu() -> bool:
@@ -40,3 +48,22 @@ def has_accelerator() -> bool:
 def device_count() -> int:
     """How many accelerators this machine has. Gaudi's are counted by Intel's plugin, which torch may not ask."""
     return int(torch.hpu.device_count()) if has_hpu() else torch.accelerator.device_count()  # type: ignore[attr-defined]
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no CUDA device here, in words that say what to do; the likeliest reasons in turn."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install one that is (pytorch.org/get-started)"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not hidden.strip():
+        return "CUDA_VISIBLE_DEVICES hides all of them: unset it"
+    if not _DRIVER.exists():
+        return "NVIDIA's driver is not loaded: nvidia-smi must list a GPU (in a container, start it with --gpus all)"
+    found = re.search(r"\s(\d+)\.[\d.]+\s", _DRIVER.read_text())
+    oldest = _OLDEST_DRIVER.get(int(torch.version.cuda.split(".")[0]))
+    if found and oldest and int(found[1]) < oldest:
+        return (
+            f"NVIDIA's driver is {found[0].strip()}, and torch {torch.__version__} for CUDA {torch.version.cuda} needs "
+            f"{oldest} or newer: update the driver, or install a torch for an older CUDA"
+        )
+    return f"torch {torch.__version__} for CUDA {torch.version.cuda} finds none, though the driver is loaded"

@@ -36,17 +36,24 @@ def config(tmp_path: Path, **changes: Any) -> str:
     return str(path)
 
 
-# The three traps of accelerate 1.15, each of which ends with exit code 0 when left alone
+# Traps of accelerate 1.15, each of which ends with exit code 0 when left alone
 TRAPS: dict[str, tuple[dict[str, Any], str]] = {
     "MULTI_CPU with 2 processes starts one": (
         {"distributed_type": "MULTI_CPU", "use_cpu": True, "fsdp_config": None},
-        "asks for several processes on the CPU, but accelerate has started one",
+        "the accelerate config asks for several processes on the CPU, but accelerate has started one",
     ),
     "MULTI_GPU without GPUs starts two jobs that do not know each other": (
         {"distributed_type": "MULTI_GPU", "fsdp_config": None},
-        "asks for a GPU per process, but this machine has none",
+        "the accelerate config asks for a GPU per process, but this machine has none",
     ),
-    "FSDP with use_cpu drops FSDP": ({"use_cpu": True}, "asks for FSDP, but accelerate drops it on the CPU"),
+    "a config of one GPU trains on the CPU": (
+        {"distributed_type": "NO", "num_processes": 1, "main_process_port": None, "fsdp_config": None},
+        "accelerate was asked for a GPU, but this machine has none",
+    ),
+    "FSDP with use_cpu drops FSDP": (
+        {"use_cpu": True},
+        "the accelerate config asks for FSDP, but accelerate drops it on the CPU",
+    ),
 }
 
 
@@ -60,13 +67,16 @@ def test_a_launch_trap_is_refused(tmp_path: Path, tiny_model: Path, tiny_data: P
     command += ["--dataset_name", str(tiny_data), "--output_dir", str(output), "--bf16", "false"]
     done = start(command, {})
     assert done.returncode == 2, done.stderr
-    assert f"UserError: the accelerate config {said}" in done.stderr
+    assert f"UserError: {said}" in done.stderr
     assert not output.exists()
 
 
 def test_what_is_in_order_passes():
     check({}, ON_CPU)
     check(BY_ACCELERATE, ON_CPU)
+    check(BY_ACCELERATE | {"ACCELERATE_USE_CPU": "True"}, ON_CPU)
+    check(BY_ACCELERATE | {"ACCELERATE_USE_CPU": "False"}, ON_CPU, cpu_asked=True)
+    check(BY_ACCELERATE | {"ACCELERATE_USE_CPU": "False"}, ON_GPU)
     check(TWO, ON_CPU)  # torchrun on the CPU
     check(FSDP2, ON_GPU)
     check(BY_ACCELERATE | TWO, ON_GPU)

@@ -190,3 +190,23 @@ def test_the_other_settings_are_read_from_the_config():
     config = PreTrainedConfig(final_logit_softcapping=30.0, logits_scaling=4.0)
     config.model_type = "hyperclovax"
     assert LogitTransform.of(config, temperature=0.5) == LogitTransform(4.0, 30.0, 0.5)
+
+
+def test_without_a_compiler_for_triton_the_scores_are_ours(head, monkeypatch, caplog):
+    monkeypatch.setattr(logprobs, "_TRITON_DEVICES", ("cpu",))
+    logprobs.triton_fault.cache_clear()
+    hidden, weight, bias, targets = in_float32(head)
+    theirs = score_tokens(hidden, weight, bias, targets, TRANSFORMS[1], FIELDS)
+
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore")
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", fails)
+    logprobs.triton_fault.cache_clear()
+    ours = score_tokens(hidden, weight, bias, targets, TRANSFORMS[1], FIELDS)
+    score_tokens(hidden, weight, bias, targets, TRANSFORMS[1], FIELDS)
+    for name in FIELDS:
+        assert_close(getattr(ours, name), getattr(theirs, name))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "Failed to find C compiler" in line and "apt-get install gcc python3-dev" in line and "\n" not in line
+    logprobs.triton_fault.cache_clear()

@@ -5,6 +5,8 @@ Here it exists one chunk of tokens at a time. What the backward needs of it is m
 frozen, kept where it is small, and computed again where it is not.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,10 @@ _KEPT_PROBS = 1 << 26
 _MIN_CHUNK_TOKENS = 64
 # Words of one tile of TRL's kernel, as TRL itself calls it
 _TRITON_TILE = 32768
+# Devices that TRL has a Triton kernel for
+_TRITON_DEVICES = ("cuda", "xpu")
+
+logger = logging.getLogger("tandem.engine")
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def score_tokens(
         weight = weight.full_tensor()
         bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
     with maybe_gather_lm_head_ctx(weight, bias):
-        if hidden.device.type in ("cuda", "xpu"):
+        if hidden.device.type in _TRITON_DEVICES and not triton_fault(hidden.device):
             scores = ChunkedLogProbFunction.apply(
                 hidden,
                 weight,
@@ -144,6 +150,27 @@ def score_tokens(
             # Within an autograd function gradients always look disabled
             scores = _ScoreTokens.apply(hidden, weight, bias, targets, transform, outputs, torch.is_grad_enabled())
     return TokenScores(*scores)
+
+
+@functools.cache
+def triton_fault(device: torch.device) -> str:
+    """Why TRL's kernel does not run on `device`, found by running it; empty where it does.
+
+    Triton builds a launcher on its first use, which takes a C compiler and Python's headers: slim images have neither.
+    """
+    hidden, weight = torch.zeros(1, 16, device=device), torch.zeros(16, 16, device=device)
+    targets = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, _TRITON_TILE, None, 1.0, ("log_probs",))
+    except Exception as error:  # a compiler's failures are of every kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning(
+            "log-probs are computed without Triton, which is slower, because its kernel fails: %s; Triton needs a C "
+            "compiler and Python's headers (Debian: apt-get install gcc python3-dev)",
+            reason,
+        )
+        return reason
+    return ""
 
 
 class _ScoreTokens(torch.autograd.Function):

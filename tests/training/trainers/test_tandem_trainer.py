@@ -139,3 +139,18 @@ def test_a_pair_that_is_there_twice(tiny_model: Path, tiny_data: Path, tmp_path:
     once, again = reference("once", pairs), reference("twice", twice)
     assert [*once[:2], once[0], *once[2:]] == pytest.approx(list(again), abs=1e-4)
     assert len(set(once)) == len(once)
+
+
+def test_one_process_takes_one_of_several_gpus(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: Any):
+    """accelerate's launcher of one process leaves all GPUs visible, which transformers would take for DataParallel."""
+    real = DPOConfig.__post_init__
+
+    def sees_two(self: DPOConfig) -> None:
+        real(self)
+        assert self.device.type == "cpu"
+        self._n_gpu = 2
+
+    monkeypatch.setattr(DPOConfig, "__post_init__", sees_two)
+    with pytest.raises(ValueError, match="DataParallel"):
+        history(Stock, tiny_model, tiny_data, tmp_path / "stock", max_steps=1)
+    assert len(history(TandemDPOTrainer, tiny_model, tiny_data, tmp_path / "ours", max_steps=1)) == 1

@@ -40,6 +40,8 @@ class Sharded:
             super().__init__(*arguments, **keywords)
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.n_gpu > 1:  # for which transformers takes one process that sees several GPUs as DataParallel
+            self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin

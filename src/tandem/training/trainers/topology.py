@@ -1,9 +1,9 @@
 """What a run really is, and whether that is what its launcher was asked for.
 
-Three launches of accelerate exit with 0 and do something else: a MULTI_CPU config with several processes starts one; a
-MULTI_GPU or FSDP config on a machine without GPUs starts jobs that do not know each other; an FSDP config on the CPU
-drops FSDP. So a run compares what it finds with what was asked for, which reaches it through the environment that
-`accelerate launch` and `torchrun` set, and refuses a difference by name.
+Four launches of accelerate exit with 0 and do something else: a MULTI_CPU config with several processes starts one; a
+MULTI_GPU or FSDP config on a machine without GPUs starts jobs that do not know each other; a config of one GPU trains
+on the CPU there; an FSDP config on the CPU drops FSDP. So a run compares what it finds with what was asked for, which
+reaches it through the environment that `accelerate launch` and `torchrun` set, and refuses a difference by name.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from tandem.devices import device_count
+from tandem.devices import device_count, why_no_gpu
 from tandem.errors import UserError
 
 _REFUSED_PARALLELISM = {
@@ -89,6 +89,12 @@ def _check_engine(environment: Mapping[str, str], on_cpu: bool) -> None:
 def _check_processes(environment: Mapping[str, str], on_cpu: bool, cpu_asked: bool) -> None:
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
     alone = "LOCAL_RANK" not in environment
+    gpu_asked = environment.get("ACCELERATE_USE_CPU", "true").lower() == "false"
+    if by_accelerate and alone and gpu_asked and on_cpu and not cpu_asked:
+        raise UserError(
+            f"accelerate was asked for a GPU, but this machine has none: {why_no_gpu()}; or train on the CPU with "
+            "accelerate_configs/cpu.yaml"
+        )
     if by_accelerate and alone and "MASTER_ADDR" in environment:
         raise UserError(
             "the accelerate config asks for several processes on the CPU, but accelerate has started one: "
@@ -96,7 +102,7 @@ def _check_processes(environment: Mapping[str, str], on_cpu: bool, cpu_asked: bo
         )
     if by_accelerate and not alone and on_cpu and not cpu_asked:
         raise UserError(
-            "the accelerate config asks for a GPU per process, but this machine has none: "
+            f"the accelerate config asks for a GPU per process, but this machine has none: {why_no_gpu()}; or "
             "use accelerate_configs/cpu.yaml, or torchrun --nproc_per_node N for several processes on the CPU"
         )
     local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
@@ -171,7 +177,7 @@ class Topology:
         return cls(
             processes=asked,
             nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-            device=_device_name(accelerator.device),
+            device=_device_name(accelerator.device, asked),
             engine=_engine(accelerator, copies, getattr(model, "fsdp_size", None) or 1),
             offloaded=_is_offloaded(accelerator),
             precision=f"weights in {held}" + computed["bf16" if args.bf16 else "fp16" if args.fp16 else "no"],
@@ -253,10 +259,13 @@ def _is_offloaded(accelerator: Accelerator) -> bool:
     return fsdp is not None and isinstance(fsdp.cpu_offload, CPUOffloadPolicy)
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} each"
-    return device.type
+def _device_name(device: torch.device, processes: int) -> str:
+    if device.type != "cuda":
+        return device.type
+    name, there = torch.cuda.get_device_name(device), torch.cuda.device_count()
+    if processes == 1 and there > 1:
+        return f"{name}, 1 of {there} GPUs: accelerate_configs/ddp.yaml or fsdp.yaml takes all"
+    return f"{name} each"
 
 
 def _is_cut(model: Any) -> bool:
