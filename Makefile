@@ -109,7 +109,7 @@ HOST_UID ?= $(shell id -u)
 HOST_GID ?= $(shell id -g)
 # Passed by name, so that a value is on no command line. containers/run.sh mounts those that are paths on this host.
 RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG MOUNT_DIR OUTPUT_DIR \
-	JUDGE_MODEL JUDGE_BASE_URL JUDGE_PORT NUM_PROCESSES PT_HPU_LAZY_MODE HF_HUB_OFFLINE
+	VAL_RATIO JUDGE_MODEL JUDGE_BASE_URL JUDGE_PORT NUM_PROCESSES PT_HPU_LAZY_MODE HF_HUB_OFFLINE
 export $(RUN_VARIABLES) HOST_UID HOST_GID
 FLAGS_FOR_cpu :=
 FLAGS_FOR_cuda = --gpus '$(if $(findstring $(comma),$(GPUS)),"$(GPUS)",$(GPUS))' --ipc=host

@@ -4,7 +4,10 @@
 #   MODEL_NAME=HuggingFaceTB/SmolLM2-135M-Instruct ./pipelines/dpo_pipeline_sanity.sh
 #
 # MODEL_NAME         model folder or Hub name (required)
-# DATASET            preference pairs: file, folder or Hub name (a small slice of Anthropic/hh-rlhf when unset)
+# DATASET            preference pairs: file, folder, Hub name, or .yaml of sources with their splits (when unset: the
+#                    recipe's data.yaml, else a small slice of Anthropic/hh-rlhf)
+# VAL_RATIO          share of the training prompts to hold out. Unset: the test split is read, or where there is none a
+#                    quarter is held out
 # OUTPUT_DIR         run folder (runs/dpo_sanity)
 # ACCELERATE_CONFIG  hardware (accelerate_configs/cpu.yaml)
 # RECIPE             folder with sft.yaml and dpo.yaml, and files for other stages (pipelines/recipes/sanity)
@@ -18,13 +21,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 no_credentials MODEL_NAME DATASET JUDGE_MODEL JUDGE_BASE_URL
 RUN=${OUTPUT_DIR:-$ROOT/runs/dpo_sanity}
 RECIPE=${RECIPE:-$ROOT/pipelines/recipes/sanity}
+[[ -n ${DATASET:-} || ! -f $RECIPE/data.yaml ]] || DATASET=$RECIPE/data.yaml
 if [[ -z ${DATASET:-} ]]; then
-  data=(--dataset_name Anthropic/hh-rlhf --dataset_train_split 'train[:256]' --dataset_test_split 'test[:128]')
-elif [[ -f $DATASET ]]; then
-  data=(--dataset_name "$DATASET" --val_ratio 0.25) # one file has no test split of its own
+  data=(--dataset_name Anthropic/hh-rlhf --dataset_train_split 'train[:256]')
+  [[ ${VAL_RATIO:-0} != 0 ]] || data+=(--dataset_test_split 'test[:128]')
 else
   data=(--dataset_name "$DATASET")
+  if [[ -z ${VAL_RATIO:-} ]]; then
+    VAL_RATIO=$(python -m tandem.launch.held_out "$DATASET")
+    [[ $VAL_RATIO == 0 ]] || HELD_OUT="$DATASET has no test split: --val_ratio $VAL_RATIO (VAL_RATIO chooses another)"
+    export VAL_RATIO HELD_OUT # log_to starts the script a second time
+  fi
 fi
+[[ ${VAL_RATIO:-0} == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
 mount=()
 [[ -z ${MOUNT_DIR:-} ]] || mount=(--mount_dir "$MOUNT_DIR")
 
@@ -65,5 +74,6 @@ stages() {
 preflight stages
 log_to "$RUN/dpo_pipeline_sanity.log"
 [[ -n ${DATASET:-} ]] || echo "DATASET is not set: using the first 256 training and 128 test pairs of Anthropic/hh-rlhf"
+[[ -z ${HELD_OUT:-} ]] || echo "$HELD_OUT"
 stages
 echo "Report: $RUN/report.html"

@@ -8,6 +8,7 @@ import pytest
 
 from tandem.errors import one_line
 from tandem.runs import is_complete
+from tests import tiny
 from tests.bad_configs import BAD_CONFIGS
 from tests.bad_files import BAD_FILES
 
@@ -94,3 +95,18 @@ def test_later_stages_are_checked_before_the_first(tmp_path: Path, tiny_model: P
 def test_an_accelerate_config_that_is_not_there(tmp_path: Path, tiny_model: Path, tiny_data: Path):
     shown = run(tmp_path, tiny_model, tiny_data, ACCELERATE_CONFIG="gone.yaml")
     assert shown.startswith("UserError: ACCELERATE_CONFIG gone.yaml: cannot be read: ")
+
+
+def test_val_ratio_is_passed_to_every_stage(tmp_path: Path, tiny_model: Path, tiny_data: Path):
+    shown = run(tmp_path, tiny_model, tiny_data, VAL_RATIO="2")
+    stages = ("check", "sft", "dpo", "evaluate", "compare")
+    refused = "--val_ratio must be at least 0 and below 1, not 2.0"
+    assert shown == "UserError: " + "; ".join(f"stage {stage}: {refused}" for stage in stages) + "\n"
+
+
+def test_a_data_set_whose_splits_cannot_be_told(tmp_path: Path, tiny_model: Path):
+    (tmp_path / "data").mkdir()
+    tiny.save_pairs(tmp_path / "data" / "test.jsonl", tiny.hh_rows(2))
+    shown = run(tmp_path, tiny_model, tmp_path / "data")
+    assert shown.startswith(f"UserError: --dataset_name {tmp_path}/data: test.jsonl is held out, and there is nothing")
+    assert shown.count("\n") == 1

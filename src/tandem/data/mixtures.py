@@ -55,6 +55,8 @@ def _entries(options: DataOptions, where: str) -> list[Any]:
         raise UserError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: !!timestamp of a date that is none
         raise UserError(f"{where}: not YAML: {error}") from error
+    if isinstance(entries, dict) and "dataset_name" in entries:  # one source, with the options that go with it
+        return [entries]
     if not isinstance(entries, list) or len(entries) < 2:
         raise UserError(f"{where}: must be a list of two or more sources, each with dataset_name and weight")
     return entries

@@ -160,6 +160,15 @@ def may_hold_out(options: DataOptions) -> bool:
     )
 
 
+def all_hold_out(options: DataOptions) -> bool:
+    """Whether every source has a held-out split of its own; asks the Hub for the names of splits.
+
+    Raises:
+        UserError: a source cannot be asked for, or has several splits that could be meant.
+    """
+    return all(has_test_split(source.options) for source in sources_of(options))
+
+
 def _halves(
     options: DataOptions, skipped: list[str] | None, balances: list[Balance] | None
 ) -> tuple[list[Row], list[Row]]:

@@ -1,0 +1,25 @@
+"""Say what share of the prompts a pipeline must hold out: `pipelines/dpo_pipeline_sanity.sh` calls it.
+
+    python -m tandem.launch.held_out DATASET
+
+Prints 0 where every source of DATASET has a held-out split of its own, else the share for --val_ratio.
+"""
+
+from tandem.data.options import DataOptions
+from tandem.data.sources import all_hold_out
+from tandem.errors import script_main
+
+VAL_RATIO = "0.25"
+
+
+def main(argv: list[str]) -> None:
+    """Print the share for the data set that `argv` names.
+
+    Raises:
+        UserError: it cannot be asked for, or has several splits that could be meant.
+    """
+    print("0" if all_hold_out(DataOptions(argv[0])) else VAL_RATIO)
+
+
+if __name__ == "__main__":
+    script_main(main)
