@@ -42,7 +42,8 @@ def packed() -> list[Path]:
 def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "dist" / "tandem.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as package:
+    # A zip knows no time before 1980, which checkouts made for reproducible builds have
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as package:
         for path in packed():
             package.write(ROOT / path, Path("tandem") / path)
     print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
