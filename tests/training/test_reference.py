@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tandem.engine.modes import disable_dropout
 from tandem.errors import UserError
+from tandem.models.merge import MergeOptions, merge
 from tandem.training.trainers.reference import gap
 from tests import tiny
 from tests.adapters import KINDS, config_of, save_kind
@@ -122,6 +123,30 @@ def test_an_adapters_own_dropouts_are_off_too():
         assert not all(torch.equal(adapted(inputs), adapted(inputs)) for _ in range(8))
         disable_dropout(adapted)
         assert all(torch.equal(adapted(inputs), adapted(inputs)) for _ in range(8))
+
+
+@pytest.mark.parametrize("kind", ["lora", "embeddings"])
+def test_an_adapter_as_the_reference(kind: str, tiny_model: Path, tmp_path: Path, first_loss: Step):
+    """The same as once it is merged: cold, after its base has filled the cache, and warm."""
+    adapter = save_kind(tmp_path / "adapter", tiny_model, kind)
+    merge(MergeOptions(str(adapter), str(tmp_path / "merged")))
+    assert first_loss(tiny_model) == pytest.approx(LN2, abs=1e-6)
+    cold, warm, of_merged = (
+        first_loss(tiny_model, reference_model=name) for name in (adapter, adapter, tmp_path / "merged")
+    )
+    assert abs(cold - LN2) > 1e-3
+    assert warm == cold == pytest.approx(of_merged, abs=1e-5)
+
+
+def test_an_adapter_of_prompts_is_refused_as_the_reference(tiny_model: Path, tmp_path: Path, first_loss: Step):
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=32, num_layers=2, num_attention_heads=4
+    )
+    get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(
+        tmp_path / "p"
+    )
+    with pytest.raises(UserError, match=r"/p: cannot be merged: PROMPT_TUNING is no change of its base's weights"):
+        first_loss(tiny_model, reference_model=tmp_path / "p")
 
 
 def test_a_reference_that_is_another_model_is_told_before_anything_is_trained(

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +19,7 @@ from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.devices import gpu_without_bf16
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.models.adapters import merged, rounded
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 
 if TYPE_CHECKING:
@@ -36,25 +39,35 @@ def base_of_adapter(folder: str) -> str:
     Raises:
         UserError: the adapter's config does not say, or cannot be read.
     """
-    try:
-        base = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: adapter_config.json cannot be read: {_first_line(error)}") from error
+    base = _adapter_config(folder).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder}: adapter_config.json has no base_model_name_or_path")
     return str(base)
 
 
-def stored_dtype(name: str) -> str:
+def revision_of_base(folder: str) -> str | None:
+    """The branch, tag or commit of a Hub model that the adapter in `folder` was trained on, where it says so."""
+    revision = _adapter_config(folder).get("revision")
+    return str(revision) if revision else None
+
+
+def _adapter_config(folder: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads((Path(folder) / "adapter_config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: adapter_config.json cannot be read: {_first_line(error)}") from error
+
+
+def stored_dtype(name: str, revision: str | None = None) -> str:
     """The type that the weights of a model are stored in, by its config; an adapter's is its base's.
 
     Raises:
         UserError: no config can be read.
     """
     if is_adapter(name):
-        return stored_dtype(base_of_adapter(name))
+        return stored_dtype(base_of_adapter(name), revision_of_base(name))
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: its config cannot be read: {_first_line(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
@@ -70,7 +83,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     name = options.tokenizer_name_or_path or options.model_name_or_path
     revision = options.model_revision if options.tokenizer_name_or_path is None else None
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").exists():
-        name = base_of_adapter(name)
+        name, revision = base_of_adapter(name), revision_of_base(name)
     _check_folder(name, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
@@ -108,10 +121,18 @@ def load_model(
     """
     name = options.model_name_or_path
     if is_adapter(name):
-        base = load_model(_replace_name(options, base_of_adapter(name)), quantize=quantize, tp_size=tp_size)
-        return load_adapter(base, name, trainable=trainable_adapter)
+        base = _base_options(options, name)
+        if not is_adapter(base.model_name_or_path):
+            model = load_model(base, quantize=quantize, tp_size=tp_size)
+        elif quantize or tp_size > 1:
+            raise UserError(f"{name}: is an adapter on the adapter {base.model_name_or_path}: merge that one first")
+        else:
+            model = load_merged(base)
+        return load_adapter(model, name, trainable=trainable_adapter)
     _check_folder(name, "config.json")
     check_weights(Path(name))
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())  # an adapter's config names its base so, and is read from other folders
     keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
     if tp_size > 1:
         from transformers.distributed import DistributedConfig
@@ -140,6 +161,25 @@ def load_model(
     return model
 
 
+def load_merged(options: ModelOptions) -> PreTrainedModel:
+    """The model of `options` without an adapter around it: one that is there is merged in float32, and what comes out
+    is rounded once to `options.dtype`.
+
+    Raises:
+        UserError: as in `load_model`, or an adapter that cannot be merged.
+    """
+    name = options.model_name_or_path
+    if not is_adapter(name):
+        return load_model(options)
+    dtype = stored_dtype(name) if options.dtype == "auto" else options.dtype
+    adapted: Any = load_model(replace(options, dtype="float32"))
+    try:
+        whole = merged(adapted)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return rounded(whole, getattr(torch, dtype))
+
+
 def _create_model(name: str, *, dtype: str, **keywords: Any) -> Any:
     try:
         from trl.trainer.utils import create_model_from_path
@@ -150,7 +190,7 @@ def _create_model(name: str, *, dtype: str, **keywords: Any) -> Any:
     return create_model_from_path(name, dtype=dtype, **keywords)
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, revision: str | None = None) -> None:
     """Refuse a model or adapter that cannot be loaded, as far as that shows without its weights: before others are.
 
     Raises:
@@ -158,15 +198,15 @@ def check_model(name: str) -> None:
     """
     if is_adapter(name):
         _check_adapter(name)
-        check_model(base_of_adapter(name))
+        check_model(base_of_adapter(name), revision_of_base(name))
     else:
         folder = Path(name)
         _check_folder(name, "config.json")
-        stored_dtype(name)
+        stored_dtype(name, revision)
         check_weights(folder)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise UserError(f"{name}: has no weights (.safetensors)")
-    load_tokenizer(ModelOptions(model_name_or_path=name))
+    load_tokenizer(ModelOptions(model_name_or_path=name, model_revision=revision))
 
 
 def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False) -> "PeftModel":
@@ -222,8 +262,12 @@ def adapters_of_whole_layers() -> Iterator[None]:
         layer._get_in_out_features = width_of_part
 
 
-def lora_config(options: LoraOptions) -> "LoraConfig | None":
-    """The PEFT configuration of `options`, or None without `--use_peft`."""
+def lora_config(options: LoraOptions, base: ModelOptions | None = None) -> "LoraConfig | None":
+    """The PEFT configuration of `options`, or None without `--use_peft`.
+
+    Args:
+        base: the model that is adapted; the adapter remembers which revision of it.
+    """
     if not options.use_peft:
         return None
     from peft import LoraConfig
@@ -235,7 +279,21 @@ def lora_config(options: LoraOptions) -> "LoraConfig | None":
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
+        revision=_revision(base) if base is not None else None,
     )
+
+
+def _revision(model: ModelOptions) -> str | None:
+    """What was asked for, or the commit of a Hub model: its main branch may be another one tomorrow."""
+    name = model.model_name_or_path
+    return model.model_revision or (None if Path(name).is_dir() else commit_of(name, None))
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit of a Hub model that `revision`, or else its main branch, stands for by the Hub's cache on this
+    machine; `revision` where the cache has it not."""
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else revision
 
 
 def _check_folder(name: str, needed: str) -> None:
@@ -277,10 +335,8 @@ def _pickled(folder: str, name: str) -> UserError:
     )
 
 
-def _replace_name(options: ModelOptions, name: str) -> ModelOptions:
-    from dataclasses import replace
-
-    return replace(options, model_name_or_path=name, model_revision=None)
+def _base_options(options: ModelOptions, adapter: str) -> ModelOptions:
+    return replace(options, model_name_or_path=base_of_adapter(adapter), model_revision=revision_of_base(adapter))
 
 
 def _four_bits() -> Any:

@@ -3,14 +3,22 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tandem.errors import UserError
+from tandem.log import logger
 from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.model import ModelOptions, is_adapter
 from tandem.options.rules import Options
 from tandem.runs import CONFIG, damage, is_complete, model_files, refusal, staged_dir
 
+# Of log-probs in float32, relative; deep models with experts differ by 1e-6 to 1e-5, other weights by 1e-2 and more
+_TOLERANCE = 1e-3
 _SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for them
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -105,18 +113,69 @@ def _copy_model(folder: str, staging: Path) -> None:
 
 
 def _merge_adapter(options: MergeOptions, staging: Path) -> None:
-    from peft import PeftModel
+    import torch
 
-    from tandem.models.load import base_of_adapter, load_adapter, load_model, load_tokenizer
+    from tandem.models.adapters import merged, rounded
+    from tandem.models.load import (
+        base_of_adapter,
+        load_adapter,
+        load_merged,
+        load_tokenizer,
+        revision_of_base,
+        stored_dtype,
+    )  # fmt: skip
 
-    base = options.base_model or base_of_adapter(options.adapter)
-    model = load_model(ModelOptions(model_name_or_path=base, dtype=options.dtype))
-    if isinstance(model, PeftModel):  # the adapter was trained on top of another one
-        model = model.merge_and_unload()
+    if options.base_model:
+        base = ModelOptions(model_name_or_path=options.base_model)
+    else:
+        revision = revision_of_base(options.adapter)
+        base = ModelOptions(model_name_or_path=base_of_adapter(options.adapter), model_revision=revision)
+    dtype = stored_dtype(base.model_name_or_path, base.model_revision) if options.dtype == "auto" else options.dtype
+    adapted = load_adapter(load_merged(base), options.adapter).eval()
+    row = _row(adapted)
+    before = _log_probs(adapted, row)
     try:
-        merged = load_adapter(model, options.adapter).merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise UserError(f"--adapter {options.adapter}: cannot be merged: {error}") from error
-    merged.save_pretrained(staging)
-    tokenizer_home = options.adapter if (Path(options.adapter) / "tokenizer_config.json").exists() else base
-    load_tokenizer(ModelOptions(model_name_or_path=tokenizer_home)).save_pretrained(staging)
+        model = merged(adapted)
+    except UserError as error:
+        raise UserError(f"--adapter {options.adapter}: {error}") from error
+    _check_merged(before, _log_probs(model, row), options.adapter)
+    rounded(model, getattr(torch, dtype)).save_pretrained(staging)
+    has_tokenizer = (Path(options.adapter) / "tokenizer_config.json").exists()
+    load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base).save_pretrained(staging)
+
+
+def _row(model: Any) -> "torch.Tensor":
+    """(1, 32) token ids, drawn from the whole vocabulary."""
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(rows, (1, 32), generator=torch.Generator().manual_seed(0))
+
+
+def _log_probs(model: Any, row: "torch.Tensor") -> "torch.Tensor | None":
+    """(1, 32, V) nats, or None where the model cannot be forwarded here."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=row, use_cache=False).logits
+    except Exception as error:  # a model may need a device or a kernel that is not here
+        logger.warning("the merge cannot be checked here: %s: %s", type(error).__name__, error)
+        return None
+    return logits.float().log_softmax(-1)
+
+
+def _check_merged(before: "torch.Tensor | None", after: "torch.Tensor | None", adapter: str) -> None:
+    """Refuse a merge that computes something else than adapter and base did.
+
+    Raises:
+        UserError: their log-probs differ by more than rounding explains.
+    """
+    if before is None or after is None:
+        return
+    difference = ((after - before).abs().mean() / before.abs().mean()).item()
+    if not difference <= _TOLERANCE:
+        raise UserError(
+            f"--adapter {adapter}: merged, it is another model than it was on its base (log-probs differ by "
+            f"{difference:.1e} of themselves); nothing was written"
+        )

@@ -26,7 +26,7 @@ from tandem.engine.forward import forward_plan
 from tandem.engine.layout import IGNORED_LABEL, Layout, PairPlan, plan_pairs
 from tandem.engine.modes import disable_dropout
 from tandem.errors import UserError
-from tandem.models.load import base_of_adapter, lora_config
+from tandem.models.load import base_of_adapter, lora_config, revision_of_base
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.training import TrainOptions
 
@@ -78,17 +78,17 @@ def build(options: ModelOptions, lora: LoraOptions, *, checkpoints: bool, layers
     Raises:
         UserError: no config of a model is there.
     """
-    name = options.model_name_or_path
+    name, revision = options.model_name_or_path, options.model_revision
     adapter = lora_config(lora)
     if is_adapter(name):
         from peft import PeftConfig
 
         adapter = PeftConfig.from_pretrained(name)
         adapter.inference_mode = False
-        name = base_of_adapter(name)
+        name, revision = base_of_adapter(name), revision_of_base(name)
     trust = options.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(name, revision=options.model_revision, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: has no config of a model: {str(error).splitlines()[0]}") from error
     if layers is not None:

@@ -18,10 +18,10 @@ from tandem.devices import fast_bf16, has_accelerator
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
-from tandem.models.load import load_model, load_tokenizer
+from tandem.models.load import load_merged, load_model, load_tokenizer
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
-from tandem.options.model import LoraOptions, ModelOptions, TextOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
 from tandem.options.training import TrainOptions, check_training
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
@@ -109,7 +109,13 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
     if not dpo.reference_model:
         return None
     own = dataclasses.replace(model, model_name_or_path=dpo.reference_model, model_revision=None)
-    return load_model(own, tp_size=tp_size)
+    if not is_adapter(dpo.reference_model):
+        return load_model(own, tp_size=tp_size)
+    if tp_size > 1:
+        raise UserError(f"--reference_model {dpo.reference_model}: merge this adapter first (scripts/merge_lora.py)")
+    reference = load_merged(own)
+    reference.name_or_path = dpo.reference_model  # of which the start table tells
+    return reference
 
 
 def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:

@@ -11,7 +11,7 @@ from tandem.answers.backends.base import Answer, Draw, encode, read_answer, weig
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
-from tandem.models.load import base_of_adapter, load_tokenizer
+from tandem.models.load import base_of_adapter, commit_of, load_tokenizer, revision_of_base
 from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.models.scorer import end_ids
 from tandem.options.model import ModelOptions, is_adapter
@@ -39,7 +39,7 @@ class VllmEngine:
         self._options = options
         self._sampling = sampling
         self._loop = asyncio.new_event_loop()
-        self._base = ""
+        self._base: tuple[str, str | None] | None = None
         self._llm: AsyncLLM | None = None
         self._lora: LoRARequest | None = None
         self._tokenizer: Any = None
@@ -50,28 +50,32 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         self._tokenizer = load_tokenizer(ModelOptions(model_name_or_path=model))
-        base, self._lora = model, None
+        base, revision, self._lora = model, None, None
         if is_adapter(model):
-            base = base_of_adapter(model)
+            base, revision = base_of_adapter(model), revision_of_base(model)
             number = self._adapters.index(model) + 1  # vLLM's ids of adapters begin at 1
             self._lora = LoRARequest(f"adapter{number}", number, model)
-        if _place(base) != self._base:
+        place = _place(base, revision)
+        if place != self._base:
             self._stop()
-            self._llm, self._base = self._start(base), _place(base)
-        self._ends = end_ids(_configured_ends(base), self._tokenizer)
+            self._llm, self._base = self._start(base, revision), place
+        self._ends = end_ids(_configured_ends(base, revision), self._tokenizer)
 
-    def _start(self, base: str) -> "AsyncLLM":
+    def _start(self, base: str, revision: str | None) -> "AsyncLLM":
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         options, keywords = self._options, {}
-        if ranks := [_rank(adapter) for adapter in self._adapters if _place(base_of_adapter(adapter)) == _place(base)]:
+        place = _place(base, revision)
+        alike = [name for name in self._adapters if _place(base_of_adapter(name), revision_of_base(name)) == place]
+        if ranks := [_rank(adapter) for adapter in alike]:
             keywords = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": _allowed_rank(max(ranks))}
         if options.batch_size is not None:
             keywords["max_num_seqs"] = options.batch_size
         arguments = AsyncEngineArgs(
             model=base,
+            revision=revision,
             dtype=weights_dtype(options),
             max_model_len=self._sampling.max_prompt_length + self._sampling.max_new_tokens,
             tensor_parallel_size=options.tensor_parallel_size,
@@ -151,8 +155,9 @@ class VllmEngine:
             async for output in self._llm.generate(prompt, parameters, f"{key}-{first}", lora_request=self._lora):
                 drawn |= {first + one.index: one.token_ids for one in output.outputs}
         except EngineDeadError:
+            base = self._base[0] if self._base else "?"
             raise UserError(
-                f"{self._base}: vLLM's engine has died, see above; answers so far are kept, the same command goes on"
+                f"{base}: vLLM's engine has died, see above; answers so far are kept, the same command goes on"
             ) from None
         return [
             ((index, number), read_answer(drawn.get(number, ()), self._tokenizer, self._ends))
@@ -177,9 +182,9 @@ class VllmEngine:
         self._loop.close()
 
 
-def _place(model: str) -> str:
-    """One name for one folder, however it was written."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+def _place(model: str, revision: str | None) -> tuple[str, str | None]:
+    """One name for one folder, however it was written, and for one commit of a Hub model."""
+    return (str(Path(model).resolve()), None) if Path(model).is_dir() else (model, commit_of(model, revision))
 
 
 def _rank(adapter: str) -> int:
@@ -204,13 +209,13 @@ def _allowed_rank(rank: int) -> int:
     return min(allowed)
 
 
-def _configured_ends(base: str) -> int | list[int] | None:
+def _configured_ends(base: str, revision: str | None) -> int | list[int] | None:
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        configured: int | list[int] | None = GenerationConfig.from_pretrained(base).eos_token_id
+        configured: int | list[int] | None = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
     except OSError:  # it ships none
-        configured = AutoConfig.from_pretrained(base).eos_token_id
+        configured = AutoConfig.from_pretrained(base, revision=revision).eos_token_id
     return configured
 
 

@@ -351,7 +351,7 @@ def sft_trainer(
         args=GaudiSFTConfig(**config, packing=False, max_seq_length=max_length),
         gaudi_config=GaudiConfig(**gaudi_config(arguments)),
         tokenizer=tokenizer,
-        peft_config=lora_config(run.lora),
+        peft_config=lora_config(run.lora, run.model),
         data_collator=ExampleCollator(
             tokenizer.pad_token_id, max_length, size=arguments["per_device_train_batch_size"]
         ),
@@ -389,7 +389,7 @@ def dpo_trainer(
         ),
         gaudi_config=GaudiConfig(**gaudi_config(arguments)),
         tokenizer=tokenizer,
-        peft_config=lora_config(run.lora),
+        peft_config=lora_config(run.lora, run.model),
         data_collator=PairCollator(
             tokenizer.pad_token_id, max_length, static=True, size=arguments["per_device_train_batch_size"]
         ),

@@ -1,0 +1,78 @@
+"""An adapter into the weights of its base: the model that comes out computes what the two computed together."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def merged(model: "PeftModel") -> PreTrainedModel:
+    """The base of `model` with the active adapter in its weights; `model` is of no use afterwards.
+
+    Where the adapter changes one of two tied layers, the embedding or the head, they are tied no longer. Weights of
+    half precision would be rounded more than once: merge in float32, and round what comes out (`rounded`).
+
+    Raises:
+        UserError: an adapter that is no change of weights, or whose weights are not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not isinstance(model.base_model, BaseTuner):
+        kind = model.peft_config[model.active_adapter].peft_type
+        raise UserError(f"cannot be merged: {getattr(kind, 'value', kind)} is no change of its base's weights")
+    _untie(model.get_base_model())
+    try:
+        whole: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"cannot be merged: {str(error).strip().splitlines()[0]}") from error
+    _settle_tie(whole)
+    return whole
+
+
+def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` in `dtype`, less what its architecture keeps in float32, as transformers loads it."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(part in name for part in kept):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _inside(module: Any) -> Any:
+    """The layer of the model that PEFT has wrapped, however often."""
+    while True:
+        for name in ("base_layer", "original_module"):
+            if isinstance(inner := getattr(module, name, None), nn.Module):
+                module = inner
+                break
+        else:
+            return module
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give a head whose weight is the embedding's a copy of its own, where either of them has an adapter."""
+    wrapped = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = map(_inside, wrapped)
+    if head is None or getattr(head, "weight", None) is not embedding.weight or wrapped == (embedding, head):
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+
+
+def _settle_tie(model: PreTrainedModel) -> None:
+    """Have the configuration say whether head and embedding are one, and make them one where they are equal."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not model.config.tie_word_embeddings or head is None or head.weight is embedding.weight:
+        return
+    if torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
