@@ -20,6 +20,7 @@ from tandem.data.formats import (
 from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
 from tandem.data.rows import columns_of
+from tandem.data.shapes import known_names, known_shape
 from tandem.data.splits import Located, has_test_split, is_local, read_split
 from tandem.errors import UserError, one_line
 from tandem.ranks import is_first
@@ -217,6 +218,7 @@ def _asked(pair: Row) -> str:
 
 def _arranged(source: str, number: int, row: Any, options: DataOptions, balance: Balance) -> Row:
     """`row` under the names that formats know; what the options leave out of it goes to `balance`."""
+    row = known_names(row, options.keys)
     for key in options.keys.values():
         if key not in row:
             place = _place(source, number)
@@ -227,7 +229,7 @@ def _arranged(source: str, number: int, row: Any, options: DataOptions, balance:
     arranged, aside = arrange(tidy, options.keys, options.data_format, options.ignore_columns)
     for name, (value, why) in aside.items():
         balance.set_aside(name, value, why)
-    return arranged
+    return known_shape(arranged, options.data_format)
 
 
 def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:
