@@ -1,4 +1,6 @@
-"""A server with OpenAI's Responses and Batch API that fails on purpose, and a judge behind it whose bias is known.
+"""A server with OpenAI's Responses API, chat completions and Batch API that fails on purpose.
+
+Behind it is a judge whose bias is known.
 
 The fault of a request is drawn from a hash of its messages and of how often they were sent before, so that two runs
 meet the same faults whatever their order.
@@ -57,6 +59,11 @@ class FaultServer:
         self.faults = faults
         self.enforces_schema = True
         self.refuses_schema = False
+        self.base = "/v1"  # where the interface is
+        self.routes = ("responses", "chat/completions")
+        self.no_route: tuple[int, dict | bytes] = (404, {"detail": "Not Found"})  # what other addresses answer
+        self.refuses: tuple[str, ...] = ()  # parameters
+        self.content: Callable[[str], object] = lambda text: text  # the content of a chat completion's message
         self.status: int | None = None  # every request fails with this
         self.delay = 0.0
         # (request, reply that was due) → status and body in its place, or None to leave it
@@ -69,7 +76,8 @@ class FaultServer:
     def reset(self) -> None:
         """Forget all requests, so that a second run meets the faults of the first."""
         self.attempts: Counter[str] = Counter()
-        self.requests: list[dict] = []  # bodies, as they came in
+        self.requests: list[dict] = []  # bodies, with `input` also where they came as `messages`
+        self.paths: list[str] = []  # of all POSTs, with their query
         self.met: Counter[str] = Counter()  # faults
         self.active = self.most_active = 0
         self.batch_files: dict[str, bytes] = {}
@@ -103,17 +111,38 @@ class FaultServer:
         response = {"id": "r", "object": "response", "created_at": 1, "model": body["model"], "status": "completed"}
         return response | {"output": [message], "usage": usage, "tools": [], "parallel_tool_calls": False}
 
+    def completion(self, reply: dict) -> dict:
+        """A Responses API's reply as a chat completion."""
+        item = next((item for item in reply["output"] if item["type"] == "message"), {"content": []})
+        text = "".join(part.get("text", "") for part in item["content"])
+        message = {"role": "assistant", "content": self.content(text)}
+        refusals = [part["refusal"] for part in item["content"] if part["type"] == "refusal"]
+        reason = "length" if reply["status"] == "incomplete" else "stop"
+        usage = {"prompt_tokens": reply["usage"]["input_tokens"], "completion_tokens": reply["usage"]["output_tokens"]}
+        choice = {
+            "index": 0,
+            "finish_reason": reason,
+            "message": message | ({"refusal": refusals[0]} if refusals else {}),
+        }
+        return {"id": "r", "object": "chat.completion", "created": 1, "choices": [choice], "usage": usage}
+
     def run_batch(self, batch: dict) -> None:
         """What OpenAI does within a day."""
         lines = []
         for line in self.batch_files[batch["input_file_id"]].splitlines():
             request = json.loads(line)
             body = request["body"]
+            as_chat = "messages" in body
+            if as_chat:
+                body["input"] = body.pop("messages")
+                body["text"] = {"format": body.get("response_format")}
             with self.lock:
                 self.attempts[json.dumps(body["input"])] += 1
                 self.requests.append(body)
             fault = self.fault(body["input"], self.attempts[json.dumps(body["input"])])
-            response = {"status_code": 200, "request_id": "q", "body": self.answer(body, fault)}
+            answer = self.answer(body, fault)
+            answer = self.completion(answer) if as_chat else answer
+            response = {"status_code": 200, "request_id": "q", "body": answer}
             if fault == "500":
                 response = {"status_code": 500, "request_id": "q", "body": {"error": {"message": "broken"}}}
             lines.append(json.dumps({"id": "x", "custom_id": request["custom_id"], "response": response}))
@@ -164,14 +193,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/v1/responses":
+        with self.state.lock:
+            self.state.paths.append(self.path)
+        route = self.path.split("?")[0].removeprefix(f"{self.state.base}/")
+        if route in self.state.routes:
             return self._respond(json.loads(content))
-        if self.path == "/v1/files":
+        if route == "files":
             return self._upload(content)
-        return self._create_batch(json.loads(content))
+        if route == "batches":
+            return self._create_batch(json.loads(content))
+        return self._send(*self.state.no_route)
 
     def _respond(self, body: dict) -> None:
         state = self.state
+        self.as_chat = "messages" in body
+        if self.as_chat:
+            body["input"] = body.pop("messages")
+            if "response_format" in body:
+                body["text"] = {"format": body["response_format"]}
         key = json.dumps(body["input"])
         with state.lock:
             state.attempts[key] += 1
@@ -194,10 +233,17 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         if state.status is not None:
             return self._send(state.status, {"error": {"message": f"no: {self.headers.get('Authorization')}"}})
+        for name in state.refuses:
+            if name in body:
+                error = {"message": f"Unsupported parameter: '{name}' is not supported with this model.", "param": name}
+                return self._send(400, {"error": error})
         if state.refuses_schema and "text" in body:
             return self._send(400, {"error": {"message": "unknown parameter: text"}})
         if state.instead is not None and (instead := state.instead(body, state.answer(body))) is not None:
-            return self._send(*instead)
+            status, content = instead
+            if self.as_chat and isinstance(content, dict) and "output" in content:
+                content = state.completion(content)
+            return self._send(status, content)
         if fault in ("429", "429_retry_after"):
             headers = {"Retry-After": str(RETRY_AFTER)} if fault == "429_retry_after" else {}
             return self._send(429, {"error": {"message": "slow down"}}, headers)
@@ -207,7 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(HANG_SECONDS)
             self.close_connection = True
             return None
-        data = json.dumps(state.answer(body, fault)).encode()
+        answer = state.answer(body, fault)
+        data = json.dumps(state.completion(answer) if self.as_chat else answer).encode()
         if fault == "cut":
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))

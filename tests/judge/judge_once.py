@@ -5,7 +5,7 @@ import sys
 
 from openai import _base_client
 
-from tandem.judge import client
+from tandem.judge.backends import batch
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Comparison
 from tandem.judge.run import judge
@@ -43,7 +43,7 @@ def options(url: str, folder: str, **more) -> JudgeOptions:
 
 if __name__ == "__main__":
     url, folder, pairs = sys.argv[1:4]
-    client.BATCH_POLL = 0.05
+    batch.BATCH_POLL = 0.05
     _base_client.INITIAL_RETRY_DELAY, _base_client.MAX_RETRY_DELAY = 0.005, 0.05
-    batch = os.environ.get("JUDGE_BATCH") == "1"
-    judge(options(url, folder, **FAULTY, batch=batch), comparisons(int(pairs)), labelled(int(pairs) // 8))
+    batched = os.environ.get("JUDGE_BATCH") == "1"
+    judge(options(url, folder, **FAULTY, batch=batched), comparisons(int(pairs)), labelled(int(pairs) // 8))

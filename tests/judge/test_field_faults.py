@@ -5,8 +5,9 @@ import json
 import pytest
 
 from tandem.errors import UserError
+from tandem.judge.asking import PILOT
 from tandem.judge.calibration import distrust
-from tandem.judge.run import PILOT, judge
+from tandem.judge.run import judge
 from tandem.runs import read_jsonl
 from tests.judge.fault_server import FaultServer
 from tests.judge.judge_once import comparisons, labelled, options
@@ -112,18 +113,18 @@ def test_what_one_limit_showed_of_the_schema_is_not_believed_at_another(server, 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"<html>Welcome</html>", "<html>Welcome</html>"),
-        ({"error": {"message": "Provider returned error", "code": 502}}, "Provider returned error"),
-        ({"object": "list"}, "output: Field required"),
+    ("content", "said", "requests"),
+    [  # what is no reply in one form is asked for in the other
+        (b"<html>Welcome</html>", "<html>Welcome</html>", 5),
+        ({"error": {"message": "Provider returned error", "code": 502}}, "Provider returned error", 4),
+        ({"object": "list"}, "neither output nor choices in it", 5),
     ],
 )
-def test_a_probe_that_brings_no_reply_ends_the_run(server, tmp_path, content, said):
+def test_a_probe_that_brings_no_reply_ends_the_run(server, tmp_path, content, said, requests):
     server.instead = lambda body, reply: (200, content)
     with pytest.raises(UserError, match=f"HTTP 200 and no reply: .*{said}"):
         run(server, tmp_path)
-    assert len(server.requests) == 4
+    assert len(server.requests) == requests
     assert not (tmp_path / "judge").exists()
 
 
@@ -162,12 +163,15 @@ def test_a_refusal_of_one_prompt_is_that_prompts(server, tmp_path, status):
     assert "flagged by our filter" in read_jsonl(tmp_path / "judge/verdicts.jsonl")[-1]["detail"]
 
 
-@pytest.mark.parametrize(("status", "said"), [(401, "refuses the key"), (403, "refuses the key"), (404, "no model m")])
-def test_before_the_first_success_a_refusal_is_of_the_server(server, tmp_path, status, said):
+@pytest.mark.parametrize(
+    ("status", "said", "requests"),
+    [(401, "refuses the key", 1), (403, "refuses the key", 1), (404, "no model m", 2), (501, "no model m", 2)],
+)
+def test_before_the_first_success_a_refusal_is_of_the_server(server, tmp_path, status, said, requests):
     server.instead = lambda body, reply: (status, {"error": {"message": "the words of the server"}})
     with pytest.raises(UserError, match=rf"{said}.*the words of the server"):
         run(server, tmp_path)
-    assert len(server.requests) == 1
+    assert len(server.requests) == requests
 
 
 def test_a_key_that_is_withdrawn_ends_the_run(server, tmp_path):
@@ -202,3 +206,77 @@ def test_not_tried_and_tried_without_a_verdict_are_two_things(server, tmp_path):
     tried = judge(options(server.url, str(tmp_path / "b/judge"), max_attempts=1), comparisons(30), labelled(4))
     assert "was tried on 4 pairs labelled by people and gave on none of them a verdict" in tried["conclusion"]
     assert "not tried" not in str(distrust(tried["calibration"]["labelled"], tried["result"], 0.4))
+
+
+# ---- servers as they are
+
+
+def test_a_server_with_chat_completions_only(server, tmp_path):
+    """One request finds that out, a second run none; every fault is read as in the other form."""
+    server.routes = ("chat/completions",)
+    summary = run(server, tmp_path)
+    assert summary["winner"] == "dpo"
+    assert (summary["judge"]["form"], summary["judge"]["schema_enforced"]) == ("chat", True)
+    assert server.paths.count("/v1/responses") == 1
+    body = server.requests[-1]
+    assert body["text"]["format"]["type"] == "json_schema" and body["max_completion_tokens"] == 2048
+    count = len(server.paths)
+    assert run(server, tmp_path) == summary
+    assert len(server.paths) == count
+    server.instead = cut_off
+    with pytest.raises(UserError, match=r"incomplete \(length\): raise --max_output_tokens"):
+        judge(options(server.url, str(tmp_path / "b/judge")), comparisons(30), labelled(20))
+
+
+def test_chunks_of_content(server, tmp_path):
+    server.routes = ("chat/completions",)
+    server.content = lambda text: [{"type": "thinking", "thinking": []}, {"type": "text", "text": text}]
+    assert run(server, tmp_path)["winner"] == "dpo"
+
+
+@pytest.mark.parametrize("given", ["", "/v1", "/v1/", "/v1/responses", "/v1/chat/completions", "/v1?api-version=1"])
+def test_addresses_as_people_write_them(server, tmp_path, given):
+    url = server.url.removesuffix("/v1") + given
+    summary = judge(options(url, str(tmp_path / "judge")), comparisons(4), [])
+    assert summary["accounting"]["main"]["ok"] == 8
+    assert summary["judge"]["form"] == ("chat" if "chat" in given else "responses")
+    assert "api-version" not in given or all("api-version=1" in path for path in server.paths)
+
+
+@pytest.mark.parametrize("routes", [("responses",), ("chat/completions",)])
+def test_parameters_that_are_refused_are_left_out_and_named(server, tmp_path, capsys, routes):
+    server.routes, server.refuses = routes, ("temperature", "max_completion_tokens", "max_output_tokens")
+    summary = run(server, tmp_path, temperature=0.5)
+    assert summary["winner"] == "dpo" and summary["judge"]["schema_enforced"] is True
+    limit = "max_output_tokens" if routes == ("responses",) else "max_completion_tokens"
+    assert summary["judge"]["left_out"] == [limit, "temperature"]
+    assert capsys.readouterr().err.count("does not take temperature: it is left out") == 1
+    answered = [body for body in server.requests if "temperature" not in body and limit not in body]
+    assert len(server.requests) - len(answered) == 2
+
+
+def test_a_batch_of_chat_completions(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tandem.judge.backends.batch.BATCH_POLL", 0.01)
+    server.routes = ("chat/completions",)
+    assert run(server, tmp_path, batch=True)["winner"] == "dpo"
+    assert [batch["endpoint"] for batch in server.batches.values()] == ["/v1/chat/completions"]
+
+
+def test_a_batch_does_not_follow_a_judge_without_any_verdict(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tandem.judge.backends.batch.BATCH_POLL", 0.01)
+    server.instead = no_json
+    with pytest.raises(UserError, match="no verdict on any of the first 10 calls"):
+        run(server, tmp_path, batch=True)
+    assert server.batches == {} and asked(server) == PILOT
+
+
+def test_replies_of_two_judges_are_priced_as_asked(server, tmp_path):
+    cheap = {"price_in": 0.0, "price_out": 0.1, "self_pairs": 0}
+    run(server, tmp_path, **cheap)
+    first = json.loads((tmp_path / "judge/usage.json").read_text())
+    assert first["cost"] == pytest.approx(first["output_tokens"] * 0.1 / 1e6)
+    run(server, tmp_path, judge_model="dear", **cheap | {"price_out": 10.0})
+    both = json.loads((tmp_path / "judge/usage.json").read_text())
+    added = both["output_tokens"] - first["output_tokens"]
+    assert both["cost"] == pytest.approx(first["cost"] + added * 10 / 1e6)
+    assert both["unpriced"] == 0

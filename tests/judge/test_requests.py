@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.judge.requests import Comparison, Judge, neutralise, render, schema_format
+from tandem.judge.requests import Comparison, Judge, neutralise, render, verdict_schema
 
 PAIR = Comparison("p", [{"role": "user", "content": "Why?"}], "one", "two", "base", "dpo")
 JUDGE = Judge("http://localhost/v1", "m", True, 0.0, 100)
@@ -104,4 +104,4 @@ def test_the_schema_is_the_one_that_the_openai_package_sends():
 
     from tandem.judge.verdicts import Verdict
 
-    assert schema_format() == type_to_text_format_param(Verdict)
+    assert {"type": "json_schema", **verdict_schema()} == type_to_text_format_param(Verdict)

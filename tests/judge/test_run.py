@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.judge import client
+from tandem.judge.backends import batch as client
+from tandem.judge.comparisons import load_comparisons
+from tandem.judge.log import VerdictLog
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Comparison, Judge
-from tandem.judge.run import VerdictLog, judge, load_comparisons
+from tandem.judge.run import judge
 from tandem.runs import append_jsonl, read_jsonl
 from tests.judge.fault_server import FAULTS, RETRY_AFTER, FaultServer, fair
 from tests.judge.judge_once import FAULTY, comparisons, labelled, options
@@ -161,7 +163,7 @@ def test_the_servers_kind_is_remembered_so_that_keys_do_not_change(tmp_path):
 
 @pytest.mark.parametrize(
     ("status", "named"),
-    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--judge_model"), (400, "400"), (500, "500")],
+    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no model m"), (400, "400"), (500, "500")],
 )
 def test_a_server_that_cannot_be_used_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, status, named):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
@@ -412,7 +414,7 @@ def test_the_raw_reply_is_on_disk_before_it_is_read(tmp_path, monkeypatch):
 
     with serving() as (_, url):
         judge(options(url, str(tmp_path / "j"), self_pairs=0), comparisons(1), [])
-        monkeypatch.setattr("tandem.judge.run.verdicts.read_reply", crash)
+        monkeypatch.setattr("tandem.judge.log.verdicts.read_reply", crash)
         with pytest.raises(RuntimeError, match="reading failed"):
             judge(options(url, str(tmp_path / "j"), self_pairs=0), comparisons(3), [])
     assert len(read_jsonl(tmp_path / "j/raw.jsonl")) > 2 == len(read_jsonl(tmp_path / "j/verdicts.jsonl"))

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from tandem.data.formats import prompt_id
 from tandem.errors import UserError
+from tandem.judge.comparisons import load_comparisons
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
-from tandem.judge.run import judge, load_comparisons, winners
+from tandem.judge.run import judge
+from tandem.judge.summary import winners
 from tandem.runs import append_jsonl, locked
 
 
@@ -54,9 +56,12 @@ def test_winners_are_right_whatever_the_order(wanted: list[str], data: st.DataOb
         def verdict(self, call: Call) -> dict[str, str]:
             return verdicts[id(call)]
 
-    assert winners(calls, Said()) == [
-        {"prompt_id": f"p{index}", "winner_model_vs_chosen": want} for index, want in enumerate(wanted)
+    rows = winners(calls, Said())
+    assert [(row["prompt_id"], row["winner_model_vs_chosen"]) for row in rows] == [
+        (f"p{index}", want) for index, want in enumerate(wanted)
     ]
+    keys = [call.key for call in calls]
+    assert [row["calls"] for row in rows] == [keys[start : start + 2] for start in range(0, len(keys), 2)]
     one_order = [call for call in calls if call.order == "12"]
     assert {row["winner_model_vs_chosen"] for row in winners(one_order, Said())} == {"unjudged"}
 

@@ -13,9 +13,10 @@ from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
 from tandem.evaluation.evaluate import HeldOut, Samples, kl_metrics, summarize
 from tandem.intervals import estimate
+from tandem.judge.log import VerdictLog
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
-from tandem.judge.run import VerdictLog, summarise
+from tandem.judge.summary import summarise, winners
 from tandem.monitor.margins import MarginsLog
 from tandem.monitor.tail import TailConfig, TailState, update
 from tandem.options.losses import DPOOptions
@@ -234,7 +235,7 @@ def write_judgement(folder: Path, rows: list[dict[str, Any]], verdict_of: Any, l
     `verdict_of(number of the prompt, order)` is A, B or tie, or a status other than ok.
     """
     options = JudgeOptions(judge_model="a-judge", base_url="http://127.0.0.1:18123/v1", run_dir=str(folder))
-    judge = Judge(options.base_url, options.judge_model, False, None, options.max_output_tokens)
+    judge = Judge(options.url, options.judge_model, False, None, options.max_output_tokens)
     noise = random.Random(2)
     main = [
         Comparison(row["prompt_id"], row["messages"], row["answers"]["base"], row["answers"]["dpo"], "base", "dpo")
@@ -269,6 +270,7 @@ def write_judgement(folder: Path, rows: list[dict[str, Any]], verdict_of: Any, l
     (folder / "judge" / "verdicts.jsonl").write_text(text, encoding="utf-8")
     log = VerdictLog(options)
     write_json(folder / "judge" / "usage.json", log.usage())
+    write_json(folder / "judge" / "winners.json", winners(plan["main"], log))
     write_json(options.summary_file, summarise(options, judge, plan, log))
 
 

@@ -9,7 +9,8 @@ from tandem.options.parsing import parse, save
 def main(argv: list[str]) -> None:
     options, data = parse(argv, (JudgeOptions, DataOptions), prog="judge.py", description=__doc__)
     from tandem.judge.calibration import labelled_comparisons
-    from tandem.judge.run import judge, load_comparisons
+    from tandem.judge.comparisons import load_comparisons
+    from tandem.judge.run import judge
 
     pairs = load_held_out(data)
     comparisons = load_comparisons(options, pairs)

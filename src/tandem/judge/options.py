@@ -7,7 +7,7 @@ from pathlib import Path
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
-from tandem.servers import OPENAI_URL, checked_url
+from tandem.servers.address import OPENAI_URL, checked_url, default_url
 
 
 @dataclasses.dataclass
@@ -15,7 +15,11 @@ class JudgeOptions(Options):
     """Judge."""
 
     judge_model: str = opt(REQUIRED, "model that judges, as the server at --base_url names it")
-    base_url: str = opt(OPENAI_URL, "server with the Responses API; its key, if any, is read from $OPENAI_API_KEY")
+    base_url: str | None = opt(
+        None,
+        "server with the Responses API or chat completions; its key, if any, is read from $OPENAI_API_KEY; unset: "
+        "$OPENAI_BASE_URL, or OpenAI's own",
+    )
     run_dir: str | None = opt(None, "run folder that holds generations_*.jsonl")
     policy: str = opt("dpo", "in --run_dir: the model to be judged, as generations_<policy>.jsonl")
     against: str = opt("base", "in --run_dir: the same of the other side; chosen: the answers that the data prefers")
@@ -48,7 +52,7 @@ class JudgeOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.base_url = checked_url(self.base_url)
+        self.base_url = checked_url(self._given_url)
 
     def conflicts(self) -> Iterator[str]:
         if (self.price_in is None) != (self.price_out is None):
@@ -56,7 +60,7 @@ class JudgeOptions(Options):
         if self.max_cost is not None and self.price_in is None:
             yield "--max_cost needs --price_in and --price_out: the server does not tell its prices"
         try:
-            checked_url(self.base_url)
+            checked_url(self._given_url)
         except UserError as problem:
             yield str(problem)
         if (self.generations_a is None) != (self.generations_b is None):
@@ -65,6 +69,16 @@ class JudgeOptions(Options):
             yield "--run_dir, or --generations_a and --generations_b, is required: the answers to judge"
         if self.run_dir is not None and self.policy == self.against:
             yield f"--policy and --against are both {self.policy}: nothing to compare"
+
+    @property
+    def _given_url(self) -> str:
+        return self.base_url or default_url() or OPENAI_URL
+
+    @property
+    def url(self) -> str:
+        """The server's address, `checked_url`."""
+        assert self.base_url is not None
+        return self.base_url
 
     @property
     def generation_files(self) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ import jinja2
 
 from tandem.judge.verdicts import ORDERS, Order, Verdict
 from tandem.runs import sha256_json
+from tandem.servers.dialects import Request
 
 PROMPT_VERSION = "v1"
 ROLES = ("system", "user", "assistant", "tool")
@@ -84,7 +85,7 @@ class Judge:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Sampling parameters of the Responses API; one that is unset is left to the server."""
+        """Sampling parameters by their names in the Responses API; one that is unset is left to the server."""
         given = {"temperature": self.temperature, "max_output_tokens": self.max_output_tokens}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -103,7 +104,7 @@ class Judge:
             "base_url": self.base_url,
             "model": self.model,
             "messages": messages,
-            "schema": schema_format() if self.schema_enforced else None,
+            "schema": {"type": "json_schema", **verdict_schema()} if self.schema_enforced else None,
             "sampling": self.sampling,
             "order": order,
             "sample": sample,
@@ -112,15 +113,25 @@ class Judge:
             content["free"] = True  # not to be taken for the judge's own verdict on the same text
         return Call(sha256_json(content), kind, comparison, order, sample, messages)
 
-    def body(self, call: Call) -> dict[str, Any]:
-        """The request as the Batch API takes it; `responses.parse` builds the same for a single call."""
-        body = {"model": self.model, "input": call.messages, "store": False, "stream": False, **self.sampling}
-        return body | {"text": {"format": schema_format()}} if self.schema_enforced else body
+    def request(self, messages: Sequence[Mapping[str, Any]]) -> Request:
+        """What the server is asked, in no form yet."""
+        return Request(
+            self.model,
+            messages,
+            max_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            schema=verdict_schema() if self.schema_enforced else None,
+        )
 
 
-def schema_format() -> dict[str, Any]:
-    """`Verdict` as the Responses API's strict output format."""
-    return {"type": "json_schema", "strict": True, "name": Verdict.__name__, "schema": Verdict.model_json_schema()}
+def text_digest(text: str) -> str:
+    """Tells whether an answer is still the one that was judged."""
+    return sha256_json(text)[:16]
+
+
+def verdict_schema() -> dict[str, Any]:
+    """`Verdict` as a strict output format."""
+    return {"strict": True, "name": Verdict.__name__, "schema": Verdict.model_json_schema()}
 
 
 def render(comparison: Comparison, order: Order, *, worked_examples: bool) -> list[dict[str, str]]:

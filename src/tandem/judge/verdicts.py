@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tandem.servers import dialects
+
 Status = Literal["ok", "refusal", "malformed", "incomplete", "error"]
 Order = Literal["12", "21"]
-NO_REPLY = "not a reply of the Responses API"
 ORDERS: tuple[Order, Order] = ("12", "21")  # which answer is shown first, as A
 
 
@@ -34,94 +35,34 @@ class Reading:
     output_tokens: int | None = None
 
 
-class _Content(BaseModel):
-    type: str = ""
-    text: str | None = None
-    refusal: str | None = None
-
-
-class _Message(BaseModel):
-    content: list[_Content] | str = []
-    phase: str | None = None
-
-
-class _Reply(BaseModel):
-    # What is read of the Responses API's reply; whatever else a server sends is of no interest
-    output: list[dict[str, Any]]
-    status: str | None = None
-    usage: dict[str, Any] | None = None
-    incomplete_details: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-
-
 def read_reply(body: str, *, lenient: bool = False) -> Reading:
-    """Read the body of one reply of the Responses API.
+    """Read the body of one reply, a Responses API's or a chat completion.
 
-    A refusal is what the server marks as one. A reply is malformed if it is not the API's JSON, or if its text is not
+    A refusal is what the server marks as one. A reply is malformed if it is in neither form, or if its text is not
     exactly one JSON object of the schema `Verdict`; prose or a code fence around the object is let pass, since
     servers that ignore schemas add them, and so is reasoning that ends with `</think>`. `lenient` is for servers that
     enforce no schema: see `find_verdict`.
     """
-    if problem := _reported_error(body):
-        return Reading("error", detail=f"the server reports: {problem}")
     try:
-        reply = _Reply.model_validate_json(body)
-        messages = [_Message.model_validate(item) for item in reply.output if item.get("type") == "message"]
-    except ValidationError as error:
-        return Reading("malformed", detail=f"{NO_REPLY}: {_first_problem(error)}")
-    tokens = [_count(reply.usage, f"{side}_tokens", other) for side, other in _OTHER_COUNTS]
+        reply = dialects.read_reply(body)
+    except dialects.NoReply as problem:
+        return Reading("malformed", detail=short(problem))
 
     def reading(status: Status, detail: str) -> Reading:
-        return Reading(status, detail=detail, input_tokens=tokens[0], output_tokens=tokens[1])
+        return Reading(status, detail=detail, input_tokens=reply.input_tokens, output_tokens=reply.output_tokens)
 
-    if reply.status == "failed" or reply.error:
-        return reading("error", f"the server reports: {short((reply.error or {}).get('message', 'failed'))}")
-    # `phase` marks interim commentary of reasoning models, which is no answer
-    contents = [part for message in messages if message.phase in (None, "final_answer") for part in _parts(message)]
-    refusals = [part.refusal or "" for part in contents if part.type == "refusal"]
-    if refusals:
-        return reading("refusal", short(" ".join(refusals)))
-    text = "".join(part.text or "" for part in contents if part.type == "output_text")
-    only_reasoning = not text.strip() and any(item.get("type") == "reasoning" for item in reply.output)
-    if reply.status == "incomplete":
-        reason = (reply.incomplete_details or {}).get("reason", "no reason given")
-        if reason == "content_filter":
-            return reading("refusal", "stopped by the server's content filter")
-        return reading("incomplete", short(reason) + (", all of it reasoning" if only_reasoning else ""))
-    found = find_verdict(text, lenient=lenient)
+    if reply.end == "failed":
+        return reading("error", f"the server reports: {short(reply.detail)}")
+    if reply.end == "refused":
+        return reading("refusal", short(reply.detail))
+    if reply.end == "filtered":
+        return reading("refusal", "stopped by the server's content filter")
+    if reply.end == "length":
+        return reading("incomplete", short(reply.detail) + (", all of it reasoning" if reply.only_reasoning else ""))
+    found = find_verdict(reply.text, lenient=lenient)
     if isinstance(found, str):
-        return reading("malformed", "nothing but reasoning in the reply" if only_reasoning else found)
+        return reading("malformed", "nothing but reasoning in the reply" if reply.only_reasoning else found)
     return dataclasses.replace(reading("ok", ""), verdict=found.verdict, rationale=_printable(found.rationale))
-
-
-# Names of the Responses API, and those that servers with chat completions send in their place
-_OTHER_COUNTS = (("input", "prompt_tokens"), ("output", "completion_tokens"))
-
-
-def _count(usage: Mapping[str, Any] | None, *names: str) -> int | None:
-    for name in names:
-        value = (usage or {}).get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
-            return int(value)
-    return None
-
-
-def _parts(message: _Message) -> list[_Content]:
-    if isinstance(message.content, str):
-        return [_Content(type="output_text", text=message.content)]
-    return message.content
-
-
-def _reported_error(body: str) -> str | None:
-    """What a server says that has an error to report and does so with HTTP 200."""
-    try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(reply, dict) or "output" in reply or not reply.get("error"):
-        return None
-    error = reply["error"]
-    return short(error.get("message") or error if isinstance(error, dict) else error)
 
 
 def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:

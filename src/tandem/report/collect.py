@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge
+from tandem.judge.requests import text_digest
 from tandem.judge.verdicts import outcome
 from tandem.runs import CONFIG, read_jsonl
 
@@ -185,8 +185,8 @@ def _judged(
 ) -> tuple[list[Json], int]:
     """The rows with `outcome` and `verdicts`, and how many verdicts on these prompts belong to none of them.
 
-    verdicts.jsonl only ever grows, so it may hold verdicts of another judge or on answers since replaced. The keys of
-    the judge's calls tell which count.
+    verdicts.jsonl only ever grows, so it may hold verdicts of another judge or on answers since replaced. winners.json
+    says which count.
     """
     main = [record for record in records if record.get("kind") == "main"]
     if summary is None:
@@ -196,34 +196,26 @@ def _judged(
         if by_key.get(record["key"], {}).get("status") != "ok":
             by_key[record["key"]] = record
     with as_written(folder / "judge_summary.json"):
-        calls = {row["prompt_id"]: _calls(row, summary) for row in rows}
-    matched = {call.key for row_calls in calls.values() for call in row_calls} & by_key.keys()
+        labels = summary["labels"]["side_1"], summary["labels"]["side_2"]
+    with as_written(folder / "judge" / "winners.json"):
+        asked = {row["prompt_id"]: row for row in read_json(folder / "judge" / "winners.json") or []}
+        keys = {row["prompt_id"]: _keys(row, asked.get(row["prompt_id"]), labels) for row in rows}
+    matched = {key for row_keys in keys.values() for key in row_keys} & by_key.keys()
     with as_written(folder / "judge" / "verdicts.jsonl"):
-        judged = [row | _verdicts(calls[row["prompt_id"]], by_key) for row in rows]
+        judged = [row | _verdicts(keys[row["prompt_id"]], by_key) for row in rows]
     return judged, len(by_key) - len(matched)
 
 
-def _calls(row: Json, summary: Json) -> list[Call]:
-    """What the judge of `summary` was asked about a row; nothing if it was not about answers shown there."""
-    judge, labels = summary["judge"], summary["labels"]
-    side_1, side_2 = labels["side_1"], labels["side_2"]
-    if judge["prompt_version"] != PROMPT_VERSION or not {side_1, side_2} <= row["answers"].keys():
+def _keys(row: Json, asked: Json | None, labels: tuple[str, str]) -> list[str]:
+    """Keys of the verdicts on a row; none if they were not about the answers shown there."""
+    shown = [row["answers"].get(label) for label in labels]
+    if asked is None or None in shown or [text_digest(text) for text in shown] != asked.get("answers"):
         return []
-    sampling = judge["sampling"]
-    asked = Judge(
-        judge["base_url"],
-        judge["model"],
-        judge["schema_enforced"],
-        sampling.get("temperature"),
-        sampling["max_output_tokens"],
-    )
-    answers = row["answers"]
-    pair = Comparison(row["prompt_id"], row["messages"], answers[side_1], answers[side_2], side_1, side_2)
-    return asked.calls("main", [pair], judge["samples"])
+    return list(asked["calls"])
 
 
-def _verdicts(calls: Sequence[Call], by_key: Mapping[str, Json]) -> Json:
-    found = [by_key[call.key] for call in calls if call.key in by_key]
+def _verdicts(keys: Sequence[str], by_key: Mapping[str, Json]) -> Json:
+    found = [by_key[key] for key in keys if key in by_key]
     return {"outcome": outcome(found), "verdicts": [_shown(record) for record in found]}
 
 

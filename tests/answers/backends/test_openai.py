@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,9 @@ class Server(ThreadingHTTPServer):
         self.faults: collections.deque[tuple[int, dict[str, str]]] = collections.deque()
         self.bodies: list[dict[str, Any]] = []
         self.reply: Any = None
+        self.refuses: str | None = None  # prompts that hold this are refused
+        self.unknown = ""  # a parameter that is refused
+        self.route = "/v1/chat/completions"
         self.active = self.most_active = 0
         self.lock = threading.Lock()
 
@@ -53,22 +57,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.path.endswith(self.server.route):
+            return self._send(404, {"detail": "Not Found"}, {})
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.active += 1
             self.server.most_active = max(self.server.active, self.server.most_active)
             status, headers = self.server.faults.popleft() if self.server.faults else (200, {})
         time.sleep(self.server.wait)
-        text = f" {body['model']} on {body['messages'][-1]['content']} "
+        text = f" {body['model']} on {body.get('messages', body.get('input'))[-1]['content']} "
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         reply["usage"] = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
-        if status != 200:
+        if status == 0:
+            status, reply = 200, {"error": {"message": "Provider returned error"}}
+        elif status != 200:
             reply = {"error": {"message": f"no, {SECRET}"}}
         elif self.server.reply is not None:
             reply = self.server.reply
+        elif self.server.unknown in body:
+            status, reply = 400, {"error": {"message": f"Unknown name {self.server.unknown!r}: Cannot find field."}}
+        elif self.server.refuses is not None and self.server.refuses in str(body):
+            status, reply = 400, {"error": {"message": f"flagged by the content filter, {SECRET}"}}
         with self.server.lock:
             self.server.active -= 1
+        return self._send(status, reply, headers)
+
+    def _send(self, status: int, reply: Any, headers: dict[str, str]) -> None:
         content = json.dumps(reply).encode()
         with contextlib.suppress(OSError):  # the client was killed
             self.send_response(status)
@@ -97,6 +112,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
 def ask(server: Server, folder: Path, **more: Any) -> list[dict[str, Any]]:
@@ -142,9 +158,7 @@ def test_failures_that_pass_are_retried(server: Server, tmp_path: Path):
     ("status", "expected"),
     [
         (401, "refuses the key (HTTP 401): set $OPENAI_API_KEY"),
-        (404, "has no chat completions or no model adapter (HTTP 404)"),
-        (400, "refuses prompt "),
-        (500, "InternalServerError: "),
+        (500, "InternalServerError 500: "),
     ],
 )
 def test_failures_that_stay_are_one_line_and_keep_the_key(
@@ -166,10 +180,96 @@ def test_failures_that_stay_are_one_line_and_keep_the_key(
     assert SECRET not in (tmp_path / "generations_dpo.jsonl").read_text()
 
 
+def test_a_refused_prompt_is_that_answers_fate(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The first prompt is among them, and the others are answered; nothing is asked again."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server.refuses = "question 0"
+    for _ in range(2):
+        records = {record["messages"][0]["content"]: record for record in ask(server, tmp_path)}
+        assert len(records) == len(PROMPTS) == len(server.bodies)
+    refused = [record for record in records.values() if record["finish_reason"] == "refused"]
+    assert [(record["messages"], record["text"], record["n_tokens"]) for record in refused] == [(PROMPTS[0], "", None)]
+    told = capsys.readouterr().err
+    assert "refused 1 prompts, whose answers are empty: BadRequestError 400" in told and SECRET not in told
+
+
+def test_a_server_that_refuses_every_prompt_is_not_taken_at_its_word(server: Server, tmp_path: Path):
+    server.refuses = "question"
+    with pytest.raises(UserError, match=r"refuses 12 prompts, one after another: .*content filter"):
+        ask(server, tmp_path)
+    assert read_jsonl(tmp_path / "generations_dpo.jsonl") == []
+    many = [[{"role": "user", "content": f"question {index} of many"}] for index in range(60)]
+    sampling = SamplingOptions(max_new_tokens=9)
+    engine = GenerationOptions(engine="openai", base_url=server.url, batch_size=3)
+    server.bodies.clear()
+    with pytest.raises(UserError, match="refuses 20 prompts, one after another"):
+        generate({"dpo": "adapter"}, many, sampling, engine, tmp_path / "many")
+    assert len(server.bodies) <= 20 + 3
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_refusal_of_all_before_the_first_answer(server: Server, tmp_path: Path, status: int):
+    server.faults.extend([(status, {})] * 100)
+    with pytest.raises(UserError, match=r"\(HTTP 40[34]\)"):
+        ask(server, tmp_path)
+    assert len(server.bodies) <= 6  # one more of each that was under way
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_the_same_of_one_prompt_later(server: Server, tmp_path: Path, status: int):
+    server.faults.extend([(200, {})] * 6 + [(status, {})])
+    records = ask(server, tmp_path)
+    assert sorted(record["finish_reason"] for record in records) == ["refused"] + ["stop"] * 11
+
+
+def test_an_error_sent_as_a_success_is_asked_again(server: Server, tmp_path: Path):
+    server.faults.extend([(0, {}), (200, {}), (0, {})])
+    assert len(ask(server, tmp_path)) == len(PROMPTS)
+    assert len(server.bodies) == len(PROMPTS) + 2
+
+
+def test_what_arrives_with_a_failure_is_kept(server: Server, tmp_path: Path):
+    server.faults.extend([(401, {})])
+    server.wait = 0.05
+    with pytest.raises(UserError, match="refuses the key"):
+        ask(server, tmp_path)
+    assert len(read_jsonl(tmp_path / "generations_dpo.jsonl")) >= 2  # those that were under way
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("seed", None), ("temperature", None), ("top_p", None), ("max_completion_tokens", "max_tokens")],
+)
+def test_a_parameter_that_a_server_refuses(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, instead: str | None
+):
+    server.unknown = name
+    assert len(ask(server, tmp_path)) == len(PROMPTS)
+    answered = [body for body in server.bodies if name not in body]
+    assert len(answered) == len(PROMPTS) and len(server.bodies) <= len(PROMPTS) + 3
+    assert instead is None or {body[instead] for body in answered} == {9}
+    assert capsys.readouterr().err.count(f"does not take {name}: ") == 1
+
+
+def test_content_in_chunks_and_the_responses_api(server: Server, tmp_path: Path):
+    chunks = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "yes"}]
+    server.reply = {"choices": [{"finish_reason": "stop", "message": {"content": chunks}}]}
+    assert {record["text"] for record in ask(server, tmp_path / "a")} == {"yes"}
+    server.route = "/v1/responses"
+    message = {"type": "message", "content": [{"type": "output_text", "text": "no"}]}
+    server.reply = {"status": "completed", "output": [message], "usage": {"output_tokens": 3}}
+    server.bodies.clear()
+    records = ask(server, tmp_path / "b")
+    assert {(record["text"], record["n_tokens"]) for record in records} == {("no", 3)}
+    assert {(body["max_output_tokens"], body["store"]) for body in server.bodies} == {(9, False)}
+
+
 @pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{"finish_reason": "stop"}]}, [], "text"])
 def test_replies_that_are_none(server: Server, tmp_path: Path, reply: Any):
     server.reply = reply
-    with pytest.raises(UserError, match="its reply is no chat completion"):
+    with pytest.raises(UserError, match=r"not a reply of|neither the Responses API"):
         ask(server, tmp_path)
     assert not (tmp_path / "generations_dpo.jsonl").exists()
 
@@ -219,7 +319,7 @@ def test_kill_and_go_on(server: Server, tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"engine": "openai"}, "--engine openai needs --base_url: the server, as http://127.0.0.1:8000/v1"),
+        ({"engine": "openai"}, "--engine openai needs --base_url or $OPENAI_BASE_URL: the server"),
         ({"base_url": "http://h/v1"}, "--base_url has no effect with --engine transformers"),
         ({"tensor_parallel_size": 2}, "--tensor_parallel_size has no effect with --engine transformers"),
         (
@@ -231,7 +331,7 @@ def test_kill_and_go_on(server: Server, tmp_path: Path):
     ],
 )
 def test_options_without_effect(given: dict[str, Any], expected: str):
-    with pytest.raises(UserError, match=expected.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(expected)):
         GenerationOptions(**given)
 
 

@@ -14,6 +14,7 @@ BATCH_SIZE = 8  # prompts at a time, where the user and the engine leave it open
 
 
 Draw = tuple[int, int]  # index of the prompt, and which of its draws, counted from 0
+REFUSED = "refused"  # finish_reason of a prompt that a server would not answer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Engine(Protocol):
         The draw for a prompt depends on the seed, the prompt and the rest of `prompts`, never on `wanted`.
 
         Raises:
-            UserError: a server failed, or refused a prompt.
+            UserError: a server failed, or refused every prompt.
         """
 
     def draws(

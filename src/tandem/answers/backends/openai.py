@@ -1,60 +1,90 @@
-"""Answers of any server with OpenAI's chat completions: vLLM, `transformers serve`, a proxy, OpenAI itself.
+"""Answers of any server with OpenAI's interface: vLLM, `transformers serve`, a proxy, OpenAI itself."""
 
-HTTP, retries of failed requests, their backoff and Retry-After are the openai package's.
-"""
-
-import collections
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
-from typing import Any, cast
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import openai
+from tqdm import tqdm
 
-from tandem.answers.backends.base import BATCH_SIZE, Answer, Draw
+from tandem.answers.backends.base import BATCH_SIZE, REFUSED, Answer, Draw
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions, draw_seed, prompt_seed
-from tandem.servers import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key
+from tandem.servers.client import Client
+from tandem.servers.dialects import NoReply, Request, read_reply
 
 RETRIES = 5
-PASSES = 6  # over the draws that failed in spite of the retries
-ERRORS_IN_A_ROW = 20  # after which the server is taken for gone
-Failure = openai.APIError | UserError
-REFUSED = "refused"  # finish reason of a prompt that the server does not take
+TRIES = 3  # of a request that is answered with HTTP 200 and an error
 TIMEOUT = 600.0  # seconds for one answer; a local server on a CPU takes minutes for a long one
+PASSES = 6  # over the draws that failed in spite of the retries
+ERRORS_IN_A_ROW = 20  # after which it is the server that fails, or refuses, and not a prompt
+_OF_ONE_PROMPT = (400, 403, 404, 413, 422)  # statuses; 403 and 404 once the server has answered others
+_MORE = "answers so far are kept, the same command goes on"
+_WORDS = {"filtered": "content_filter"}  # the rest is written down as the server says it
+
+
+class Refused(Exception):
+    """The server refused one prompt; its words."""
+
+
+class Fatal(UserError):
+    """Every further request would fail as well."""
+
+
+Failure = Refused | UserError
 
 
 class OpenAIEngine:
-    """An `Engine` that asks a server; a served adapter is a model by its served name."""
+    """An `Engine` that asks a server; a served adapter is a model by its served name.
+
+    Chat completions are asked for first, since they alone take a seed; the Responses API where there are none.
+    """
 
     def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:
         assert options.base_url is not None
-        self._url = options.base_url
-        self._key = api_key(self._url)
+        self._client = Client(options.base_url, ("chat", "responses"), timeout=TIMEOUT, retries=RETRIES)
         self._concurrency = options.batch_size or BATCH_SIZE
         self._sampling = sampling
         self._model = ""
-        self._client = openai.OpenAI(
-            base_url=self._url,
-            api_key=self._key or "none",  # the package insists on one; a local server does not look at it
-            max_retries=RETRIES,
-            timeout=openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
-        )
+        self._refusals: Counter[str] = Counter()
+        self._too_long = 0
 
     def load(self, model: str) -> None:
         """See `Engine`; whether the server has the model shows at the first request."""
         self._model = model
+        self._client.has_answered = False
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        """See `Engine`. Prompts go to the server whole, which cuts none and applies the chat template."""
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            asked = {pool.submit(self._ask, prompts[index]): index for index in sorted(wanted)}
-            try:
-                for future in as_completed(asked):
-                    yield asked[future], future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        """See `Engine`. Prompts go to the server whole, which cuts none and applies the chat template.
+
+        A prompt that the server refuses while it answers others is an empty answer whose `finish_reason` is "refused".
+        After an error that ends it all, what is under way is still handed over.
+        """
+        problem: UserError | None = None
+        refused: list[int] = []  # since the last answer: the server may be refusing them all
+        asked = deque((index, 0) for index in sorted(wanted))
+        for (index, _), answer in self._in_window(prompts, asked, lambda key, _: prompt_seed(self._sampling.seed, key)):
+            if isinstance(answer, Answer):
+                yield index, answer
+                yield from _empty(refused)
+            elif isinstance(answer, Refused):
+                self._refusals[str(answer)] += 1
+                refused.append(index)
+                if len(refused) >= ERRORS_IN_A_ROW:
+                    problem = problem or self._refuses_all(len(refused), str(answer))
+            else:
+                problem = problem or answer
+            if problem is not None:
+                asked.clear()
+        if problem is None and refused and not self._client.has_answered:
+            problem = self._refuses_all(len(refused), self._refusals.most_common(1)[0][0])
+        if problem is not None:
+            raise problem
+        yield from _empty(refused)
+        self._tell()
 
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
@@ -64,95 +94,127 @@ class OpenAIEngine:
         A prompt that the server refuses, while it answers others, is an empty answer with the finish reason `refused`.
         """
         failed: dict[Draw, Failure] = {}
+        problem: UserError | None = None
         has_answered = False
+
+        def seed_of(key: str, number: int) -> int:
+            return draw_seed(self._sampling.seed, key, number)
+
         for _ in range(PASSES):
-            in_a_row, failed, asked = 0, {}, sorted(failed or wanted)
-            for key, answer in self._in_window(prompts, asked):
+            in_a_row, asked, failed = 0, deque(sorted(failed or wanted)), {}
+            for draw, answer in self._in_window(prompts, asked, seed_of):
                 if isinstance(answer, Answer):
                     has_answered, in_a_row = True, 0
-                    yield key, answer
-                elif has_answered and isinstance(answer, openai.BadRequestError | openai.UnprocessableEntityError):
-                    yield key, Answer("", None, REFUSED)
+                    yield draw, answer
+                elif has_answered and isinstance(answer, Refused):
+                    yield draw, Answer("", None, REFUSED)
                 else:
-                    failed[key], in_a_row = answer, in_a_row + 1
-                    if in_a_row >= (ERRORS_IN_A_ROW if has_answered else 2 * self._concurrency):
-                        raise self._actionable(answer, prompts[key[0]])
+                    failed[draw], in_a_row = answer, in_a_row + 1
+                    ends = in_a_row >= (ERRORS_IN_A_ROW if has_answered else 2 * self._concurrency)
+                    if ends or isinstance(answer, Fatal):
+                        problem = problem or self._told(answer)
+                        asked.clear()
+            if problem is not None:
+                raise problem
             if not failed:
                 return
-        (index, _), error = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(wanted)} draws failed: {self._actionable(error, prompts[index])}")
+        raise UserError(f"{len(failed)} of {len(wanted)} draws failed: {self._told(next(iter(failed.values())))}")
+
+    def _told(self, failure: Failure) -> UserError:
+        return failure if isinstance(failure, UserError) else self._refuses_all(1, str(failure))
 
     def _in_window(
-        self, prompts: Sequence[list[Message]], asked: Sequence[Draw]
+        self, prompts: Sequence[list[Message]], asked: deque[Draw], seed_of: Callable[[str, int], int]
     ) -> Iterator[tuple[Draw, Answer | Failure]]:
-        """Replies or errors; what was paid for and not handed over is never more than the requests in flight."""
-        waiting = collections.deque(asked)
+        """Replies or errors; what was paid for and not handed over is never more than the requests in flight.
+
+        Args:
+            asked: what is left to be asked; the caller may empty it, and gets what is under way
+            seed_of: from a prompt's id and the number of the draw
+        """
         running: dict[Future[Answer], Draw] = {}
         with ThreadPoolExecutor(self._concurrency) as pool:
             try:
-                while waiting or running:
-                    while waiting and len(running) < self._concurrency:
-                        index, number = waiting.popleft()
-                        seed = draw_seed(self._sampling.seed, prompt_id(prompts[index]), number)
+                while asked or running:
+                    while asked and len(running) < self._concurrency:
+                        index, number = asked.popleft()
+                        seed = seed_of(prompt_id(prompts[index]), number)
                         running[pool.submit(self._request, prompts[index], seed)] = index, number
-                    done = wait(running, return_when=FIRST_COMPLETED).done
-                    for future in done:
-                        key = running.pop(future)
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        draw = running.pop(future)
                         try:
                             answer: Answer | Failure = future.result()
-                        except (openai.APIError, UserError) as error:
+                        except (Refused, UserError) as error:
                             answer = error
-                        yield key, answer
+                        yield draw, answer
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def _refuses_all(self, count: int, said: str) -> UserError:
+        prompts = "prompt" if count == 1 else f"{count} prompts, one after another"
+        return UserError(f"--base_url {self._client.url} refuses {prompts}: {said}; {_MORE}")
+
+    def _tell(self) -> None:
+        where = f"--base_url {self._client.url}"
+        if count := self._refusals.total():
+            said = self._refusals.most_common(1)[0][0]
+            tqdm.write(f"{where} refused {count} prompts, whose answers are empty: {said}", file=sys.stderr)
+        if self._too_long:
+            limit = self._sampling.sampling.max_new_tokens
+            tqdm.write(
+                f"{where}: {self._too_long} answers are longer than --max_new_tokens {limit}, which it does not keep",
+                file=sys.stderr,
+            )
+        self._refusals.clear()
+        self._too_long = 0
+
     def close(self) -> None:
         """See `Engine`."""
-        self._client.close()
-
-    def _ask(self, messages: list[Message]) -> Answer:
-        try:
-            return self._request(messages, prompt_seed(self._sampling.seed, prompt_id(messages)))
-        except openai.APIError as error:
-            raise self._actionable(error, messages) from None
+        self._client.openai.close()
 
     def _request(self, messages: list[Message], seed: int) -> Answer:
         draw = self._sampling.sampling
-        try:
-            reply = self._client.chat.completions.create(
-                model=self._model,
-                messages=cast(Any, messages),
-                max_completion_tokens=draw.max_new_tokens,
-                temperature=draw.temperature,
-                top_p=draw.top_p,
-                seed=seed,
-                stream=False,
-            )
-        except ValueError as error:  # of the package over a reply that was cut off
-            raise UserError(f"--base_url {self._url}: its reply is not JSON: {error}") from None
-        return self._read(reply)
+        request = Request(
+            self._model,
+            messages,
+            max_tokens=draw.max_new_tokens,
+            temperature=draw.temperature,
+            top_p=draw.top_p,
+            seed=seed,
+        )
+        problem = ""
+        for _ in range(TRIES):
+            try:
+                answer, problem = self._read(self._client.ask(request))
+            except openai.APIError as error:
+                raise self._actionable(error) from None
+            if answer is not None:
+                return answer
+        raise UserError(f"--base_url {self._client.url}: {problem}; {_MORE}")
 
-    def _read(self, reply: Any) -> Answer:
-        # The package checks no reply's form, and a server that is not OpenAI's may send any
+    def _read(self, body: str) -> tuple[Answer | None, str]:
+        """The answer, or None and why there is none."""
         try:
-            choice = reply.choices[0]
-            text, reason = choice.message.content or "", str(choice.finish_reason)
-            n_tokens = reply.usage.completion_tokens if reply.usage else None
-        except (AttributeError, IndexError, TypeError):
-            raise UserError(f"--base_url {self._url}: its reply is no chat completion") from None
+            reply = read_reply(body)
+        except NoReply as problem:
+            return None, str(problem)
+        if reply.end == "failed":
+            return None, f"the server reports: {reply.detail[:300]}"
+        if (reply.output_tokens or 0) > self._sampling.sampling.max_new_tokens:
+            self._too_long += 1
         # A lone surrogate, which JSON can hold, has no UTF-8
-        return Answer(text.encode(errors="replace").decode().strip(), n_tokens, reason)
+        text = reply.text.encode(errors="replace").decode().strip()
+        return Answer(text, reply.output_tokens, _WORDS.get(reply.end, reply.end)), ""
 
-    def _actionable(self, error: Failure, messages: list[Message]) -> UserError:
-        if isinstance(error, UserError):
-            return error
-        where, more = f"--base_url {self._url}", "answers so far are kept, the same command goes on"
-        said = " ".join(error.message.split())[:300]
-        said = said.replace(self._key, "[key]") if self._key else said
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return UserError(f"{where} refuses the key (HTTP {error.status_code}): set ${API_KEY_VARIABLE}")
-        if isinstance(error, openai.NotFoundError):
-            return UserError(f"{where} has no chat completions or no model {self._model} (HTTP 404)")
-        if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
-            return UserError(f"{where} refuses prompt {prompt_id(messages)}: {said}; {more}")
-        return UserError(f"{where}: {type(error).__name__}: {said}; {more}")
+    def _actionable(self, error: openai.APIError) -> Exception:
+        said = self._client.say(error)
+        if fatal := self._client.fatal(error, self._model):
+            return Fatal(str(fatal))
+        if isinstance(error, openai.APIStatusError) and error.status_code in _OF_ONE_PROMPT:
+            return Refused(said)
+        return UserError(f"--base_url {self._client.url}: {said}; {_MORE}")
+
+
+def _empty(refused: list[int]) -> Iterator[tuple[int, Answer]]:
+    while refused:
+        yield refused.pop(), Answer("", None, REFUSED)

@@ -8,7 +8,7 @@ from tandem import contract
 from tandem.errors import UserError
 from tandem.options.fields import opt
 from tandem.options.rules import Options
-from tandem.servers import checked_url
+from tandem.servers.address import checked_url, default_url
 
 _NOT_VLLM = "engine=transformers|openai"
 
@@ -19,7 +19,7 @@ class GenerationOptions(Options):
 
     engine: str = opt(
         "transformers",
-        "what draws the answers; vllm needs the extra vllm, openai any server with chat completions",
+        "what draws the answers; vllm needs the extra vllm, openai any server with OpenAI's interface",
         choices=("transformers", "vllm", "openai"),
     )
     batch_size: int | None = opt(
@@ -35,7 +35,8 @@ class GenerationOptions(Options):
     )
     base_url: str | None = opt(
         None,
-        "server of --engine openai, as http://127.0.0.1:8000/v1; its key, if any, is read from $OPENAI_API_KEY",
+        "server of --engine openai, as http://127.0.0.1:8000/v1; its key, if any, is read from $OPENAI_API_KEY; unset: "
+        "$OPENAI_BASE_URL",
         unless="engine=transformers|vllm",
     )
     tensor_parallel_size: int = opt(1, "vllm: GPUs that one copy of the model is spread over", low=1, unless=_NOT_VLLM)
@@ -51,16 +52,20 @@ class GenerationOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.base_url is not None:
-            self.base_url = checked_url(self.base_url)
+        if self.engine == "openai" and (url := self._given_url) is not None:
+            self.base_url = checked_url(url)
 
     def conflicts(self) -> Iterator[str]:
-        if self.engine == "openai" and self.base_url is None:
-            yield "--engine openai needs --base_url: the server, as http://127.0.0.1:8000/v1"
-        if self.engine == "openai" and self.base_url is not None:
+        if self.engine == "openai" and self._given_url is None:
+            yield "--engine openai needs --base_url or $OPENAI_BASE_URL: the server, as http://127.0.0.1:8000/v1"
+        if self.engine == "openai" and (url := self._given_url) is not None:
             try:
-                checked_url(self.base_url)
+                checked_url(url)
             except UserError as problem:
                 yield str(problem)
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             yield f"--engine vllm needs vLLM: {contract.extra('vllm')}, or see docs/vllm.md for a CPU"
+
+    @property
+    def _given_url(self) -> str | None:
+        return self.base_url or default_url()

@@ -5,7 +5,9 @@ import asyncio
 import pytest
 
 from tandem.errors import UserError
-from tandem.judge.client import Admission, OverBudget, _batch_files, _raise_first
+from tandem.judge.admission import Admission, OverBudget
+from tandem.judge.asking import raise_first
+from tandem.judge.backends.batch import batch_files
 
 
 def run(coroutine):
@@ -24,7 +26,7 @@ def test_a_429_halves_the_limit_once_per_congestion_and_replies_win_it_back(monk
         for _ in range(5):
             admission.too_many_requests()  # all of one moment
         limits = [admission.limit]
-        monkeypatch.setattr("tandem.judge.client.HALVING_PAUSE", 0.0)
+        monkeypatch.setattr("tandem.judge.admission.HALVING_PAUSE", 0.0)
         for _ in range(5):
             admission.too_many_requests()
         limits.append(admission.limit)
@@ -88,14 +90,14 @@ def test_a_request_that_fails_gives_its_place_back():
 
 def test_the_error_that_the_user_can_act_on_comes_first():
     with pytest.raises(UserError):
-        _raise_first([None, OverBudget(), UserError("key")])
-    _raise_first([None, None])
+        raise_first([None, OverBudget(), UserError("key")])
+    raise_first([None, None])
 
 
 def test_batch_files_keep_within_the_limits(monkeypatch):
-    monkeypatch.setattr("tandem.judge.client.BATCH_REQUESTS", 3)
-    assert [len(lines) for lines in _batch_files({"key": str(i)} for i in range(7))] == [3, 3, 1]
-    assert list(_batch_files([])) == []
-    size = len(next(iter(_batch_files([{"key": "0"}])))[0])
-    monkeypatch.setattr("tandem.judge.client.BATCH_BYTES", 2 * size + 1)
-    assert [len(lines) for lines in _batch_files({"key": str(i)} for i in range(5))] == [2, 2, 1]
+    monkeypatch.setattr("tandem.judge.backends.batch.BATCH_REQUESTS", 3)
+    assert [len(lines) for lines in batch_files(((str(i), {}) for i in range(7)), "/v1/responses")] == [3, 3, 1]
+    assert list(batch_files([], "")) == []
+    size = len(next(iter(batch_files([("0", {})], "/v1/responses")))[0])
+    monkeypatch.setattr("tandem.judge.backends.batch.BATCH_BYTES", 2 * size + 1)
+    assert [len(lines) for lines in batch_files(((str(i), {}) for i in range(5)), "/v1/responses")] == [2, 2, 1]

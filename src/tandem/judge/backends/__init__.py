@@ -1,0 +1,1 @@
+"""Ways to ask a judge: one request at a time, or OpenAI's batches."""

@@ -1,0 +1,108 @@
+"""What follows from the verdicts: judge_summary.json and winners.json."""
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tandem.intervals import Array
+from tandem.judge import calibration, statistics, verdicts
+from tandem.judge.log import VerdictLog
+from tandem.judge.options import JudgeOptions
+from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge, Kind, text_digest
+from tandem.judge.verdicts import ORDERS
+
+Plan = dict[Kind, list[Call]]
+
+
+def summarise(
+    options: JudgeOptions, judge: Judge, plan: Plan, log: VerdictLog, asked: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """judge_summary.json, from the verdicts and how the server was `asked` for them (`Endpoint.state`)."""
+    votes = {kind: _votes(calls, log) for kind, calls in plan.items()}
+    labelled = calibration.agreement(*votes["labelled"])
+    result = statistics.summarise(*votes["main"], seed=options.seed)
+    first = plan["main"][0].comparison
+    return {
+        **calibration.conclude(result, labelled, first.label_1, first.label_2, options.max_flip_rate),
+        "judge": {
+            "model": judge.model,
+            "base_url": judge.base_url,
+            "prompt_version": PROMPT_VERSION,
+            "schema_enforced": judge.schema_enforced,
+            "sampling": judge.sampling,
+            "samples": options.samples,
+            "form": asked["form"] if asked else None,
+            "left_out": asked["left_out"] if asked else [],
+        },
+        "labels": {"side_1": first.label_1, "side_2": first.label_2},
+        "calibration": {
+            "labelled": labelled,
+            "self_vs_self": calibration.self_agreement(votes["self"][0], votes["self"][3]),
+            "max_flip_rate": options.max_flip_rate,
+        },
+        "result": result,
+        "accounting": {kind: _accounting(calls, log) for kind, calls in plan.items()},
+        "tokens_of_verdicts": _tokens_of_verdicts(plan, log),
+    }
+
+
+def winners(calls: Iterable[Call], log: VerdictLog) -> list[dict[str, Any]]:
+    """A row for each prompt: `prompt_id`, `winner_model_vs_<side 1>`, and what it rests on.
+
+    The winner is `model` (side 2), the label of side 1 or `tie`, if both orders say so; else `disagree` or `unjudged`.
+    `calls` are the keys of its verdicts in verdicts.jsonl, and `answers` the digests (`text_digest`) of both sides.
+    """
+    asked: dict[int, list[Call]] = {}
+    for call in calls:
+        asked.setdefault(id(call.comparison), []).append(call)
+    rows = []
+    for group in asked.values():
+        comparison = group[0].comparison
+        end = verdicts.outcome([record for call in group if (record := log.verdict(call))])
+        winner = {"won": "model", "lost": comparison.label_1}.get(end, end)
+        rows.append(
+            {
+                "prompt_id": comparison.prompt_id,
+                f"winner_model_vs_{comparison.label_1}": winner,
+                "calls": [call.key for call in group],
+                "answers": [text_digest(comparison.answer_1), text_digest(comparison.answer_2)],
+            }
+        )
+    return rows
+
+
+def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int]:
+    """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, number of prompts left out.
+
+    A prompt with no verdict in one of the orders is left out: half of it would carry the judge's bias of position.
+    """
+    votes: dict[int, Array] = {}
+    comparisons: dict[int, Comparison] = {}
+    for call in calls:
+        unit = id(call.comparison)
+        comparisons[unit] = call.comparison
+        cast = votes.setdefault(unit, np.zeros((2, 3), dtype=np.int64))
+        if record := log.verdict(call):
+            cast[ORDERS.index(call.order), verdicts.vote(record["verdict"], call.order)] += 1
+    whole = [unit for unit, cast in votes.items() if cast.sum(1).all()]
+    scored = [comparisons[unit] for unit in whole]
+    return (
+        np.array([votes[unit] for unit in whole], dtype=np.int64).reshape(-1, 2, 3),
+        np.array([len(one.answer_2) - len(one.answer_1) for one in scored], dtype=np.float64),
+        np.array([one.identical for one in scored], dtype=bool),
+        len(votes) - len(whole),
+    )
+
+
+def _accounting(calls: Sequence[Call], log: VerdictLog) -> dict[str, int]:
+    """How every verdict that was wanted ended; the parts add up to `verdicts`."""
+    ends = collections.Counter("identical" if call.free else log.status(call) for call in calls)
+    kinds = ("ok", "identical", "refusal", "malformed", "incomplete", "error", "not_asked")
+    return {"verdicts": len(calls)} | {kind: ends[kind] for kind in kinds}
+
+
+def _tokens_of_verdicts(plan: Plan, log: VerdictLog) -> dict[str, int]:
+    records = [record for calls in plan.values() for call in calls if (record := log.verdict(call))]
+    return {name: sum(record[name] for record in records) for name in ("input_tokens", "output_tokens")}

@@ -1,0 +1,1 @@
+"""Servers with OpenAI's interface: where they are, what they are asked, and what they answer."""

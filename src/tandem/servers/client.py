@@ -1,0 +1,151 @@
+"""Asking a server over HTTP. Retries, their backoff and Retry-After (up to two minutes) are the openai package's."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx2
+import openai
+
+from tandem.errors import UserError
+from tandem.servers.address import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key, parse_address
+from tandem.servers.dialects import Form, Request
+from tandem.servers.endpoint import Attempt, Endpoint
+
+
+def is_out_of_quota(body: str) -> bool:
+    """Whether a server that answers 429 does so since the account has nothing left, and not for the pace."""
+    return "insufficient_quota" in body
+
+
+class _Client:
+    """What both clients know of their server."""
+
+    def __init__(self, url: str, forms: Sequence[Form], known: Mapping[str, Any] | None, timeout: float) -> None:
+        self.url = url
+        self._key = api_key(url)
+        address = parse_address(url)
+        self.endpoint = Endpoint(address, forms, known)
+        self.has_answered = False  # in this run or, as the caller knows, in an earlier one
+        self._settings: dict[str, Any] = {
+            "base_url": address.base,
+            "api_key": self._key or "none",  # the package insists on one; a local server does not look at it
+            "timeout": openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
+            "default_query": address.query,
+            # Azure takes the key in a header of its own where it is asked by api-version
+            "default_headers": {"api-key": self._key} if address.query and self._key else {},
+        }
+
+    def scrub(self, text: str) -> str:
+        """What a server sends goes to disk; the key must not, though the server may repeat it."""
+        return text.replace(self._key, "[key]") if self._key else text
+
+    def say(self, error: openai.APIError) -> str:
+        """An error for people, without the key."""
+        status = f" {error.status_code}" if isinstance(error, openai.APIStatusError) else ""
+        return self.scrub(f"{type(error).__name__}{status}: {' '.join(error.message.split())[:300]}")
+
+    def fatal(self, error: openai.APIError, model: str) -> UserError | None:
+        """What to end with after an error that every further request would meet as well; else None."""
+        if not isinstance(error, openai.APIStatusError):
+            return None
+        where, said = f"--base_url {self.url}", self.say(error)
+        if error.status_code == 429 and is_out_of_quota(error.response.text):
+            return UserError(f"{where}: the quota of this key is used up ({said})")
+        if isinstance(error, openai.AuthenticationError):
+            return UserError(f"{where} refuses the key (HTTP 401): set ${API_KEY_VARIABLE} ({said})")
+        if self.has_answered:
+            return None  # it takes the key and has the model: the refusal is of one prompt
+        if isinstance(error, openai.PermissionDeniedError):
+            return UserError(f"{where} refuses the key (HTTP 403): set ${API_KEY_VARIABLE} ({said})")
+        if isinstance(error, openai.NotFoundError) or error.status_code in (405, 501):
+            tried = self.endpoint.tried or said
+            return UserError(
+                f"{where} has neither the Responses API nor chat completions, or no model {model} "
+                f"(HTTP {error.status_code}): see the address and the model's name ({tried})"
+            )
+        return None
+
+    def _mended(self, attempt: Attempt, error: openai.APIStatusError) -> bool:
+        return self.endpoint.may_mend(attempt, error.status_code, error.response.text, self.say(error))
+
+    def _accepted(self, attempt: Attempt, text: str) -> bool:
+        if not self.endpoint.accept(attempt, text):
+            return False
+        self.has_answered = True
+        return True
+
+
+class AsyncClient(_Client):
+    """One server, asked by coroutines.
+
+    `ask` raises openai.APIError for what the package's own retries did not mend.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        forms: Sequence[Form],
+        known: Mapping[str, Any] | None,
+        *,
+        timeout: float,
+        retries: int,
+        on_429: Callable[[], None],
+    ) -> None:
+        super().__init__(url, forms, known, timeout)
+        self._on_429 = on_429
+        hooks: Any = {"response": [self._notice]}
+        http = openai.DefaultAsyncHttpxClient(event_hooks=hooks)
+        self.openai = openai.AsyncOpenAI(**self._settings, max_retries=retries, http_client=http)
+
+    async def _notice(self, response: Any) -> None:
+        # The package retries a 429 by itself; this is how the others learn of it
+        if response.status_code == 429:
+            await response.aread()
+            if is_out_of_quota(response.text):
+                response.headers["x-should-retry"] = "false"  # the package's word for it; no wait mends this
+            else:
+                self._on_429()
+        elif response.status_code == 501:
+            response.headers["x-should-retry"] = "false"  # "not implemented" does not pass
+
+    async def ask(self, request: Request) -> str:
+        """The body of the server's reply, without the key."""
+        while True:
+            attempt = self.endpoint.attempt(request)
+            try:
+                response = await self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
+            except openai.APIStatusError as error:
+                if self._mended(attempt, error):
+                    continue
+                raise
+            if self._accepted(attempt, response.text):
+                return self.scrub(response.text)
+
+
+class Client(_Client):
+    """One server, asked by threads; as `AsyncClient` otherwise."""
+
+    def __init__(self, url: str, forms: Sequence[Form], *, timeout: float, retries: int) -> None:
+        super().__init__(url, forms, None, timeout)
+        hooks: Any = {"response": [self._notice]}
+        http = openai.DefaultHttpxClient(event_hooks=hooks)
+        self.openai = openai.OpenAI(**self._settings, max_retries=retries, http_client=http)
+
+    def _notice(self, response: Any) -> None:
+        if response.status_code == 429:
+            response.read()
+        if response.status_code == 501 or (response.status_code == 429 and is_out_of_quota(response.text)):
+            response.headers["x-should-retry"] = "false"
+
+    def ask(self, request: Request) -> str:
+        """The body of the server's reply, without the key."""
+        while True:
+            attempt = self.endpoint.attempt(request)
+            try:
+                response = self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
+            except openai.APIStatusError as error:
+                if self._mended(attempt, error):
+                    continue
+                raise
+            if self._accepted(attempt, response.text):
+                return self.scrub(response.text)

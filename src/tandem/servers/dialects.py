@@ -1,0 +1,203 @@
+"""The two forms of OpenAI's interface, Responses and chat completions. Pure: requests to bodies, bodies to replies."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+Form = Literal["responses", "chat"]
+End = Literal["stop", "length", "filtered", "refused", "failed"]
+NO_REPLY = "not a reply of the Responses API or of chat completions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a model is asked, in no form yet. What is None is left to the server."""
+
+    model: str
+    messages: Sequence[Mapping[str, Any]]
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None  # only chat completions have one
+    schema: Mapping[str, Any] | None = None  # `name`, `strict` and the JSON `schema` of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a model answered. `end` says why it stopped; tokens are None where the server names none."""
+
+    text: str
+    end: str  # an End, or a server's further word
+    detail: str = ""  # a refusal's words, an error's message, or why it was cut off
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    only_reasoning: bool = False  # no text, but reasoning
+
+
+class NoReply(ValueError):
+    """A body that is no reply in either form."""
+
+
+def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """The body of `request` in one form, without the parameters that the server refuses.
+
+    With `max_completion_tokens` among `left_out`, its older name `max_tokens` is sent in its place.
+    """
+    sampling = {"temperature": request.temperature, "top_p": request.top_p}
+    body: dict[str, Any] = {"model": request.model}
+    if form == "responses":
+        body |= {"input": request.messages, "store": False, "stream": False}
+        body |= sampling | {"max_output_tokens": request.max_tokens}
+        if request.schema is not None:
+            body["text"] = {"format": {"type": "json_schema", **request.schema}}
+    else:
+        limit = "max_tokens" if "max_completion_tokens" in left_out else "max_completion_tokens"
+        body |= {"messages": request.messages, "stream": False}
+        body |= sampling | {limit: request.max_tokens, "seed": request.seed}
+        if request.schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": dict(request.schema)}
+    return {name: value for name, value in body.items() if value is not None and name not in left_out}
+
+
+_PARAMETERS = ("temperature", "top_p", "seed", "max_completion_tokens", "max_tokens", "max_output_tokens", "store")
+_REFUSES = re.compile(
+    r"unsupported|(?:not|n't|no longer) (?:\w+ )?(?:support|permit|allow|accept|valid|recogni|implement|known|take)"
+    r"|unknown|unrecogni|unexpected|extra (?:input|field|param)|extra_forbidden|deprecated|removed|cannot find"
+    r"|invalid[ _](?:\w+ )?(?:param|argument|field|key)|only .{0,40}(?:allow|support|accept)|ignored|not available",
+    re.IGNORECASE,
+)
+# A prompt that is too long is told by the names of the limits, too
+_TOO_LONG = re.compile(r"context|too (?:long|large|many)|exceed|maximum|at most|reduce", re.IGNORECASE)
+
+
+def refused_parameter(body: Mapping[str, Any], said: str) -> str | None:
+    """The parameter of `body` that a server refuses to know, by what it says with HTTP 400 or 422; else None.
+
+    A value that it refuses, or a prompt, is the user's to mend: only words like "unsupported" or "unknown" count.
+    """
+    if not _REFUSES.search(said):
+        return None
+    for name in _PARAMETERS:
+        if name in body and re.search(rf"(?<![A-Za-z_]){name}(?![A-Za-z_])", said):
+            return None if name.startswith("max_") and _TOO_LONG.search(said) else name
+    return None
+
+
+def read_reply(body: str) -> Reply:
+    """Read the body of a reply in either form.
+
+    Raises:
+        NoReply: it is none.
+    """
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise NoReply(f"{NO_REPLY}: {error}") from None
+    if not isinstance(reply, dict):
+        raise NoReply(f"{NO_REPLY}: {type(reply).__name__} and no object")
+    if "output" in reply:
+        return _read_response(reply)
+    if "choices" in reply:
+        return _read_completion(reply)
+    if reply.get("error"):
+        return Reply("", "failed", detail=said_by(reply["error"]))
+    raise NoReply(f"{NO_REPLY}: neither output nor choices in it")
+
+
+def said_by(error: Any) -> str:
+    """An error's message, where it has one."""
+    return str(error.get("message") or error if isinstance(error, dict) else error)
+
+
+def _read_response(reply: Mapping[str, Any]) -> Reply:
+    items = reply["output"]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise NoReply(f"{NO_REPLY}: output is no list of objects")
+    # `phase` marks interim commentary of reasoning models, which is no answer
+    messages = [item for item in items if item.get("type") == "message"]
+    contents = [item.get("content") for item in messages if item.get("phase") in (None, "final_answer")]
+    text = "".join(piece for content in contents for piece in _pieces(content, "content"))
+    refusals = [str(part.get("refusal") or "") for part in _objects(contents) if part.get("type") == "refusal"]
+    tokens = _tokens(reply.get("usage"))
+    only_reasoning = not text.strip() and any(item.get("type") == "reasoning" for item in items)
+    status, error = reply.get("status"), reply.get("error")
+    if status == "failed" or error:
+        return Reply(text, "failed", said_by(error) if error else "failed", *tokens)
+    if refusals:
+        return Reply(text, "refused", " ".join(refusals), *tokens)
+    if status == "incomplete":
+        details = reply.get("incomplete_details")
+        reason = str((details if isinstance(details, dict) else {}).get("reason") or "no reason given")
+        return Reply(text, "filtered" if reason == "content_filter" else "length", reason, *tokens, only_reasoning)
+    return Reply(text, "stop", "", *tokens, only_reasoning)
+
+
+_ENDS = {"content_filter": "filtered", "None": "stop", "eos": "stop", "error": "failed"}
+
+
+def _read_completion(reply: Mapping[str, Any]) -> Reply:
+    choices = reply["choices"]
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        problem = reply.get("error")
+        if problem:
+            return Reply("", "failed", said_by(problem), *_tokens(reply.get("usage")))
+        raise NoReply(f"{NO_REPLY}: no message among its choices")
+    text = "".join(_pieces(message.get("content"), "content"))
+    tokens = _tokens(reply.get("usage"))
+    reasoning = (
+        message.get("reasoning_content")
+        or message.get("reasoning")
+        or not isinstance(message.get("content"), str | None)
+    )
+    if error := choice.get("error") or reply.get("error"):
+        return Reply(text, "failed", said_by(error), *tokens)
+    if message.get("refusal"):
+        return Reply(text, "refused", str(message["refusal"]), *tokens)
+    word = str(choice.get("finish_reason"))
+    return Reply(text, _ENDS.get(word, word), word, *tokens, not text.strip() and bool(reasoning))
+
+
+def _pieces(content: Any, where: str) -> Iterable[str]:
+    """Texts of a message's content: itself, or those of its chunks that are no reasoning.
+
+    Raises:
+        NoReply: it is neither text nor chunks of it.
+    """
+    if content is None:
+        return
+    if isinstance(content, str):
+        yield content
+        return
+    if not isinstance(content, list):
+        raise NoReply(f"{NO_REPLY}: {where} is neither text nor a list")
+    for chunk in content:
+        if isinstance(chunk, str):
+            yield chunk
+        elif not isinstance(chunk, dict):
+            raise NoReply(f"{NO_REPLY}: {where} has a chunk that is no object")
+        elif chunk.get("type") in (None, "", "text", "output_text"):
+            text = chunk.get("text")
+            if text is not None and not isinstance(text, str):
+                raise NoReply(f"{NO_REPLY}: {where}.text is no text")
+            yield text or ""
+
+
+def _objects(contents: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
+    return (part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict))
+
+
+def _tokens(usage: Any) -> tuple[int | None, int | None]:
+    """Tokens in and out, by the names of either form."""
+    return _count(usage, "input_tokens", "prompt_tokens"), _count(usage, "output_tokens", "completion_tokens")
+
+
+def _count(usage: Any, *names: str) -> int | None:
+    for name in names:
+        value = usage.get(name) if isinstance(usage, dict) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
+            return int(value)
+    return None

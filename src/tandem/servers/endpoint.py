@@ -1,0 +1,112 @@
+"""How a server wants to be asked: found with the first requests, and kept. No network here."""
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from tandem.servers.address import ROUTES, Address
+from tandem.servers.dialects import Form, NoReply, Request, body_of, read_reply, refused_parameter
+
+NO_SUCH_ROUTE = (404, 405, 501)
+NOT_UNDERSTOOD = (400, 422)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One HTTP request: where, and what."""
+
+    url: str
+    body: dict[str, Any]
+    way: int  # number of the pair of base and form that it takes
+
+
+class Endpoint:
+    """The ways in which a server may be asked, pairs of address and form, and what its replies say of them.
+
+    Until a first reply a route that is not there leads to the next way; after it, the way stays. A parameter that the
+    server does not know is left out from then on, and that is said. Safe to use from several threads.
+    """
+
+    def __init__(self, address: Address, forms: Sequence[Form], known: Mapping[str, Any] | None = None) -> None:
+        """`forms` are tried in their order; `known` is the `state` of an earlier run with the same address."""
+        named = [form for form in forms if address.form in (None, form)]
+        self._ways = [(base, form) for form in named for base in address.bases]
+        self._way = 0
+        self._found = False
+        self._refusals: list[str] = []  # what the ways that were given up have said
+        self._lock = threading.Lock()
+        self.left_out: list[str] = []
+        if known is not None and (way := (known.get("base"), known.get("form"))) in self._ways:
+            self._way, self._found = self._ways.index(way), True  # type: ignore[arg-type]
+            self.left_out = [str(name) for name in known.get("left_out", [])]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was found out, to be kept."""
+        base, form = self._ways[self._way]
+        return {"base": base, "form": form, "left_out": sorted(self.left_out)}
+
+    @property
+    def form(self) -> Form:
+        """The form that requests have now."""
+        return self._ways[self._way][1]
+
+    @property
+    def tried(self) -> str:
+        """The ways that led nowhere, with what the server said."""
+        return "; ".join(self._refusals)
+
+    def attempt(self, request: Request) -> Attempt:
+        """The next HTTP request for `request`."""
+        with self._lock:
+            base, form = self._ways[self._way]
+            return Attempt(f"{base}{ROUTES[form]}", body_of(request, form, self.left_out), self._way)
+
+    def may_mend(self, attempt: Attempt, status: int, said: str, short: str) -> bool:
+        """Whether to try once more after an HTTP error: another way, or without the parameter that was refused.
+
+        Args:
+            said: the body of the error
+            short: the same for people, without secrets
+        """
+        with self._lock:
+            if not self._found and status in NO_SUCH_ROUTE:
+                return self._next_way(attempt, f"{attempt.url}: {short}")
+            if status not in NOT_UNDERSTOOD or (name := refused_parameter(attempt.body, said)) is None:
+                return False
+            if name not in self.left_out:
+                self.left_out.append(name)
+                instead = "max_tokens is sent instead" if name == "max_completion_tokens" else "it is left out"
+                tqdm.write(f"{attempt.url} does not take {name}: {instead} ({short})", file=sys.stderr)
+            return True
+
+    def accept(self, attempt: Attempt, body: str) -> bool:
+        """Whether what came with HTTP 200 is to be taken; else the next way is to be tried.
+
+        A page in HTML, or word of an unknown address, is what some servers send with 200 where no interface is.
+        """
+        with self._lock:
+            if self._found:
+                return True
+            try:
+                reply = read_reply(body)
+            except NoReply as problem:
+                return not self._next_way(attempt, f"{attempt.url}: {problem}")
+            words = reply.detail.lower()
+            if reply.end == "failed" and ("endpoint" in words or "route" in words):
+                return not self._next_way(attempt, f"{attempt.url}: {reply.detail}")
+            if reply.end != "failed":
+                self._found, self._way = True, attempt.way
+            return True
+
+    def _next_way(self, attempt: Attempt, why: str) -> bool:
+        if attempt.way == self._way:
+            self._refusals.append(why[:300])
+            if self._way + 1 == len(self._ways):
+                return False
+            self._way += 1
+        return self._way > attempt.way
