@@ -17,8 +17,8 @@ _KNOWN = {
 _OF_MESSAGES = ("prompt", "chosen", "rejected", "conversations", "history", "messages")
 _SIDES = ("chosen", "rejected")
 _ROLES = {
-    "developer": "system", "human": "user", "model": "assistant", "gpt": "assistant", "bot": "assistant",
-    "ai": "assistant", "chatgpt": "assistant", "chatbot": "assistant",
+    "developer": "system", "human": "user", "model": "assistant", "gpt": "assistant", "ai": "assistant",
+    "chatgpt": "assistant",
 }  # fmt: skip
 _CANONICAL = ("system", "user", "assistant", "tool")
 _KEYS = (("role", "content"), ("from", "value"))
@@ -122,13 +122,14 @@ def _answers(row: Row, notation: int) -> Row:
     """`row` with all messages in one notation; answers that are text become messages where the prompt is a list."""
     role_key, text_key = _KEYS[notation]
     other_role, other_text = _KEYS[1 - notation]
-    prompts = [name for name in ("prompt", "conversations") if _is_turns(row.get(name))]
+    plain = all(isinstance(row.get(side), str) for side in _SIDES)
+    plain = plain and any(_is_turns(row.get(name)) for name in ("prompt", "conversations"))
     changed: Row = {}
     for name in _OF_MESSAGES:
         value: Any = row.get(name)
         if _is_turns(value):
             changed[name] = [_in_notation(turn, (role_key, text_key), (other_role, other_text)) for turn in value]
-        elif name in _SIDES and prompts and isinstance(value, str):
+        elif name in _SIDES and plain:
             changed[name] = [{role_key: "assistant", text_key: value}]
     return {**row, **changed}
 
