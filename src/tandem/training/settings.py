@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import tandem
 from tandem.errors import UserError
 from tandem.options.training import TrainOptions
 from tandem.runs import CONFIG, RUN, contents, is_complete, sha256_json
@@ -126,10 +127,11 @@ def _commit() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tandem")
+    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
     return {
         "git_sha": _commit(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        # Not of the installed package `tandem`, which is a stranger's
+        "versions": {name: metadata.version(name) for name in packages} | {"tandem": tandem.__version__},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
