@@ -146,7 +146,7 @@ def test_a_missing_option_is_answered_at_once(script: str):
     assert usage.ru_utime + usage.ru_stime < 1
 
 
-@pytest.mark.parametrize("option", ["--learning-rate", "--bogus", "--padding_free"])
+@pytest.mark.parametrize("option", ["--learning-rate", "--bogus", "--trainable"])
 def test_an_unknown_option_is_answered_at_once(option: str):
     command = [sys.executable, str(ROOT / "scripts" / "dpo.py"), option, "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

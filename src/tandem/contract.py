@@ -138,6 +138,7 @@ MAIN = Contract(
         Borrowed(_TRAINER, "_initial_global_step", _CHECKPOINTS, _RESUMED),
         Borrowed(_TRAINER, "_run_epoch", _CHECKPOINTS, _RESUMED),
         Borrowed(_TRAINER, "_maybe_log_save_evaluate", _CHECKPOINTS, _RESUMED),
+        Borrowed(_TRAINER, "_determine_best_metric", _CHECKPOINTS, _RESUMED, takes=("self", "metrics", "trial")),
         Borrowed(_TRAINER, "_finalize_training", _CHECKPOINTS, _RESUMED),
         Borrowed(_TRAINER, "_save", _SHARDING, _TWO_PROCESSES),
         Borrowed(_TRAINER, "_prepare_for_training", _SHARDING, _TWO_PROCESSES),

@@ -37,7 +37,7 @@ from tandem.models.load import load_model, lora_config
 from tandem.models.sampling import SamplingOptions
 from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions
-from tandem.options.fields import options_of
+from tandem.options.fields import handed_on, options_of
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
@@ -81,6 +81,22 @@ TRAIN_CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "save_steps": (6, {}),
     "save_total_limit": (1, {}),
     "report_to": (["tensorboard"], {}),
+    "lr_scheduler_kwargs": ({"num_cycles": 2}, {"lr_scheduler_type": "cosine_with_restarts"}),
+    "optim_args": ("betas=(0.8,0.9)", {}),
+    "adam_beta1": (0.8, {}),
+    "adam_beta2": (0.95, {}),
+    "adam_epsilon": (1e-6, {}),
+    "logging_first_step": (True, {}),
+    "eval_delay": (2.0, {"eval_strategy": "epoch"}),
+    "eval_on_start": (True, {"eval_strategy": "epoch"}),
+    "load_best_model_at_end": (True, {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+    "metric_for_best_model": ("eval_rewards/margins", {"eval_strategy": "epoch", "early_stopping_patience": 2}),
+    "dataloader_num_workers": (2, {}),
+    "ddp_timeout": (60, {}),
+    "ddp_find_unused_parameters": (True, {}),
+    "full_determinism": (True, {}),
+    "neftune_noise_alpha": (5.0, {}),
+    "router_aux_loss_coef": (0.1, {}),
     "run_name": ("a name", {"report_to": ["tensorboard"]}),
 }
 DPO_CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -187,6 +203,57 @@ def test_the_layout_is_the_engines(
 def test_four_bits_are_asked_of_the_model(tiny_model: Path):
     with pytest.raises(UserError, match="--load_in_4bit needs bitsandbytes"):
         _trainable(ModelOptions(str(tiny_model)), LoraOptions(use_peft=True, load_in_4bit=True), 1)
+
+
+def test_tf32_is_handed_to_trl():
+    """Not through TRL's configuration: that refuses it where there is no such GPU."""
+    assert handed_on(TrainOptions(**TRAIN, tf32=False))["tf32"] is False
+    assert handed_on(TrainOptions(**TRAIN))["tf32"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "metric", "greater"),
+    [
+        ({}, "eval_loss", False),
+        ({"metric_for_best_model": "eval_rewards/accuracies"}, "eval_rewards/accuracies", True),
+        (
+            {"metric_for_best_model": "eval_rewards/accuracies", "greater_is_better": False},
+            "eval_rewards/accuracies",
+            False,
+        ),
+    ],
+)
+def test_which_evaluation_is_best(given: dict[str, Any], metric: str, greater: bool):
+    train = TrainOptions(**TRAIN, eval_strategy="epoch", early_stopping_patience=1, **given)
+    arguments = _arguments(train, ModelOptions("m"))
+    assert (arguments["metric_for_best_model"], arguments["greater_is_better"]) == (metric, greater)
+
+
+# Option → its value, PEFT's name for it, and the value that PEFT is given
+LORA_CHANGES: dict[str, tuple[Any, str, Any]] = {
+    "lora_exclude_modules": (["q_proj"], "exclude_modules", "q_proj"),
+    "lora_target_parameters": (["mlp.experts.gate_up_proj"], "target_parameters", ["mlp.experts.gate_up_proj"]),
+    "lora_modules_to_save": (["lm_head"], "modules_to_save", ["lm_head"]),
+    "lora_layers_to_transform": ([1], "layers_to_transform", [1]),
+    "lora_layers_pattern": (["layers"], "layers_pattern", ["layers"]),
+    "lora_rank_pattern": ({"q_proj": 3}, "rank_pattern", {"q_proj": 3}),
+    "lora_alpha_pattern": ({"q_proj": 5}, "alpha_pattern", {"q_proj": 5}),
+    "lora_bias": (True, "lora_bias", True),
+    "use_rslora": (True, "use_rslora", True),
+    "use_dora": (True, "use_dora", True),
+}
+
+
+@pytest.mark.parametrize("name", LORA_CHANGES)
+def test_what_an_adapter_is_reaches_peft(name: str):
+    value, theirs, expected = LORA_CHANGES[name]
+    also = {"lora_layers_to_transform": [0]} if name == "lora_layers_pattern" else {}
+    targets = {"lora_target_modules": ["q_proj", "v_proj"]}
+    before, after = (
+        lora_config(LoraOptions(use_peft=True, **(also | targets | change))) for change in ({}, {name: value})
+    )
+    assert before is not None and after is not None
+    assert getattr(after, theirs) == expected != getattr(before, theirs)
 
 
 def test_lora_dropout_reaches_peft():
@@ -538,6 +605,7 @@ PROOFS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("lora_r", "lora_alpha", "lora_target_modules"), "models/test_load.py::test_lora_options_reach_peft"
         ),
+        **dict.fromkeys(LORA_CHANGES, f"{HERE}::test_what_an_adapter_is_reaches_peft"),
         "lora_dropout": f"{HERE}::test_lora_dropout_reaches_peft",
         "load_in_4bit": f"{HERE}::test_four_bits_are_asked_of_the_model",
     },
@@ -547,6 +615,10 @@ PROOFS: dict[str, dict[str, str]] = {
     },
     "TrainOptions": {
         **dict.fromkeys(TRAIN_CHANGES, TRL),
+        "greater_is_better": f"{HERE}::test_which_evaluation_is_best",
+        "early_stopping_patience": "training/test_best_model.py::test_early_stopping",
+        "wandb_project": "training/test_stages.py::test_trackers_write_without_key_or_network",
+        "tf32": f"{HERE}::test_tf32_is_handed_to_trl",
         "global_batch_size": f"{HERE}::test_the_global_batch_size_sets_the_accumulation",
         "fp16": "options/test_training.py::test_options_across_classes",
         "use_cpu": f"{HERE}::test_the_cpu_where_there_is_an_accelerator",

@@ -92,7 +92,7 @@ TRAIN = {"output_dir": "out"}
             "--max_prompt_length must be below --max_length 1024, not 1024",
         ),
         (TrainOptions, TRAIN | {"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
-        (TrainOptions, TRAIN | {"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
+        (TrainOptions, TRAIN | {"logging_steps": 0}, "--logging_steps must be above 0, not 0"),
         (TrainOptions, TRAIN | {"max_train_samples": -1}, "--max_train_samples must be at least 1, not -1"),
         (TrainOptions, TRAIN | {"max_steps": 0}, "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
         (TrainOptions, TRAIN | {"num_train_epochs": 0.0}, "--num_train_epochs must be above 0, not 0.0"),

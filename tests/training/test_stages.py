@@ -594,7 +594,8 @@ def test_trackers_write_without_key_or_network(tmp_path: Path, train: Train, mon
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train("dpo", tmp_path / "out", report_to=["wandb", "tensorboard"], run_name="tiny")
+    train("dpo", tmp_path / "out", report_to=["wandb", "tensorboard"], run_name="tiny", wandb_project="mine")
+    assert wandb.run is not None and wandb.run.project == "mine"
     wandb.finish()  # as the end of a process does
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     waited = 0.0

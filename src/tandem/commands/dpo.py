@@ -1,6 +1,7 @@
 """Train a policy on preference pairs with DPO, from a model or an SFT adapter."""
 
 from tandem import contract
+from tandem.options.migration import COUNTERPARTS
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions, explain_unknown
 from tandem.training.option_sets import DPOOptionSet, check, classes
@@ -14,6 +15,7 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         explain_unknown=explain_unknown,
         check=check,
+        foreign=COUNTERPARTS,
     )
     run = DPOOptionSet(*options)
     contract.check()

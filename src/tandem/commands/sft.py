@@ -1,6 +1,7 @@
 """Fine-tune a model on the chosen answers, the step before DPO."""
 
 from tandem import contract
+from tandem.options.migration import COUNTERPARTS
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions, explain_unknown
 from tandem.training.option_sets import SFTOptionSet, check, classes
@@ -14,6 +15,7 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         explain_unknown=explain_unknown,
         check=check,
+        foreign=COUNTERPARTS,
     )
     run = SFTOptionSet(*options)
     contract.check()

@@ -272,13 +272,27 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None) -> "Lora
         return None
     from peft import LoraConfig
 
-    modules: list[str] | str = options.lora_target_modules
+    # As TRL: one name alone is a regex, several are ends of names
+    targets, excluded = (
+        names[0] if len(names) == 1 else names or None
+        for names in (options.lora_target_modules, options.lora_exclude_modules)
+    )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_modules=targets,
+        exclude_modules=excluded,
+        target_parameters=options.lora_target_parameters or None,
+        modules_to_save=options.lora_modules_to_save or None,
+        layers_to_transform=options.lora_layers_to_transform or None,
+        layers_pattern=options.lora_layers_pattern or None,
+        rank_pattern=options.lora_rank_pattern or {},
+        alpha_pattern=options.lora_alpha_pattern or {},
+        lora_bias=options.lora_bias,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
         revision=_revision(base) if base is not None else None,
     )
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a wrong command line is answered at once
 """
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -118,6 +119,8 @@ def shown(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, list):
         return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 

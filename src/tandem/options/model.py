@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
@@ -34,10 +35,38 @@ class LoraOptions(Options):
         below=1,
         needs=("use_peft", "disable_dropout=false"),
     )
-    lora_target_modules: list[str] = opt(["all-linear"], "modules to adapt", needs="use_peft")
+    lora_target_modules: list[str] = opt(
+        ["all-linear"],
+        "modules to adapt, by the ends of their names; one alone is a regex",
+        needs="use_peft",
+    )
+    lora_exclude_modules: list[str] = opt([], "modules not to adapt, likewise", needs="use_peft")
+    lora_target_parameters: list[str] = opt(
+        [],
+        "parameters to adapt that are no module's weight, as mlp.experts.gate_up_proj",
+        needs="use_peft",
+    )
+    lora_modules_to_save: list[str] = opt(
+        [],
+        "modules to train whole and save with the adapter, as lm_head and embed_tokens for new tokens",
+        needs="use_peft",
+    )
+    lora_layers_to_transform: list[int] = opt([], "layers to adapt, counted from 0; none named: all", needs="use_peft")
+    lora_layers_pattern: list[str] = opt(
+        [], "what the list of layers is called, where PEFT does not find it", needs="use_peft"
+    )
+    lora_rank_pattern: dict[str, Any] | None = opt(
+        None, 'ranks of some modules, as {"q_proj": 32}; the others have --lora_r', needs="use_peft"
+    )
+    lora_alpha_pattern: dict[str, Any] | None = opt(None, "likewise, of --lora_alpha", needs="use_peft")
+    lora_bias: bool = opt(False, "a bias in the adapter's second matrix", needs="use_peft")
+    use_rslora: bool = opt(False, "scale by alpha / √r: Kalajdzievski 2023", needs="use_peft")
+    use_dora: bool = opt(False, "learn sizes of columns apart from directions: Liu et al. 2024", needs="use_peft")
     load_in_4bit: bool = opt(False, "QLoRA: hold the base model in 4 bits (CUDA, extra: quantization)")
 
     def conflicts(self) -> Iterator[str]:
+        if self.lora_layers_pattern and not self.lora_layers_to_transform:
+            yield "--lora_layers_pattern has no effect without --lora_layers_to_transform"
         if self.load_in_4bit and not self.use_peft:
             yield "--load_in_4bit needs --use_peft: weights in 4 bits cannot be trained themselves"
 

@@ -5,12 +5,13 @@ Nothing heavy is imported here, so that a wrong command line is answered at once
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import yaml
 from tandem.credentials import hide, holds_secret, names_secret
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, Option, names_of, options_of, refuse, shown
+from tandem.options.migration import Counterpart, translated
 from tandem.options.rules import broken_rules
 from tandem.runs import write_atomic
 
@@ -47,6 +49,8 @@ def convert(option: Option, value: Any, where: str) -> Any:
 
 
 def _as_kind(kind: Any, value: Any) -> Any:
+    if typing.get_origin(kind) is dict:
+        return _as_mapping(value)
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         return [_as_kind(typing.get_args(kind)[0], item) for item in items]
@@ -73,12 +77,31 @@ def _as_kind(kind: Any, value: Any) -> Any:
     return kind(value)
 
 
+def _as_mapping(value: Any) -> dict[str, Any]:
+    """A mapping of a YAML file, whose values are texts yet, or one written as JSON on the command line."""
+    mapping = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(mapping, dict):
+        raise TypeError
+    return {str(name): _as_json(each) for name, each in mapping.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def _lower(value: Any) -> str:
     return str(value).lower()
 
 
 def _kind_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if typing.get_origin(kind) is dict:
+        return 'a mapping, as {"name": 1}'
     if typing.get_origin(kind) is list:
         return f"a list ({_kind_name(typing.get_args(kind)[0])} each)"
     if typing.get_origin(kind) is Literal:
@@ -206,6 +229,7 @@ def parse(
     description: str = "",
     explain_unknown: Callable[[str], str | None] = _no_explanation,
     check: Callable[..., None] = _no_check,
+    foreign: Mapping[str, Counterpart] = {},
 ) -> tuple[Any, ...]:
     """Instances of the dataclasses `classes`, from defaults, then `--config FILE`, then the command line.
 
@@ -214,6 +238,7 @@ def parse(
         classes: their options together are the program's.
         prog, description: for `--help`.
         explain_unknown: why an option of this name is not known, where there is something to say.
+        foreign: options of other programs that are taken under another name, dropped or refused, each with a line.
         check: raises a `UserError` on instances that do not go together; it must bear values that a class refuses.
 
     Raises:
@@ -222,6 +247,8 @@ def parse(
             value that is missing or of the wrong type is not told.
     """
     parser = _build_parser(classes, prog, description)
+    for name in foreign.keys() - {option.name for cls in classes for option in options_of(cls)}:
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     namespace, extra = parser.parse_known_args(list(argv))
     given = vars(namespace)
     known = {option.name: option for cls in classes for option in options_of(cls)}
@@ -235,8 +262,11 @@ def parse(
     from_yaml = _read_yaml(config_file) if config_file else {}
     for source, mapping in ((f"--config {config_file}", from_yaml), ("command line", given)):
         for name, value in mapping.items():
-            sources[name] = source
             try:
+                name, value = translated(name, value, mapping, known, foreign, source)
+                if not name:
+                    continue
+                sources[name] = source
                 if name not in known:
                     misspelt = True
                     raise unknown_option(name, list(known), source, explain_unknown)

@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tandem import contract
 from tandem.errors import UserError
@@ -21,11 +21,13 @@ from tandem.options.trl_names import TRL_OPTIONS
 
 LAYOUTS = ("shared", "packed", "padded")
 SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau",
 )  # fmt: skip
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit")
 
 
+_NO_ADAM = "optim=sgd|adafactor"
 _SET_BY_DEBUG = "debug, which sets it itself"
 
 
@@ -59,6 +61,9 @@ class TrainOptions(Options):
     )
     learning_rate: float = opt(1e-6, "peak learning rate", low=0, trl=True)
     lr_scheduler_type: str = opt("linear", "learning rate schedule", choices=SCHEDULES, trl=True)
+    lr_scheduler_kwargs: dict[str, Any] | None = opt(
+        None, 'the schedule\'s own settings, as {"min_lr_rate": 0.1} for cosine_with_min_lr', trl=True
+    )
     warmup_steps: float = opt(
         0.0,
         "steps of warm-up; below 1: as a share of all steps",
@@ -71,6 +76,10 @@ class TrainOptions(Options):
     optim: str = opt(
         "adamw_torch", "optimizer; those of 8 bits need the extra quantization", choices=OPTIMIZERS, trl=True
     )
+    optim_args: str | None = opt(None, "the optimizer's own settings, as name=value,name=value", trl=True)
+    adam_beta1: float = opt(0.9, "AdamW: decay of the mean of gradients", low=0, below=1, unless=_NO_ADAM, trl=True)
+    adam_beta2: float = opt(0.999, "AdamW: decay of the mean of squares", low=0, below=1, unless=_NO_ADAM, trl=True)
+    adam_epsilon: float = opt(1e-8, "AdamW: added to the denominator", above=0, unless=_NO_ADAM, trl=True)
     seed: int = opt(42, "seed of adapters, data order and dropout", low=0, trl=True)
     bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
     fp16: bool = opt(False, "float16 autocast", trl=True)
@@ -86,18 +95,32 @@ class TrainOptions(Options):
     )
     max_train_samples: int | None = opt(None, "use the first N training pairs", low=1, unless=_SET_BY_DEBUG)
     max_eval_samples: int | None = opt(None, "use the first N held-out pairs", low=1, needs="eval_strategy!=no")
-    logging_steps: int = opt(10, "optimizer steps between two logs", low=1, unless=_SET_BY_DEBUG, trl=True)
+    logging_steps: float = opt(
+        10, "optimizer steps between two logs; below 1: a share of all steps", above=0, unless=_SET_BY_DEBUG, trl=True
+    )
+    logging_first_step: bool = opt(False, "log the first step as well", trl=True)
     eval_strategy: str = opt("no", "when to evaluate on the held-out pairs", choices=("no", "steps", "epoch"), trl=True)
-    eval_steps: int | None = opt(
-        None, "optimizer steps between evaluations, with --eval_strategy steps", low=1, trl=True
+    eval_steps: float | None = opt(
+        None,
+        "optimizer steps between evaluations, with --eval_strategy steps; below 1: a share of all steps",
+        above=0,
+        trl=True,
     )
+    eval_delay: float = opt(
+        0, "no evaluation before this many steps, or epochs", low=0, needs="eval_strategy!=no", trl=True
+    )
+    eval_on_start: bool = opt(False, "evaluate before the first step", needs="eval_strategy!=no", trl=True)
     save_strategy: str = opt(
-        "steps", "when to save a checkpoint", choices=("no", "steps", "epoch"), unless=_SET_BY_DEBUG, trl=True
+        "steps",
+        "when to save a checkpoint; best: when an evaluation was the best so far",
+        choices=("no", "steps", "epoch", "best"),
+        unless=_SET_BY_DEBUG,
+        trl=True,
     )
-    save_steps: int = opt(
+    save_steps: float = opt(
         500,
-        "optimizer steps between checkpoints, with --save_strategy steps",
-        low=1,
+        "optimizer steps between checkpoints, with --save_strategy steps; below 1: a share of all steps",
+        above=0,
         needs="save_strategy=steps",
         unless=_SET_BY_DEBUG,
         trl=True,
@@ -105,11 +128,37 @@ class TrainOptions(Options):
     save_total_limit: int | None = opt(
         3, "keep this many checkpoints; none: all", low=1, unless="save_strategy=no", trl=True
     )
+    load_best_model_at_end: bool = opt(
+        False, "the model saved at the end is that of the best evaluation", needs="eval_strategy!=no", trl=True
+    )
+    metric_for_best_model: str | None = opt(
+        None, "what an evaluation is best by, as eval_rewards/accuracies; unset: its loss", trl=True
+    )
+    greater_is_better: bool | None = opt(
+        None, "whether a greater one is; unset: yes, unless it is a loss", needs="metric_for_best_model!=none", trl=True
+    )
+    early_stopping_patience: int | None = opt(
+        None, "stop after this many evaluations without a better one", low=1, needs="eval_strategy!=no"
+    )
     resume_from_checkpoint: str = opt("auto", "auto: the last complete checkpoint; no: start over; or its folder")
     allow_changed: list[str] = opt([], "options that may differ from those of the run that is resumed")
     report_to: list[str] = opt(["none"], "trackers", choices=("none", "wandb", "tensorboard", "trackio"), trl=True)
+    wandb_project: str | None = opt(
+        None, "project of the run in wandb; unset: $WANDB_PROJECT, else tandem", needs="report_to=wandb"
+    )
     run_name: str | None = opt(None, "name of the run in the trackers", needs="report_to!=none", trl=True)
     mount_dir: str | None = opt(None, "mirror checkpoints, the final model and logs into this folder at every save")
+    dataloader_num_workers: int = opt(0, "processes that make batches ahead of the step", low=0, trl=True)
+    ddp_timeout: int = opt(1800, "seconds that a process waits for the others", low=1, trl=True)
+    ddp_find_unused_parameters: bool | None = opt(
+        None, "DDP: look for parameters that a step left out; for a model part of which pairs never reach", trl=True
+    )
+    tf32: bool | None = opt(None, "multiply float32 in TensorFloat-32, on GPUs that can", trl=True)
+    full_determinism: bool = opt(False, "deterministic kernels alone: slower", trl=True)
+    neftune_noise_alpha: float | None = opt(None, "NEFTune: size of the noise on embeddings", above=0, trl=True)
+    router_aux_loss_coef: float | None = opt(
+        None, "weight of the loss that spreads tokens over experts; unset: the model's own", low=0, trl=True
+    )
     debug: bool = opt(False, "32 pairs, 4 steps, every step logged, anomaly detection on")
 
     def conflicts(self) -> Iterator[str]:
@@ -117,6 +166,24 @@ class TrainOptions(Options):
             yield "--bf16 and --fp16 exclude each other"
         if (self.eval_steps is not None) != (self.eval_strategy == "steps"):
             yield "--eval_steps and --eval_strategy steps need each other"
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            yield "--save_strategy best needs --eval_strategy"
+        if self.load_best_model_at_end and self.save_strategy not in ("best", self.eval_strategy):
+            yield (
+                f"--load_best_model_at_end needs a checkpoint of every evaluation: --save_strategy best, or "
+                f"{self.eval_strategy} as --eval_strategy, not {self.save_strategy}"
+            )
+        if self.metric_for_best_model is not None and not self.needs_best:
+            yield (
+                "--metric_for_best_model has no effect without --load_best_model_at_end, --save_strategy best, "
+                "--early_stopping_patience or --lr_scheduler_type reduce_lr_on_plateau"
+            )
+        if self.lr_scheduler_type == "reduce_lr_on_plateau" and self.eval_strategy == "no":
+            yield "--lr_scheduler_type reduce_lr_on_plateau needs --eval_strategy: it waits for evaluations"
+        for name in ("logging_steps", "save_steps", "eval_steps"):
+            steps = getattr(self, name)
+            if steps is not None and steps > 1 and steps != int(steps):
+                yield f"--{name} must be a whole number, or below 1 a share of all steps, not {steps}"
         if "none" in self.report_to and len(self.report_to) > 1:
             yield "--report_to none excludes other trackers"
         if "8bit" in self.optim and importlib.util.find_spec("bitsandbytes") is None:
@@ -127,6 +194,13 @@ class TrainOptions(Options):
                 yield f"--{name} {folder}: is a file"
         if self.mount_dir and Path(self.mount_dir).resolve().is_relative_to(Path(self.output_dir).resolve()):
             yield f"--mount_dir {self.mount_dir} is inside of --output_dir, which would mirror the mirror"
+
+    @property
+    def needs_best(self) -> bool:
+        """Whether evaluations are compared with each other."""
+        plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"
+        stops = self.early_stopping_patience is not None
+        return self.load_best_model_at_end or self.save_strategy == "best" or stops or plateau
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches per optimizer step on each of so many data-parallel processes.

@@ -44,7 +44,7 @@ from tandem.training.mirror import Mirror
 from tandem.training.settings import changes, check_changes, contents_of, environment, run_in, settings_of
 from tandem.training.storage import storage_errors
 from tandem.training.trackers import join_trackers
-from tandem.training.trainers.callbacks import Preemption, RateProgress
+from tandem.training.trainers.callbacks import EarlyStop, Preemption, RateProgress
 from tandem.training.trainers.checkpoints import refuse_code, steps_done
 
 # What the surroundings of a run, such as Ray, want called as well
@@ -116,6 +116,8 @@ class Session:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RateProgress(self.unit))
         join_trackers(trainer, self.options, self.folder, self.id, steps_done(resume_from) if resume_from else 0)
+        if self.options.early_stopping_patience:
+            trainer.add_callback(EarlyStop(self.options.early_stopping_patience))
         for callback in ADDED_CALLBACKS:
             trainer.add_callback(callback)
         if self._mirror:

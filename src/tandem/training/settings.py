@@ -16,7 +16,7 @@ from tandem.runs import CONFIG, RUN, contents, is_complete, sha256_json
 # Options that change how a run is watched or where it lies, not what it computes: they may differ when it is resumed
 _FREE_ON_RESUME = {
     "logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "allow_changed",
-    "save_total_limit", "output_dir",
+    "save_total_limit", "output_dir", "logging_first_step", "wandb_project", "dataloader_num_workers", "ddp_timeout",
 }  # fmt: skip
 # These come back from the checkpoint with the optimizer's state, so that another value would change nothing
 _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}

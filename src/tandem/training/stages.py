@@ -42,6 +42,7 @@ def run_sft(run: SFTOptionSet) -> None:
         splits = _splits(run, tokenizer)
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
+        _check_experts(run.train, policy)
         session.start(splits["train_dataset"])
         examples = {name: _examples(rows) for name, rows in splits.items()}
         session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
@@ -61,6 +62,7 @@ def run_dpo(run: DPOOptionSet) -> None:
         splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
+        _check_experts(run.train, policy)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"])
         logs_dir = session.folder / "logs"
@@ -126,6 +128,11 @@ def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
     return loaded
 
 
+def _check_experts(train: TrainOptions, policy: Any) -> None:
+    if train.router_aux_loss_coef and not hasattr(policy.config.get_text_config(), "output_router_logits"):
+        raise UserError("--router_aux_loss_coef has no effect: the model has no experts")
+
+
 def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
     arguments = handed_on(train)
@@ -136,6 +143,10 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
     check_launch(os.environ, arguments, cpu_asked=train.use_cpu, tp_size=train.tp_size)
     checkpointing = train.gradient_checkpointing
+    if arguments["metric_for_best_model"] is None and train.needs_best:
+        arguments["metric_for_best_model"] = "eval_loss"
+    if arguments["greater_is_better"] is None and arguments["metric_for_best_model"] is not None:
+        arguments["greater_is_better"] = not arguments["metric_for_best_model"].endswith("loss")
     arguments["gradient_checkpointing"] = not is_lazy() if checkpointing is None else checkpointing
     if train.debug:
         arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}

@@ -43,7 +43,7 @@ def join_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: str
         import wandb
 
         wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tandem"),
+            project=options.wandb_project or os.environ.get("WANDB_PROJECT", "tandem"),
             name=options.run_name,
             id=os.environ.get("WANDB_RUN_ID", run_id),
             resume="allow",

@@ -83,3 +83,24 @@ class Preemption(TrainerCallback):
         if self.came:
             control.should_save = control.should_training_stop = True
         return control
+
+
+class EarlyStop(TrainerCallback):
+    """Stops the training after `patience` evaluations of which none was better than the best before them.
+
+    It looks at all that was logged, so that a resumed run stops where one that was never stopped does.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        values = [log[name] for log in state.log_history if name in log]
+        best = (max if args.greater_is_better else min)(values)
+        since = len(values) - 1 - values.index(best)
+        if since >= self._patience:
+            logger.info("stopped: %d evaluations without a better %s than %.4g", since, name, best)
+            control.should_training_stop = True

@@ -84,8 +84,10 @@ class CompleteCheckpoints:
         if self.args.should_save:
             write_manifest(folder)
             if limit is not None:
+                best = Path(self.state.best_model_checkpoint or "").name if self.args.load_best_model_at_end else ""
                 for old in [path for path in checkpoints(self.args.output_dir) if is_complete(path)][:-limit]:
-                    discard(old)
+                    if old.name != best:
+                        discard(old)
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint:
@@ -108,6 +110,14 @@ class CompleteCheckpoints:
             )
             self.control.should_evaluate &= not evaluated
         super()._maybe_log_save_evaluate(*arguments, **keywords)  # type: ignore[misc]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            better: bool = super()._determine_best_metric(metrics=metrics, trial=trial)  # type: ignore[misc]
+        except KeyError:
+            asked, there = self.args.metric_for_best_model, ", ".join(sorted(metrics))
+            raise UserError(f"--metric_for_best_model {asked}: an evaluation has {there}") from None
+        return better
 
     def _nothing_left(self) -> bool:
         steps: int = self.state.global_step

@@ -26,6 +26,8 @@ def check_gaudi(
         problems.append("--load_in_4bit needs CUDA")
     if train.tp_size > 1:
         problems.append("--tp_size is not there on Gaudi")
+    if train.router_aux_loss_coef is not None:
+        problems.append("--router_aux_loss_coef is not there on Gaudi: the model's own counts")
     if model.attn_implementation:
         problems.append("--attn_implementation: on Gaudi it is --use_flash_attention")
     if lazy and train.gradient_checkpointing:
@@ -50,7 +52,8 @@ def training_arguments(arguments: Mapping[str, Any], *, lazy: bool, graphs: bool
         lazy: run in lazy mode.
         graphs: record the training step as an HPU graph, where lazy mode and recomputation allow it.
     """
-    own = {name: value for name, value in arguments.items() if name not in ("trust_remote_code", "accelerator_config")}
+    only_trl = ("trust_remote_code", "accelerator_config", "router_aux_loss_coef")  # `check_gaudi` refuses the last
+    own = {name: value for name, value in arguments.items() if name not in only_trl}
     on_hpu = not own["use_cpu"]
     warmup = own.pop("warmup_steps")
     own |= {"warmup_ratio": warmup} if warmup < 1 else {"warmup_steps": int(warmup)}
@@ -61,7 +64,6 @@ def training_arguments(arguments: Mapping[str, Any], *, lazy: bool, graphs: bool
         "use_hpu_graphs_for_training": lazy and graphs and not own["gradient_checkpointing"],
         "half_precision_backend": "hpu_amp" if on_hpu else "cpu_amp",
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "adam_epsilon": 1e-8,  # transformers' default, where optimum-habana has 1e-6: a recipe means one thing
         "remove_unused_columns": False,
         "non_blocking_data_copy": on_hpu,
         "dataloader_pin_memory": False,
