@@ -571,6 +571,7 @@ LINE = "test_command_lines.py::"
 
 PAIRED = "rounds/test_pairs.py::"
 DRAWN = "rounds/test_sample.py::"
+SCORED = "rounds/test_score.py::"
 
 PROOFS: dict[str, dict[str, str]] = {
     "SampleOptions": {
@@ -579,6 +580,23 @@ PROOFS: dict[str, dict[str, str]] = {
         "parts": f"{DRAWN}test_parts_are_other_prompts",
         "part": f"{DRAWN}test_parts_are_other_prompts",
         "with_chosen": f"{DRAWN}test_several_models_and_the_datas_own_answers",
+    },
+    "ScoreOptions": {
+        "samples": f"{SCORED}test_a_function_scores_and_non_answers_get_none",
+        "output_dir": f"{SCORED}test_a_function_scores_and_non_answers_get_none",
+        "reward_models": f"{SCORED}test_reward_models_are_joined",
+        "reward_combine": f"{SCORED}test_reward_models_are_joined",
+        "reward_batch_size": f"{SCORED}test_reward_models_are_joined",
+        "reward_dtype": f"{SCORED}test_reward_models_are_joined",
+        "score_function": f"{SCORED}test_a_function_scores_and_non_answers_get_none",
+        "judge_model": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
+        "judge_base_url": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
+        "judge_mode": f"{SCORED}test_marks_by_a_rubric",
+        "rubric": f"{SCORED}test_marks_by_a_rubric",
+        "judge_max_output_tokens": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
+        "judge_concurrency": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
+        "judge_temperature": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
+        "rank_by": f"{SCORED}test_reward_models_are_joined",
     },
     "PairOptions": {
         "scores": f"{PAIRED}test_best_and_worst_with_their_provenance",

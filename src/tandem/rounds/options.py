@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tandem.answers.generate import GenerateOptions
 from tandem.errors import UserError
-from tandem.options.fields import REQUIRED, opt
+from tandem.options.fields import REQUIRED, changed, flags, opt
 from tandem.options.rules import Options
 from tandem.rounds import select
 from tandem.rounds.names import DATA, PAIRS, PAIRS_REPORT
@@ -41,6 +41,64 @@ class SampleOptions(GenerateOptions):
         if len(items) < self.parts:
             raise UserError(f"--parts {self.parts}: there are only {len(items)} prompts to deal")
         return list(items[self.part - 1 :: self.parts])
+
+
+@dataclass
+class ScoreOptions(Options):
+    """Scores."""
+
+    samples: str = opt(REQUIRED, "samples.jsonl of sample.py; or lines with prompt and text")
+    output_dir: str = opt(REQUIRED, "folder for scores.jsonl, scores_report.json and scores_cache.jsonl")
+    reward_models: list[str] = opt([], "score by these sequence classifiers with one output: folders or Hub names")
+    reward_combine: str = opt(
+        "mean",
+        "of several reward models: the mean or least of their scores ranks; each: the first of them does, or --rank_by",
+        choices=("mean", "min", "each"),
+    )
+    reward_batch_size: int = opt(8, "conversations in a batch of a reward model", low=1)
+    reward_dtype: str | None = opt(
+        None,
+        "type of a reward model's weights; unset: bfloat16 on a GPU that multiplies it, else float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    score_function: str | None = opt(
+        None, "score by your own function(prompt, answer, row) -> float, as module:function or file.py:function"
+    )
+    judge_model: str | None = opt(None, "score by this judge, as the server at --judge_base_url names it")
+    judge_base_url: str | None = opt(None, "the judge's server; unset: OpenAI's", needs="judge_model!=none")
+    judge_mode: str = opt(
+        "pairwise",
+        "answers to a prompt are compared in both orders, or each is marked by a rubric",
+        choices=("pairwise", "rubric"),
+        needs="judge_model!=none",
+    )
+    rubric: str | None = opt(None, "text file that says how to mark an answer from 1 to 10", needs="judge_mode=rubric")
+    judge_max_output_tokens: int = opt(2048, "longest reply of the judge", low=1, needs="judge_model!=none")
+    judge_concurrency: int = opt(8, "requests to the judge at a time", low=1, needs="judge_model!=none")
+    judge_temperature: float | None = opt(None, "sampling temperature of the judge", low=0, needs="judge_model!=none")
+    rank_by: str | None = opt(
+        None, "of several scorers, the one whose score ranks, as reward:NAME, function:NAME, judge:NAME"
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        names = self.scorers
+        of_rewards = [name for name in changed(self) if name.startswith("reward_")]
+        if of_rewards and not self.reward_models:
+            yield f"{flags(of_rewards)} no effect without --reward_models"
+        if not names:
+            yield "nothing to score by: give --reward_models, --score_function or --judge_model"
+        if len({name.split(":")[0] for name in names}) > 1 and self.rank_by is None:
+            yield f"--rank_by is required with several scorers: one of {', '.join(names)}"
+        if self.rank_by is not None and self.rank_by not in names:
+            yield f"--rank_by {self.rank_by}: is none of {', '.join(names)}"
+        if len(set(self.reward_models)) < len(self.reward_models):
+            yield f"--reward_models {' '.join(self.reward_models)}: one is there twice"
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of the scorers, in the order in which they are asked."""
+        own = [("function", self.score_function), ("judge", self.judge_model)]
+        return [f"reward:{name}" for name in self.reward_models] + [f"{kind}:{name}" for kind, name in own if name]
 
 
 @dataclass

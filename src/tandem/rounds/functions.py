@@ -1,0 +1,75 @@
+"""Scores of a function of the user's, for answers that code can check."""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tandem.data.formats import Message
+from tandem.errors import UserError, one_line
+from tandem.options.losses import load_object
+
+FIRST = 10  # answers of which one at least must get its score
+
+ScoreFunction = Callable[[Sequence[Message], str, Mapping[str, Any]], Any]
+
+
+class Function:
+    """`function(prompt, answer, row) -> float`: prompt as messages, answer as text, row as the data has it.
+
+    None is no score; an exception is none either, and is told with its reason.
+
+    Raises:
+        UserError: there is no such function.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            self._function: ScoreFunction = load_object(name)
+        except UserError as error:
+            raise UserError(str(error).replace("--loss_type", "--score_function")) from None
+        if not callable(self._function):
+            raise UserError(f"--score_function {name}: is a {type(self._function).__name__}, not a function")
+        self.name = name
+        self._asked = self._scored = 0
+
+    @property
+    def version(self) -> str:
+        """A digest of the file that the function is in: what it has scored counts until that changes."""
+        try:
+            source = inspect.getsource(inspect.getmodule(self._function) or self._function)  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            try:
+                source = inspect.getsource(self._function)
+            except (OSError, TypeError):
+                source = self.name
+        return hashlib.sha256(source.encode(errors="replace")).hexdigest()[:16]
+
+    def score(self, messages: Sequence[Message], answer: str, row: Mapping[str, Any]) -> tuple[float | None, str]:
+        """A finite score, or None and why.
+
+        Raises:
+            UserError: none of the first answers could be scored for exceptions, or the function gives no number.
+        """
+        self._asked += 1
+        try:
+            value = self._function([dict(message) for message in messages], answer, dict(row))  # type: ignore[arg-type]
+        except Exception as error:  # it is the user's, and an answer may be anything
+            reason = one_line(f"{type(error).__name__}: {error}")[:200]
+            if not self._scored and self._asked >= FIRST:
+                raise UserError(
+                    f"--score_function {self.name}: failed on all of {self._asked} answers: {reason}"
+                ) from error
+            return None, f"error: {reason}"
+        if value is None:
+            self._scored += 1
+            return None, "no_score"
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"--score_function {self.name}: must give a number or None, not {type(value).__name__}"
+            ) from None
+        self._scored += 1
+        return (number, "") if math.isfinite(number) else (None, "not_finite")
