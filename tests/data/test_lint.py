@@ -176,6 +176,16 @@ def test_every_kind_has_a_level_and_pairs_of_it_can_be_dropped_where_it_is_about
     assert str(Finding("identical", "train", 1, 2)).startswith("train: 1 of 2 pairs have")
 
 
+def test_a_system_message_that_is_cut_whole():
+    system = {"role": "system", "content": "Answer in French, " * 4}
+    rows = [pair([system, *turns("q")], turns("a b", first="assistant"), turns("c d", first="assistant"), 1)]
+    limits = {20: True, 200: False}
+    for limit, is_cut in limits.items():
+        names = {each.name for each in lint({"train": rows}, tiny.tokenizer(), TextOptions(max_prompt_length=limit))[1]}
+        assert ("system_cut" in names) == is_cut
+        assert ("prompt_cut" in names) == is_cut
+
+
 def test_several_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch):
     rows = [
         pair(f"question {i} {tiny.WORDS[i % 20]}", f"answer {i}", "same" if i % 7 else f"answer {i}", i)

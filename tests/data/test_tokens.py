@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tandem.data.texts import render, tokenize_pair, trim_prompt
 from tandem.data.tokens import Seen, check_seen, role_spans, see, special_ids, special_texts
@@ -67,6 +68,20 @@ def test_an_answer_that_the_other_begins_with_differs_at_its_end():
 
 def test_a_trimmed_prompt():
     assert one(pair("q" * 30, "abc", "abd"), max_prompt_length=10) == {"prompt_cut": "cut to 10 tokens"}
+
+
+def test_a_tokenizer_that_ends_an_answer_again():
+    """In plain text an end token of ours stands behind the answer, and some tokenizers add another."""
+    tokenizer = tiny.tokenizer()
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", None, [(end, tokenizer.eos_token_id)])
+    text = TextOptions(use_chat_template=False)
+    (seen,) = see([GOOD], tokenizer, text)
+    assert isinstance(seen, Seen)
+    assert seen.chosen_ids[-2:] == [tokenizer.eos_token_id] * 2
+    assert "closed_twice" in check_seen(seen, tokenizer, text, special_ids(tokenizer))
+    twice = tiny.TEMPLATE.replace(" + eos_token", " + eos_token + eos_token")
+    assert one(GOOD, twice)["closed_twice"].startswith("chosen ends ")
 
 
 def test_single_token():

@@ -129,10 +129,18 @@ class _Reader:
                 found["template_refuses"][row] = seen
                 continue
             tokens[row] = [len(seen.prompt_ids), len(seen.chosen_ids), len(seen.rejected_ids)]
+            if seen.is_trimmed and (system := _system_of(pair)) and not _system_of(seen.row):
+                found["system_cut"][row] = f"{system[:60]!r}"
             for name, what in check_seen(seen, tokenizer, self.text, self.special_ids).items():
                 found[name][row] = what
             if special := next((hit for _, part in texts(pair) if (hit := self.special_texts.search(part))), None):
                 found["special_tokens"][row] = special.group()
+
+
+def _system_of(pair: Row) -> str:
+    """The system message of a pair's prompt, or nothing."""
+    prompt = pair["prompt"]
+    return prompt[0]["content"] if not isinstance(prompt, str) and prompt[0]["role"] == "system" else ""
 
 
 def _compared(pair: Row) -> list[str]:

@@ -12,7 +12,7 @@ from tandem.options.rules import Options
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
-    "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns",
+    "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns", "min_score_margin",
 )  # fmt: skip
 
 
@@ -48,6 +48,9 @@ class DataOptions(Options):
     ignore_columns: list[str] = opt(
         [], "columns to leave out, and with a dot before them keys of messages: context .weight"
     )
+    min_score_margin: float | None = opt(
+        None, "leave out pairs whose score_chosen less score_rejected is not above this", low=0
+    )
     max_bad_rows: int = opt(0, "skip and list up to this many rows that cannot be read", low=0)
 
     def conflicts(self) -> Iterator[str]:
@@ -82,9 +85,10 @@ class DataOptions(Options):
 # Findings about single pairs, which --fix drop_NAME takes out; data.lint.KINDS says what they are
 DROPPABLE = (
     "identical", "duplicates", "near_duplicates", "contradictory", "leaked_prompts", "near_leaked_prompts",
-    "repeated_prompts", "near_prompts", "answer_lost", "answer_cut", "difference_cut", "prompt_cut", "several_turns",
-    "turn_markers", "role_order", "prompt_repeated", "unfinished", "single_token", "special_tokens", "not_text",
-    "personal_data", "other_language",
+    "repeated_prompts", "near_prompts", "answer_lost", "answer_cut", "difference_cut", "closed_twice",
+    "system_cut", "prompt_cut", "several_turns", "turn_markers", "role_order", "prompt_repeated",
+    "wrapped_prompt", "score_order", "missing_value", "unfinished", "single_token", "special_tokens",
+    "not_text", "personal_data", "other_language",
 )  # fmt: skip
 
 

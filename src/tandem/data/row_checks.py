@@ -34,6 +34,14 @@ _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufdd0-\ufdef\
 _MOJIBAKE = re.compile("â€[\u0080-\u009f™œ\u009d˜“”¦]|Ã[\u0080-\u00bf©¨¶¼¤±]")
 _TURN_MARKER = re.compile(r"\n\s*(?:Human|Assistant|User|AI):")
 _SENTENCE = 8  # words from which a line should end like a sentence
+# What other chat templates put around a user's words
+_TEMPLATE_MARKS = re.compile(
+    r"\[/?INST\]|<<SYS>>|<(?:start|end)_of_turn>|<\|(?:im_start|im_end|user|assistant|start_header_id|eot_id|start)\|>"
+    r"|^#{2,3} ?(?:Instruction|Response|Human|Assistant|User) ?:"
+    r"|^(?:USER|User|Human): [^\n]*\n*(?:ASSISTANT|Assistant):",
+    re.MULTILINE,
+)
+_NO_VALUE = {"nan", "null", "none", "<na>", "#n/a", "nat"}  # as pandas, SQL and spreadsheets write it
 _MIN_ECHO = 30  # characters from which a prompt found in an answer is no accident
 
 
@@ -92,6 +100,24 @@ def _prompt_repeated(row: Row) -> str | None:
         return None
     sides = [side for side in ("chosen", "rejected") if asked in " ".join(answer_text(row[side]).split()).lower()]
     return f"in {' and '.join(sides)}" if sides else None
+
+
+def _wrapped_prompt(row: Row) -> str | None:
+    turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
+    found = next((hit for turn in turns if (hit := _TEMPLATE_MARKS.search(turn))), None)
+    return f"{found.group()[:40]!r}" if found else None
+
+
+def _score_order(row: Row) -> str | None:
+    scores = row.get("scores")
+    if not scores or scores[0] > scores[1]:
+        return None
+    return f"chosen {scores[0]:g}, rejected {scores[1]:g}"
+
+
+def _missing_value(row: Row) -> str | None:
+    found = [f"{part} is {text.strip()!r}" for part, text in texts(row) if text.strip().lower() in _NO_VALUE]
+    return ", ".join(found) or None
 
 
 def _unfinished(row: Row) -> str | None:
@@ -177,6 +203,9 @@ ROW_CHECKS: dict[str, Callable[[Row], str | None]] = {
     "several_turns": _several_turns,
     "turn_markers": _turn_markers,
     "prompt_repeated": _prompt_repeated,
+    "wrapped_prompt": _wrapped_prompt,
+    "score_order": _score_order,
+    "missing_value": _missing_value,
     "unfinished": _unfinished,
     "not_text": _not_text,
     "personal_data": _personal_data,

@@ -20,10 +20,11 @@ from tandem.data.formats import (
 from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
 from tandem.data.rows import columns_of
+from tandem.data.scores import scores_of
 from tandem.data.shapes import known_names, known_shape
 from tandem.data.splits import Located, has_test_split, is_local, read_split
 from tandem.errors import UserError, one_line
-from tandem.ranks import is_first
+from tandem.ranks import is_first, tell_once
 
 _CRLF = "line ends of Windows (CRLF) made line feeds"
 
@@ -65,7 +66,7 @@ def load_pairs(
         try:
             if example:
                 check_format(row, data_format, example)
-            pair = to_canonical(row, data_format, balance)
+            pair = to_canonical(row, data_format, balance) | scores_of(row, needed=options.min_score_margin is not None)
             pairs.append({**pair, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, error), options.max_bad_rows, bad)
@@ -75,11 +76,32 @@ def load_pairs(
         skipped += bad
     if not pairs:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
+    pairs = _far_apart(options, split, pairs)
     if balances is not None:
         balances.append(balance)
     if (balance.unread or balance.changed) and is_first():
         print(one_line(str(balance)), file=sys.stderr)
     return pairs
+
+
+def _far_apart(options: DataOptions, split: str, pairs: list[Row]) -> list[Row]:
+    """The pairs whose scores are further apart than --min_score_margin.
+
+    Raises:
+        UserError: none of them.
+    """
+    margin = options.min_score_margin
+    if margin is None:
+        return pairs
+    kept = [pair for pair in pairs if pair["scores"][0] - pair["scores"][1] > margin]
+    where = f"{options.dataset_name} ({split})"
+    if not kept:
+        raise UserError(f"--min_score_margin {margin:g}: no pair of {where} has its scores that far apart")
+    if len(kept) < len(pairs):
+        tell_once(
+            f"{where}: {len(pairs) - len(kept)} of {len(pairs)} pairs are left out by --min_score_margin {margin:g}"
+        )
+    return kept
 
 
 def _good(located: Located, max_bad_rows: int, bad: list[str]) -> bool:

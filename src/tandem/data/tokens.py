@@ -134,6 +134,8 @@ def check_seen(
     for side, whole, ids in seen.sides:
         if not specials.intersection(ids[-_END:]):
             found.setdefault("template_no_end", f"{side} ends {whole[-60:]!r}")
+        if len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in specials:
+            found.setdefault("closed_twice", f"{side} ends {whole[-60:]!r}, and in tokens {ids[-3:]}")
         if sum(id not in specials for id in ids) == 1:
             found.setdefault("single_token", side)
     return found
