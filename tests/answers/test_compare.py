@@ -152,7 +152,11 @@ def test_the_page_shows_both_sides_as_text(compared: tuple[CompareOptions, list[
     assert "&lt;/textarea&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert page.count('<div class="answer m-dpo">') == page.count('<div class="answer m-chosen">') == 6
     assert "m-base" not in page.partition("</style>")[2]
-    shown = re.findall(r'm-dpo"><h4>DPO</h4><div class="text">(.*?)</div>', page, re.DOTALL)
+    shown = re.findall(
+        r'm-dpo"><h4>DPO<span class="mark">cut off by the limit of tokens</span></h4><div class="text">(.*?)</div>',
+        page,
+        re.DOTALL,
+    )
     assert [html.unescape(text) for text in shown] == [row["answers"]["dpo"] for row in results["comparisons"]]
 
 

@@ -14,6 +14,7 @@ from tandem.answers.generate import generate
 from tandem.answers.refusals import is_refusal
 from tandem.data.formats import Row, prompt_id
 from tandem.data.held_out import CHOSEN, chosen_answers, held_out_prompts
+from tandem.data.non_answers import non_answer, spoken
 from tandem.models.sampling import SamplingOptions
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
@@ -72,7 +73,8 @@ def compare(
             "prompt_id": key,
             "messages": prompts[index],
             "chosen": chosen[key],
-            "answers": {label: records[index]["text"] for label, records in drawn.items()},
+            "answers": {label: spoken(records[index]["text"]) for label, records in drawn.items()},
+            "non_answers": {label: why for label, records in drawn.items() if (why := non_answer(records[index]))},
         }
         for index, key in enumerate(keys)
     ]
@@ -125,9 +127,10 @@ def statistics(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Shares and means over one side's answers; None for what its records do not say.
 
     `repetition` is 1 − distinct / all word trigrams, 0 for an answer of fewer than four words. `refusal` is a guess
-    (`tandem.answers.refusals`). A record has `text`; `n_tokens` and `finish_reason` where a model drew it.
+    (`tandem.answers.refusals`). All but `mean_tokens` count what is said once reasoning is taken away; `empty` is where
+    nothing is said. A record has `text`; `n_tokens` and `finish_reason` where a model drew it.
     """
-    texts = [record["text"] for record in records]
+    texts = [spoken(record["text"]) for record in records]
     tokens = [record["n_tokens"] for record in records if record.get("n_tokens") is not None]
     reasons = [record["finish_reason"] for record in records if "finish_reason" in record]
     return {

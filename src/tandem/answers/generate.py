@@ -2,7 +2,9 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from tandem import ranks
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
+from tandem.data.non_answers import non_answer
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
 from tandem.options.fields import REQUIRED, opt
@@ -17,6 +20,7 @@ from tandem.options.model import is_adapter
 from tandem.options.rules import Options
 from tandem.runs import append_jsonl, locked, read_jsonl
 
+MANY = 0.05  # share of answers that are none, above which it is told
 _LABEL = re.compile(r"\w[\w.-]*")
 
 
@@ -80,7 +84,20 @@ def generate(
                 for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
                     engine.load(models[label])
                     _write_answers(engine, label, prompts, wanted[label], sources[label], files[label])
+        if ranks.is_first():
+            for label, file in files.items():
+                _warn_of_non_answers(label, file, {prompt_id(messages) for messages in prompts})
     return files
+
+
+def _warn_of_non_answers(label: str, file: Path, asked: Collection[str]) -> None:
+    from tqdm import tqdm
+
+    records = [record for record in read_jsonl(file) if record["prompt_id"] in asked]
+    reasons = Counter(why for record in records if (why := non_answer(record)))
+    if reasons.total() > MANY * len(records):
+        told = ", ".join(f"{count} {why}" for why, count in reasons.most_common())
+        tqdm.write(f"{file}: {reasons.total()} of {len(records)} answers of {label} are none ({told})", file=sys.stderr)
 
 
 def _write_answers(

@@ -157,6 +157,9 @@ def doubts(result: Mapping[str, Any], label_1: str, label_2: str) -> list[str]:
 
 
 def _length_doubts(result: Mapping[str, Any], leader: str, leads: bool) -> list[str]:
+    default = result["decided_by_non_answers"]["win_rate"]
+    if default["value"] is not None and (default["low"] > CHANCE if leads else default["high"] < CHANCE):
+        return []  # the lead is there without a prompt on which two answers could differ in length
     controlled = result["length_controlled"]
     if controlled["value"] is None:
         # No model to take length out with: look where the leader has no advantage in length
@@ -179,7 +182,46 @@ def _length_doubts(result: Mapping[str, Any], leader: str, leads: bool) -> list[
 def conclude(
     result: Mapping[str, Any], labelled: Mapping[str, Any], label_1: str, label_2: str, max_flip_rate: float
 ) -> dict[str, Any]:
-    """`winner` (a label or None), `conclusion` (a sentence), `why` (reasons against one, or empty)."""
+    """`winner` (a label or None), `conclusion`, `why` (reasons against one), `warnings` (its last part)."""
+    told = _conclusion(result, labelled, label_1, label_2, max_flip_rate)
+    warnings = spoiled(result, label_1, label_2)
+    return told | {"conclusion": " ".join([told["conclusion"], *warnings]), "warnings": warnings}
+
+
+REASONS = {
+    "empty": "empty",
+    "cut_off": "cut off by the limit of tokens",
+    "unclosed_think": "nothing but reasoning",
+    "filtered": "refused by the server",
+    "not_text": "not text",
+}
+MANY = 0.05  # share of answers that are none, above which it is told with the conclusion
+
+
+def spoiled(result: Mapping[str, Any], label_1: str, label_2: str) -> list[str]:
+    """A sentence for each side more than 5% of whose answers are none, and what the rest of the prompts say."""
+    sentences = []
+    for side, label in (("side_2", label_2), ("side_1", label_1)):
+        found = result.get("non_answers", {}).get(side)
+        count = sum(found["reasons"].values()) if found else 0
+        if found and count > MANY * found["n"]:
+            reasons = ", ".join(f"{number} {REASONS.get(name, name)}" for name, number in found["reasons"].items())
+            sentences.append(f"{label} gave no whole answer on {count} of {found['n']} prompts ({reasons}).")
+    if sentences:
+        whole = result["whole_answers"]
+        rate = whole["win_rate"]
+        share = (
+            "none of them is decisive"
+            if rate["value"] is None
+            else (f"{label_2} wins {whole['wins']} and loses {whole['losses']} ({_interval(rate)})")
+        )
+        sentences.append(f"On the {whole['n_prompts']} prompts that both answered whole, {share}.")
+    return sentences
+
+
+def _conclusion(
+    result: Mapping[str, Any], labelled: Mapping[str, Any], label_1: str, label_2: str, max_flip_rate: float
+) -> dict[str, Any]:
     sides = f"{label_2} and {label_1}"
     if why := distrust(labelled, result, max_flip_rate):
         return {"winner": None, "conclusion": f"No winner is named between {sides}: {why[0]}.", "why": why}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.held_out import CHOSEN, chosen_answers
+from tandem.data.non_answers import non_answer, spoken
 from tandem.errors import UserError
 from tandem.judge.log import read_log
 from tandem.judge.options import JudgeOptions
@@ -13,6 +14,8 @@ from tandem.judge.requests import Comparison
 
 def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) -> list[Comparison]:
     """The answers of both generation files, joined by prompt; a prompt that occurs twice counts once.
+
+    Answers are what is said once reasoning is taken away; which of them are none is noted.
 
     Labels are what stands after `generations_` in the files' names. With `--against chosen` side 1 is the answer that
     people chose in the held-out `pairs`.
@@ -28,7 +31,16 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
         raise UserError(f"{file_1} and {file_2}: {len(differing)} prompts are in one only; generate both on the same")
     label_1, label_2 = (file.name.split(".")[0].removeprefix("generations_") for file in (file_1, file_2))
     return [
-        Comparison(key, row["messages"], row["text"], rows_2[key]["text"], label_1, label_2)
+        Comparison(
+            key,
+            row["messages"],
+            spoken(row["text"]),
+            spoken(rows_2[key]["text"]),
+            label_1,
+            label_2,
+            non_answer(row),
+            non_answer(rows_2[key]),
+        )
         for key, row in rows_1.items()
     ]
 
@@ -37,7 +49,10 @@ def _against_chosen(file: Path, label: str, chosen: Mapping[str, str]) -> list[C
     rows = _generations(file)
     if missing := rows.keys() - chosen.keys():
         raise UserError(f"{file}: {len(missing)} prompts are none of the held-out pairs; name those they are from")
-    return [Comparison(key, row["messages"], chosen[key], row["text"], CHOSEN, label) for key, row in rows.items()]
+    return [
+        Comparison(key, row["messages"], chosen[key], spoken(row["text"]), CHOSEN, label, None, non_answer(row))
+        for key, row in rows.items()
+    ]
 
 
 def _generations(file: Path) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ class Comparison:
     answer_2: str
     label_1: str
     label_2: str
+    non_answer_1: str | None = None  # why a side is no whole answer (`data.non_answers`)
+    non_answer_2: str | None = None
 
     @property
     def identical(self) -> bool:

@@ -179,7 +179,27 @@ def bounds(votes: Array, missing: int) -> dict[str, dict[str, Estimate]]:
     return result
 
 
-def summarise(votes: Array, length_difference: Array, identical: Array, missing: int, seed: int) -> dict[str, Any]:
+def decided_by_non_answers(votes: Array, spoiled: Array) -> dict[str, Any]:
+    """The decisive prompts that a side lost with an answer that is none; `win_rate` is side 2's among them.
+
+    Args:
+        votes: (n, 2, 3)
+        spoiled: bool (n, 2), side 1 and side 2 gave no whole answer
+    """
+    outcomes = strict_outcomes(votes)
+    wins = int(((outcomes == 1) & spoiled[:, 0]).sum())
+    losses = int(((outcomes == -1) & spoiled[:, 1]).sum())
+    return {"wins": wins, "losses": losses, "win_rate": wilson(wins, wins + losses, "no prompt was lost like that")}
+
+
+def summarise(
+    votes: Array,
+    length_difference: Array,
+    identical: Array,
+    missing: int,
+    seed: int,
+    spoiled: Array | None = None,
+) -> dict[str, Any]:
     """Every statistic of one set of comparisons.
 
     Args:
@@ -188,8 +208,13 @@ def summarise(votes: Array, length_difference: Array, identical: Array, missing:
         identical: bool (n,) byte-identical answers, which no judge saw: left out of the judge's own habits
         missing: prompts without a verdict in one order or both
         seed: of the bootstrap
+        spoiled: bool (n, 2), side 1 and side 2 gave no whole answer (empty, cut off): what such a prompt says of
+            length says nothing, so that both models of length leave it out
     """
     seen = votes[~identical]
+    if spoiled is None:
+        spoiled = np.zeros((len(votes), 2), dtype=bool)
+    whole = ~spoiled.any(1)
     return {
         "n_prompts": len(votes) + missing,
         "n_scored": len(votes),
@@ -198,8 +223,10 @@ def summarise(votes: Array, length_difference: Array, identical: Array, missing:
         "mean_score": mean_score(prompt_scores(votes), seed),
         "orders_agree": count(strict_outcomes(votes)),
         "mean_of_orders": count(mean_outcomes(votes)),
-        "length_controlled": length_controlled(votes, length_difference),
-        "when_not_longer": when_not_longer(votes, length_difference),
+        "length_controlled": length_controlled(votes[whole], length_difference[whole]),
+        "when_not_longer": when_not_longer(votes[whole], length_difference[whole]),
+        "whole_answers": {"n_prompts": int(whole.sum()), **count(strict_outcomes(votes[whole]))},
+        "decided_by_non_answers": decided_by_non_answers(votes, spoiled),
         "first_position_rate": first_position_rate(seen),
         "order_flip_rate": flip_rate(seen),
         "bounds": bounds(votes, missing),

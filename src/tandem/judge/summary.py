@@ -21,8 +21,10 @@ def summarise(
 ) -> dict[str, Any]:
     """judge_summary.json, from the verdicts and how the server was `asked` for them (`Endpoint.state`)."""
     votes = {kind: _votes(calls, log) for kind, calls in plan.items()}
-    labelled = calibration.agreement(*votes["labelled"])
-    result = statistics.summarise(*votes["main"], seed=options.seed)
+    labelled = calibration.agreement(*votes["labelled"][:4])
+    main, length, identical, missing, spoiled = votes["main"]
+    result = statistics.summarise(main, length, identical, missing, seed=options.seed, spoiled=spoiled)
+    result["non_answers"] = non_answers(plan["main"])
     first = plan["main"][0].comparison
     return {
         **calibration.conclude(result, labelled, first.label_1, first.label_2, options.max_flip_rate),
@@ -73,8 +75,21 @@ def winners(calls: Iterable[Call], log: VerdictLog) -> list[dict[str, Any]]:
     return rows
 
 
-def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int]:
-    """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, number of prompts left out.
+def non_answers(calls: Iterable[Call]) -> dict[str, Any]:
+    """Of each side, by its label: how many answers there are, and how many are none, by reason."""
+    comparisons = list({id(call.comparison): call.comparison for call in calls}.values())
+    found = {}
+    for side in ("1", "2"):
+        reasons = collections.Counter(getattr(each, f"non_answer_{side}") for each in comparisons)
+        found[f"side_{side}"] = {
+            "n": len(comparisons),
+            "reasons": {reason: count for reason, count in reasons.most_common() if reason is not None},
+        }
+    return found
+
+
+def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int, Array]:
+    """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, prompts left out, (n, 2) no answer.
 
     A prompt with no verdict in one of the orders is left out: half of it would carry the judge's bias of position.
     """
@@ -93,6 +108,7 @@ def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array,
         np.array([len(one.answer_2) - len(one.answer_1) for one in scored], dtype=np.float64),
         np.array([one.identical for one in scored], dtype=bool),
         len(votes) - len(whole),
+        np.array([[one.non_answer_1 is not None, one.non_answer_2 is not None] for one in scored]).reshape(-1, 2),
     )
 
 

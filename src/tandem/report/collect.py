@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.data.non_answers import non_answer, spoken
 from tandem.errors import UserError
 from tandem.judge.requests import text_digest
 from tandem.judge.verdicts import outcome
@@ -159,7 +160,10 @@ def _commands(folder: Path) -> dict[str, list[str]]:
 
 
 def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
-    """Rows of `prompt_id`, `messages` and `answers` by label, from the comparison or else the generations."""
+    """Rows of `prompt_id`, `messages`, and by label `answers` and why some are none (`non_answers`).
+
+    From the comparison or else the generations.
+    """
     if comparison is not None:
         with as_written(folder / "dpo_comparison_results.json"):
             return [
@@ -167,6 +171,7 @@ def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
                     "prompt_id": row["prompt_id"],
                     "messages": row["messages"],
                     "answers": {**row["answers"], **({"chosen": row["chosen"]} if row.get("chosen") else {})},
+                    "non_answers": row.get("non_answers", {}),
                 }
                 for row in comparison["comparisons"]
             ]
@@ -175,8 +180,11 @@ def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
         label = path.stem.removeprefix("generations_")
         with as_written(path):
             for record in _read_jsonl(path):
-                empty = {"prompt_id": record["prompt_id"], "messages": record["messages"], "answers": {}}
-                rows.setdefault(record["prompt_id"], empty)["answers"][label] = record["text"]
+                row = {"prompt_id": record["prompt_id"], "messages": record["messages"], "answers": {}}
+                row = rows.setdefault(record["prompt_id"], row | {"non_answers": {}})
+                row["answers"][label] = spoken(record["text"])
+                if why := non_answer(record):
+                    row["non_answers"][label] = why
     return list(rows.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tandem.judge.calibration import distrust, untried
+from tandem.judge.calibration import REASONS, distrust, untried
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
@@ -487,6 +487,8 @@ def browser_data(run: Run) -> Json:
     labels = run.judge["labels"] if run.judge else None
     return {
         "labels": [{"id": label, "name": model_name(label)} for label in run.labels],
+        "reasons": REASONS,
+        "judged_name": model_name(labels["side_2"]) if labels else "Policy",
         "judged": [labels["side_1"], labels["side_2"]] if labels else [],
         "counts": {name: sum(row["outcome"] == name for row in run.answers) for name in OUTCOMES},
         "rows": run.answers,

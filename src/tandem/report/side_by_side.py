@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tandem.judge.calibration import REASONS
 from tandem.report.page import environment, source, statistics_rows
 
 
@@ -15,7 +16,8 @@ def render_side_by_side(results: Mapping[str, Any]) -> str:
     rows = [
         {
             "messages": row["messages"],
-            "answers": [(label, (row["answers"] | {"chosen": row["chosen"]})[label]) for label in (policy, against)],
+            "answers": [(label, (row["answers"] | {"chosen": row["chosen"]})[label]) for label in (against, policy)],
+            "non_answers": {label: REASONS.get(why, why) for label, why in row.get("non_answers", {}).items()},
             "winner": row.get(f"winner_model_vs_{against}"),
         }
         for row in results["comparisons"]
@@ -25,6 +27,6 @@ def render_side_by_side(results: Mapping[str, Any]) -> str:
         against=against,
         rows=rows,
         outside=results.get("outside_verdicts"),
-        statistics=statistics_rows({label: results["statistics"][label] for label in (policy, against)}),
+        statistics=statistics_rows({label: results["statistics"][label] for label in (against, policy)}),
         style=Markup(source(templates, "report.css")),
     )

@@ -1,10 +1,10 @@
 "use strict";
 (() => {
   const PAGE = 25;
-  const OUTCOMES = {
-    won: "Policy won", lost: "Policy lost", tie: "Tie", disagree: "Orders disagree", unjudged: "Not judged",
-  };
   const data = JSON.parse(document.getElementById("answers-data").textContent);
+  const OUTCOMES = {
+    won: `${data.judged_name} won`, lost: `${data.judged_name} lost`, tie: "Tie", disagree: "Orders disagree", unjudged: "Not judged",
+  };
   const names = Object.fromEntries(data.labels.map(({ id, name }) => [id, name]));
   const list = document.getElementById("pairs");
   const status = document.getElementById("status");
@@ -55,12 +55,13 @@
     messages.slice(-1).forEach((turn) => drawTurn(parent, turn));
   }
 
-  function drawAnswers(parent, answers) {
+  function drawAnswers(parent, answers, nonAnswers) {
     const grid = add(parent, "div", "answers");
     for (const { id, name } of data.labels) {
       if (!(id in answers)) continue;
       const block = add(grid, "div", `answer m-${id}`);
-      add(block, "h4", "", name);
+      const title = add(block, "h4", "", name);
+      if (id in nonAnswers) add(title, "span", "mark", data.reasons[nonAnswers[id]] || nonAnswers[id]);
       add(block, "div", answers[id] ? "text" : "empty", answers[id] || "(empty)");
     }
   }
@@ -105,7 +106,7 @@
     add(head, "span", `outcome ${row.outcome}`, OUTCOMES[row.outcome]);
     add(head, "code", "", row.prompt_id);
     drawPrompt(article, row.messages);
-    drawAnswers(article, row.answers);
+    drawAnswers(article, row.answers, row.non_answers);
     drawVerdicts(article, row.verdicts);
     return article;
   }
