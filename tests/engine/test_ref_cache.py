@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -111,6 +112,19 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path):
     (tmp_path / "log_probs.sqlite").write_bytes(b"not a database, and long enough to be read as one" * 10)
     with pytest.raises(UserError, match=r"--ref_cache: .*log_probs\.sqlite cannot be used"):
         RefCache(tmp_path)
+
+
+def test_the_first_process_alone_opens_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    assert RefCache(tmp_path / "cache").path == tmp_path / "cache" / "log_probs.sqlite"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_no_connection_stays_open(tmp_path: Path):
+    cache = RefCache(tmp_path)
+    cache.write({b"a": (-1.0, -2.0)})
+    assert cache.read([b"a"])
+    assert not [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))]
 
 
 WRITER = """

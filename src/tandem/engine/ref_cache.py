@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tandem.errors import UserError
+from tandem.ranks import is_first
 
 DEFAULT_CACHE = Path("~/.cache/tandem/reference")
 _DATABASE = "log_probs.sqlite"
@@ -115,7 +116,10 @@ def pair_key(
 
 
 class RefCache:
-    """Summed log-probs of chosen and rejected, by `pair_key`. Safe under several processes and a kill at any moment.
+    """Summed log-probs of chosen and rejected, by `pair_key`. Safe under several runs and a kill at any moment.
+
+    Of a launch of several processes the first one alone opens the file: its folder may be on NFS, whose locks many
+    processes would wait for. No connection outlives a call.
 
     Raises:
         UserError: the folder cannot be written, or the file in it is not a cache.
@@ -123,20 +127,24 @@ class RefCache:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.path = (Path(folder) if folder else DEFAULT_CACHE).expanduser() / _DATABASE
+        if is_first():
+            with self._database() as database:
+                database.execute("CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen REAL, rejected REAL)")
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """A connection for one transaction."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._connect() as database:
-                database.execute("CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen REAL, rejected REAL)")
+            with contextlib.closing(sqlite3.connect(self.path, timeout=_LOCK_SECONDS)) as database, database:
+                yield database
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"--ref_cache: {self.path} cannot be used ({error}); remove it or name a folder") from error
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=_LOCK_SECONDS)
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
         """The entries there are among `keys`, as (chosen, rejected) in nats."""
         found = {}
-        with self._connect() as database:
+        with self._database() as database:
             for start in range(0, len(keys), 500):  # SQLite takes so many variables in one statement
                 some = keys[start : start + 500]
                 marks = ",".join("?" * len(some))
@@ -147,5 +155,5 @@ class RefCache:
     def write(self, entries: Mapping[bytes, tuple[float, float]]) -> None:
         """Add entries in one transaction. What is not finite is not kept, and what is there stays as it is."""
         rows = [(key, *values) for key, values in entries.items() if np.isfinite(values).all()]
-        with self._connect() as database:
+        with self._database() as database:
             database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
