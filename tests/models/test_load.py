@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tandem.errors import UserError
 from tandem.models.load import load_model, load_tokenizer, lora_config
 from tandem.options.model import LoraOptions, ModelOptions
+from tests import wide
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,17 @@ def test_lora_options_reach_peft():
     every = lora_config(LoraOptions(use_peft=True))
     assert every is not None
     assert every.target_modules == "all-linear"
+
+
+def test_all_linear_means_the_decoders_layers():
+    """Gemma 3's vision tower sees no text, so an adapter there would be saved, and never trained."""
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = get_peft_model(adapted := wide.gemma3(64, ids), lora_config(LoraOptions(use_peft=True), model=adapted))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 7 * 2  # matrices, of the seven of each of two layers
+    assert all("language_model" in name for name in trained)
+    plain = lora_config(LoraOptions(use_peft=True), model=wide.llama(64, ids))
+    assert plain is not None and plain.exclude_modules is None
 
 
 def test_the_way_out_of_a_pickle(tmp_path: Path, tiny_model: Path):

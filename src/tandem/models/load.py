@@ -262,11 +262,13 @@ def adapters_of_whole_layers() -> Iterator[None]:
         layer._get_in_out_features = width_of_part
 
 
-def lora_config(options: LoraOptions, base: ModelOptions | None = None) -> "LoraConfig | None":
+def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: Any = None) -> "LoraConfig | None":
     """The PEFT configuration of `options`, or None without `--use_peft`.
 
     Args:
-        base: the model that is adapted; the adapter remembers which revision of it.
+        base: options of the model that is adapted; the adapter remembers which revision of it.
+        model: the model itself. Where it has more than its decoder, `all-linear` means the decoder's: text reaches no
+            tower for images or sound, so an adapter there would never get a gradient.
     """
     if not options.use_peft:
         return None
@@ -277,6 +279,8 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None) -> "Lora
         names[0] if len(names) == 1 else names or None
         for names in (options.lora_target_modules, options.lora_exclude_modules)
     )
+    if targets == "all-linear" and excluded is None and model is not None:
+        excluded = _outside_decoder(model) or None
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
@@ -308,6 +312,17 @@ def commit_of(name: str, revision: str | None) -> str | None:
     machine; `revision` where the cache has it not."""
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
+
+
+def _outside_decoder(model: Any) -> list[str]:
+    """Names of the linear layers that are neither in the model's text decoder nor its head."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) not in inside
+    ]
 
 
 def _check_folder(name: str, needed: str) -> None:

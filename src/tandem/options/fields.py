@@ -115,6 +115,11 @@ def flags(names: Sequence[str]) -> str:
     return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'}"
 
 
+def flags_of(values: Mapping[str, Any]) -> str:
+    """Options as a command line gives them: `--a 1 --b true`."""
+    return " ".join(f"--{name} {shown(value)}" for name, value in values.items())
+
+
 def shown(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, list):

@@ -74,7 +74,10 @@ class TrainOptions(Options):
     weight_decay: float = opt(0.0, "AdamW weight decay", low=0, trl=True)
     max_grad_norm: float = opt(1.0, "clip the gradient to this norm; 0: do not", low=0, trl=True)
     optim: str = opt(
-        "adamw_torch", "optimizer; those of 8 bits need the extra quantization", choices=OPTIMIZERS, trl=True
+        "adamw_torch",
+        "optimizer; adamw_torch is fused on CUDA; those of 8 bits need the extra quantization",
+        choices=OPTIMIZERS,
+        trl=True,
     )
     optim_args: str | None = opt(None, "the optimizer's own settings, as name=value,name=value", trl=True)
     adam_beta1: float = opt(0.9, "AdamW: decay of the mean of gradients", low=0, below=1, unless=_NO_ADAM, trl=True)
@@ -148,7 +151,9 @@ class TrainOptions(Options):
     )
     run_name: str | None = opt(None, "name of the run in the trackers", needs="report_to!=none", trl=True)
     mount_dir: str | None = opt(None, "mirror checkpoints, the final model and logs into this folder at every save")
-    dataloader_num_workers: int = opt(0, "processes that make batches ahead of the step", low=0, trl=True)
+    dataloader_num_workers: int | None = opt(
+        None, "processes that make batches ahead of the step; unset: 2 with an accelerator, 0 on the CPU", low=0
+    )
     ddp_timeout: int = opt(1800, "seconds that a process waits for the others", low=1, trl=True)
     ddp_find_unused_parameters: bool | None = opt(
         None, "DDP: look for parameters that a step left out; for a model part of which pairs never reach", trl=True
@@ -294,6 +299,11 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, 
 
         if gpu := gpu_without_bf16():
             problems.append(f"--bf16: {gpu} has no bfloat16, only a slow emulation: use --fp16, or neither for float32")
+    if train.fp16 and lora.load_in_4bit:
+        problems.append(
+            "--fp16 with --load_in_4bit: TRL trains an adapter of 4 bits in bfloat16, whose gradients float16's scaler "
+            "cannot take: leave --fp16 out"
+        )
     if min(train.per_device_train_batch_size, train.tp_size) >= 1:  # else they are refused themselves
         try:
             train.accumulation(max(int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size, 1))

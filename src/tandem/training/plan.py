@@ -24,9 +24,11 @@ from tandem.engine.layout import Layout
 from tandem.errors import UserError
 from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
+from tandem.options.fields import flags_of
 from tandem.options.model import is_adapter
 from tandem.options.parsing import StrictLoader
 from tandem.options.training import PlanOptions, check_training
+from tandem.training.gpu import economies
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.rehearsal import Batch, Rehearsal, Usage, build
 from tandem.training.stages import training_data
@@ -381,8 +383,7 @@ class _Plan:
         """The cheapest change, of those that are known, with which the run fits into `limit` bytes."""
         for change in self.ways_out():
             if (total := self.changed(change).peak.total) <= limit:
-                flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
-                return f"the cheapest change that fits is {flags} ({total / GIB:.2f} GiB)"
+                return f"the cheapest change that fits is {flags_of(change)} ({total / GIB:.2f} GiB)"
         return (
             "smaller batches, gradient checkpointing and LoRA are not enough: shard it (FSDP), or take a smaller model"
         )
@@ -390,28 +391,11 @@ class _Plan:
     def ways_out(self) -> Iterator[dict[str, Any]]:
         """Changes of options, each alone and with all before it."""
         together: dict[str, Any] = {}
-        for change in self.changes():
+        for change in economies(self.run, self.accumulation):
             yield change
             together |= change
             if together != change:
                 yield dict(together)
-
-    def changes(self) -> Iterator[dict[str, Any]]:
-        """Changes by what they cost: first nothing, then time, last what is trained."""
-        if self.layout != "shared" and isinstance(self.run, DPOOptionSet):
-            yield {"layout": "shared"}
-        size, accumulation = self.run.train.per_device_train_batch_size, self.accumulation
-        while size % 2 == 0:
-            size, accumulation = size // 2, accumulation * 2
-            smaller = {"per_device_train_batch_size": size}
-            # A global batch size already says how many there are in a step
-            yield (
-                smaller if self.run.train.global_batch_size else smaller | {"gradient_accumulation_steps": accumulation}
-            )
-        if not self.checkpoints:
-            yield {"gradient_checkpointing": True}
-        if not self.trains_adapter:
-            yield {"use_peft": True}
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:

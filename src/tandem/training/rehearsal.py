@@ -79,12 +79,12 @@ def build(options: ModelOptions, lora: LoraOptions, *, checkpoints: bool, layers
         UserError: no config of a model is there.
     """
     name, revision = options.model_name_or_path, options.model_revision
-    adapter = lora_config(lora)
+    existing = None
     if is_adapter(name):
         from peft import PeftConfig
 
-        adapter = PeftConfig.from_pretrained(name)
-        adapter.inference_mode = False
+        existing = PeftConfig.from_pretrained(name)
+        existing.inference_mode = False
         name, revision = base_of_adapter(name), revision_of_base(name)
     trust = options.trust_remote_code
     try:
@@ -104,7 +104,7 @@ def build(options: ModelOptions, lora: LoraOptions, *, checkpoints: bool, layers
     if checkpoints:
         # Fake tensors have no random state to keep
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    if adapter is not None:
+    if (adapter := existing or lora_config(lora, model=model)) is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter, low_cpu_mem_usage=True)

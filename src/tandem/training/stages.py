@@ -23,6 +23,7 @@ from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
 from tandem.options.training import TrainOptions, check_training
+from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
@@ -35,7 +36,7 @@ def run_sft(run: SFTOptionSet) -> None:
     check_training(run.model, run.lora, run.train)
     arguments = _arguments(run.train, run.model)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi)
-    with open_session(run.train, run, "examples") as session:
+    with open_session(run.train, run, "examples") as session, gpu.memory_told(run):
         if session is None:
             return
         tokenizer = load_tokenizer(run.model)
@@ -54,7 +55,7 @@ def run_dpo(run: DPOOptionSet) -> None:
     run.monitor.check_beta(run.dpo.beta)
     arguments = _arguments(run.train, run.model)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
-    with open_session(run.train, run, "pairs") as session:
+    with open_session(run.train, run, "pairs") as session, gpu.memory_told(run):
         if session is None:
             return
         tokenizer = load_tokenizer(run.model)
@@ -136,6 +137,7 @@ def _check_experts(train: TrainOptions, policy: Any) -> None:
 def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
     arguments = handed_on(train)
+    gpu.prepare()
     on_cpu = train.use_cpu or not has_accelerator()
     arguments["use_cpu"] = on_cpu
     processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size
@@ -150,11 +152,7 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     arguments["gradient_checkpointing"] = not is_lazy() if checkpointing is None else checkpointing
     if train.debug:
         arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
-    return arguments | {
-        "trust_remote_code": model.trust_remote_code,
-        "dataloader_pin_memory": not on_cpu,
-        "accelerator_config": {"non_blocking": not on_cpu},  # from pinned memory a copy need not wait
-    }
+    return arguments | gpu.arguments(train, on_cpu) | {"trust_remote_code": model.trust_remote_code}
 
 
 def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:

@@ -51,6 +51,11 @@ def check_launch(
     _check_precision(environment, arguments)
     world = int(environment.get("WORLD_SIZE", "1"))
     sharded = _is_on(environment, "ACCELERATE_USE_FSDP") or _is_on(environment, "ACCELERATE_USE_DEEPSPEED")
+    if "8bit" in arguments.get("optim", "") and (tp_size > 1 or _is_on(environment, "ACCELERATE_USE_FSDP")):
+        raise UserError(
+            f"--optim {arguments['optim']}: bitsandbytes' optimizers take no sharded weights (FSDP, --tp_size): use "
+            "adamw_torch, whose state is sharded there too"
+        )
     if tp_size > 1 and sharded:
         raise UserError(
             "--tp_size cannot be had with an accelerate config of FSDP or DeepSpeed: use one of DDP; processes beyond "

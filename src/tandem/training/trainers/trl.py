@@ -279,7 +279,7 @@ def sft_trainer(
             pad_to_multiple_of=max_length if has_hpu() else None,  # an HPU compiles anew for every shape
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(run.lora, run.model),
+        peft_config=lora_config(run.lora, run.model, policy),
         **splits,
     )
 
@@ -310,7 +310,7 @@ def dpo_trainer(
             precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(run.lora, run.model),
+        peft_config=lora_config(run.lora, run.model, policy),
         engine=engine,
         monitor=run.monitor,
         logs_dir=logs_dir,
