@@ -310,6 +310,11 @@ def model_files(folder: str | Path) -> list[Path]:
     )
 
 
+def is_of_a_run(file: Path) -> bool:
+    """Whether a file in a model's folder is what its training left there, and says nothing about a model made of it."""
+    return file.name in _NOT_OF_THE_MODEL or file.name in (CONFIG, "train.log", "training_args.bin")
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:

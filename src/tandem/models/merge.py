@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.models.companions import carry
 from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.model import ModelOptions, is_adapter
 from tandem.options.rules import Options
@@ -142,6 +143,7 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     rounded(model, getattr(torch, dtype)).save_pretrained(staging)
     has_tokenizer = (Path(options.adapter) / "tokenizer_config.json").exists()
     load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base).save_pretrained(staging)
+    carry(base.model_name_or_path, base.model_revision, staging)
 
 
 def _row(model: Any) -> "torch.Tensor":

@@ -18,6 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 from tandem.data.formats import Row
 from tandem.errors import Preempted, UserError
 from tandem.log import log_to, logger
+from tandem.models.companions import carry
+from tandem.options.model import is_adapter
 from tandem.options.parsing import defaults, resolved, to_yaml
 from tandem.options.training import TrainOptions
 from tandem.ranks import count, end_with_launcher, is_first
@@ -183,6 +185,8 @@ class Session:
         trainer.save_model(str(self.folder))
         if not trainer.is_world_process_zero():
             return
+        if not is_adapter(str(self.folder)):  # an adapter gets them when it is merged
+            carry(self.config["model_name_or_path"], self.config["model_revision"], self.folder)
         write_json(self.folder / "training_metrics.json", {"train": metrics, "log_history": trainer.state.log_history})
         write_manifest(self.folder, [*model_files(self.folder), self.folder / RUN])
         logger.info("model saved in %s", self.folder)
