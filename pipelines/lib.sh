@@ -43,7 +43,7 @@ preflight() {
 # stage NAME OUTPUT COMMAND…: run COMMAND, which leaves OUTPUT in the run folder $RUN, unless it has done so before.
 # A stage that runs makes the later ones run anew; one that was stopped goes on from what it has saved.
 stage() {
-  local name=$1 output=$2 status=0 stamp fingerprint seconds=$SECONDS
+  local name=$1 output=$2 status=0 stamp seconds=$SECONDS
   if [[ -n ${PREFLIGHT:-} ]]; then
     printf '%s\0' "$#" "$@"
     return
@@ -51,11 +51,9 @@ stage() {
   [[ -z ${TERMINATED:-} ]] || stop "$name" 75
   shift 2
   stamp=$RUN/.stages/$name
-  fingerprint=$(fingerprint "$@")
   mkdir -p "$RUN/.stages"
   if [[ -f $stamp && -e $RUN/$output && -z ${UPSTREAM:-} ]]; then
-    [[ $(<"$stamp") == "$fingerprint" ]] ||
-      die "stage $name was done with other settings in $RUN: set another OUTPUT_DIR, or remove $RUN/$output"
+    printf '%s\0' "$@" | python -m tandem.launch.stamp check "$ROOT" "$RUN" "$name" "$output" || exit $?
     echo "== $name: done before ($RUN/$output)"
     return
   fi
@@ -73,10 +71,12 @@ stage() {
   printf '%q ' "RUN=$RUN" "ACCELERATE_CONFIG=$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+"NUM_PROCESSES=$NUM_PROCESSES"} ${JUDGE_MODEL:+"JUDGE_MODEL=$JUDGE_MODEL"} "$@" \
     >"$RUN/.stages/$name.command"
-  "$@" || status=$?
+  # Of now, not of when it ends: its config may be edited meanwhile
+  printf '%s\0' "$@" | python -m tandem.launch.stamp begin "$ROOT" "$RUN" "$name" "$output" >"$stamp.begun" || status=$?
+  ((status != 0)) || "$@" || status=$?
   ((status == 0)) || stop "$name" "$status"
   [[ -e $RUN/$output ]] || stop "$name" 1
-  echo "$fingerprint" >"$stamp"
+  mv "$stamp.begun" "$stamp"
   UPSTREAM=$name
   echo "== $name: $((SECONDS - seconds)) s"
 }
@@ -92,21 +92,6 @@ stop() {
   esac
   echo "== $name $why (exit code $status). Log: $TANDEM_LOG. The same command goes on from here." >&2
   exit "$status"
-}
-
-# The command with the content of the config files, and the size and time of the data and models, that it names.
-fingerprint() {
-  local argument
-  {
-    for argument in "$@"; do
-      printf '%s\n' "$argument"
-      [[ $argument == *.yaml && -f $argument ]] && cat "$argument"
-      [[ $argument != *.yaml && -f $argument && $argument != "$RUN"/* ]] && stat -c '%s %Y' "$argument"
-      [[ -d $argument && $argument/ != "$RUN"/* && $argument != "${MOUNT_DIR:-}" ]] &&
-        find "$argument" -maxdepth 1 -type f -printf "%f %s %T@\n" | sort
-    done
-    true
-  } | sha256sum | cut -d' ' -f1
 }
 
 # config STAGE: the recipe's file for a stage, or the default one.

@@ -16,7 +16,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 # docs/architecture.md draws this chain. A room imports from rooms on lower floors, never from its neighbours; the
 # modules of the ground floor may import each other.
 FLOORS = (
-    ("contract", "credentials", "demo", "devices", "errors", "intervals", "log", "ranks", "runs", "servers"),
+    ("contract", "credentials", "demo", "devices", "digests", "errors", "intervals", "log", "ranks", "runs", "servers"),
     ("options",),
     ("data", "engine", "monitor"),
     ("models", "judge"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tandem.models.scorer
 from tandem.answers.backends.options import GenerationOptions
@@ -53,7 +54,8 @@ def test_a_line_a_prompt(undisturbed: list[dict[str, Any]], tiny_model: Path):
     assert record["messages"] in PROMPTS
     assert (record["model"], record["adapter"], record["engine"]) == (str(tiny_model), None, "transformers")
     assert list(record) == [
-        "prompt_id", "messages", "model", "adapter", "engine", "sampling", "seed", "text", "n_tokens", "finish_reason",
+        "prompt_id", "messages", "model", "adapter", "weights", "engine", "sampling", "seed", "text", "n_tokens",
+        "finish_reason",
     ]  # fmt: skip
     draw = {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.95, "max_prompt_length": 512}
     assert record["sampling"] == draw
@@ -173,13 +175,37 @@ def test_long_prompts_are_cut(tmp_path: Path, tiny_model: Path, monkeypatch: pyt
 def test_a_model_trained_since_is_not_mixed_with_what_it_was(tmp_path: Path, tiny_model: Path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     path = generate(str(model), "dpo", PROMPTS[:1], options(), tmp_path)
-    generate(str(model), "dpo", PROMPTS[:2], options(), tmp_path)
+    times = (model / "model.safetensors").stat()
+    trained = load_file(model / "model.safetensors")
+    next(iter(trained.values())).add_(1)
+    save_file(trained, model / "model.safetensors", metadata={"format": "pt"})
+    os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (model / "model.safetensors").stat().st_size == times.st_size
     before = path.read_bytes()
-    later = path.stat().st_mtime + 1
-    os.utime(model / "model.safetensors", (later, later))
-    with pytest.raises(UserError, match=r"from before .*model was last trained"):
+    with pytest.raises(UserError, match=r"holds answers of .*model with other weights than it has now; move it away"):
         generate(str(model), "dpo", PROMPTS, options(), tmp_path)
     assert path.read_bytes() == before
+
+
+def test_a_copied_model_is_the_same(tmp_path: Path, tiny_model: Path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = generate(str(model), "dpo", PROMPTS[:1], options(), tmp_path / "run")
+    later = path.stat().st_mtime + 1
+    os.utime(model / "model.safetensors", (later, later))
+    generate(str(model), "dpo", PROMPTS[:2], options(), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copy = shutil.copytree(model, tmp_path / "moved")
+    path = generate(str(copy), "dpo", PROMPTS[:3], options(), tmp_path / "copy")
+    assert len(read_jsonl(path)) == 3
+
+
+def test_answers_of_older_versions_are_gone_on_with(tmp_path: Path, tiny_model: Path):
+    path = generate(str(tiny_model), "dpo", PROMPTS[:1], options(), tmp_path)
+    record = read_jsonl(path)[0]
+    del record["weights"]
+    path.write_text(json.dumps(record) + "\n")
+    generate(str(tiny_model), "dpo", PROMPTS[:2], options(), tmp_path)
+    assert len(read_jsonl(path)) == 2
 
 
 def test_an_adapter_is_named_beside_its_base(tmp_path: Path, talking_model: Path):

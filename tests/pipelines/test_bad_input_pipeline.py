@@ -33,7 +33,9 @@ def run(folder: Path, model: Path, data: Path, recipe: Path | None = None, **cha
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout
     left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert left <= {"dpo_pipeline_sanity.log", ".stages/check.command"}, left
+    assert left <= {"dpo_pipeline_sanity.log"} | {
+        f".stages/{name}" for name in ("check.command", "check.begun", "hashes.json")
+    }, left
     assert not any(is_complete(path) for path in [out, *out.glob("*")] if path.is_dir())
     return done.stdout
 

@@ -203,23 +203,37 @@ def test_other_settings_are_refused(killed_and_resumed: tuple[Pipeline, str], tm
     recipe.write_text(content)
     assert code == 2
     assert screen.splitlines()[-1] == (
-        f"UserError: stage dpo was done with other settings in {pipeline.run}: "
+        f"UserError: stage dpo was done with other settings in {pipeline.run} (beta was 0.1, is 0.2): "
         f"set another OUTPUT_DIR, or remove {pipeline.run}/dpo"
     )
     assert pipeline.state() == before
 
 
 def test_other_data_under_the_same_name_is_refused(killed_and_resumed: tuple[Pipeline, str], data: Path):
+    """Of the same size and date too."""
     pipeline, _ = killed_and_resumed
-    content = (data / "train.jsonl").read_bytes()
-    times = (data / "train.jsonl").stat()
-    tiny.save_pairs(data / "train.jsonl", tiny.hh_rows(29))
-    code, screen = pipeline()
-    (data / "train.jsonl").write_bytes(content)
-    os.utime(data / "train.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert code == 2
-    assert "UserError: stage check was done with other settings" in screen
-    assert pipeline()[0] == 0
+    content, times = (data / "train.jsonl").read_bytes(), (data / "train.jsonl").stat()
+    other = content.replace(b"cat", b"owl")
+    assert other != content and len(other) == len(content)
+    for now in (other, content):
+        (data / "train.jsonl").write_bytes(now)
+        os.utime(data / "train.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+        code, screen = pipeline()
+        assert code == (2 if now == other else 0), screen
+        assert ("UserError: stage check was done with other settings" in screen) == (now == other)
+        assert ("dataset_name " in screen and " has another content" in screen) == (now == other)
+
+
+def test_a_copy_of_a_run_and_of_its_data_is_passed_over(killed_and_resumed: tuple[Pipeline, str], tmp_path: Path):
+    pipeline, _ = killed_and_resumed
+    shutil.copytree(pipeline.run, tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.copytree(pipeline.environment["DATASET"], tmp_path / "data", copy_function=shutil.copyfile)
+    code, screen = pipeline(
+        OUTPUT_DIR=str(tmp_path / "copy"), DATASET=str(tmp_path / "data"), MOUNT_DIR=str(tmp_path / "drive")
+    )
+    assert code == 0, screen
+    assert [line.split(":")[0] for line in screen.splitlines()[:-1]] == [f"== {stage}" for stage in STAGES]
+    assert all(": done before (" in line for line in screen.splitlines()[:-1])
 
 
 def test_a_failing_middle_stage_stops_the_pipeline(

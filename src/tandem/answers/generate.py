@@ -13,12 +13,13 @@ from tandem import ranks
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.data.non_answers import non_answer
+from tandem.digests import model_digest
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
 from tandem.options.rules import Options
-from tandem.runs import append_jsonl, locked, read_jsonl
+from tandem.runs import append_jsonl, locked, read_jsonl, sha256_json
 
 MANY = 0.05  # share of answers that are none, above which it is told
 _LABEL = re.compile(r"\w[\w.-]*")
@@ -70,7 +71,7 @@ def generate(
     files = {label: folder / f"generations_{label}.jsonl" for label in models}
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
         sources = {label: source_of(model, sampling, options) for label, model in models.items()}
-        done = {label: _answered(files[label], model, sources[label]) for label, model in models.items()}
+        done = {label: _answered(files[label], sources[label]) for label in models}
         wanted = {
             label: {index for index, messages in enumerate(prompts) if prompt_id(messages) not in done[label]}
             for label in models
@@ -120,40 +121,53 @@ def _write_answers(
 
 def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
     """The fields of a line that say where the answer comes from."""
-    base, adapter, max_prompt_length = model, None, None
+    base, adapter, max_prompt_length, weights = model, None, None, None
     if options.engine != "openai":  # there, the server's names say nothing
         max_prompt_length = sampling.max_prompt_length
         if is_adapter(model):
             from tandem.models.load import base_of_adapter
 
             base, adapter = base_of_adapter(model), model
+        digests = [model_digest(name) for name in (base, adapter) if name is not None]
+        weights = sha256_json(digests) if any(digests) else None
     return {
         "model": base,
         "adapter": adapter,
+        "weights": weights,
         "engine": options.engine,
         "sampling": asdict(sampling.sampling) | {"max_prompt_length": max_prompt_length},
         "seed": sampling.seed,
     }
 
 
-def _answered(file: Path, model: str, source: Mapping[str, Any]) -> set[str]:
-    """Prompts that `file` holds answers to; which engine drew them makes no difference.
+def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:
+    """Refuse a file with lines that are not what `source` would draw. Which engine drew them makes no difference, nor
+    where a model lies whose weights are known.
+
+    Args:
+        kind: what a line is, for the message: answers, draws.
+
+    Raises:
+        UserError: there is such a line.
+    """
+    model = source["adapter"] or source["model"]
+    for record in records:
+        named = all(record.get(name) == source[name] for name in ("model", "adapter"))
+        # Older lines have none, nor those of the Hub's models and of servers
+        known = record.get("weights") and source["weights"]
+        same = record["weights"] == source["weights"] if known else named
+        if named and not same:
+            raise UserError(f"{file}: holds {kind} of {model} with other weights than it has now; move it away")
+        if not same or any(record.get(name) != source[name] for name in ("sampling", "seed")):
+            raise UserError(f"{file}: holds {kind} of another model than {model} or of other sampling; move it away")
+
+
+def _answered(file: Path, source: Mapping[str, Any]) -> set[str]:
+    """Prompts that `file` holds answers to.
 
     Raises:
         UserError: they are not what `source` would draw.
     """
     records = read_jsonl(file)
-    identity = [name for name in source if name != "engine"]
-    for record in records:
-        if any(record.get(name) != source[name] for name in identity):
-            raise UserError(f"{file}: holds answers of another model than {model} or of other sampling; move it away")
-    if records and trained_at(source) > file.stat().st_mtime:
-        raise UserError(f"{file}: holds answers from before {model} was last trained or copied; move it away")
+    refuse_others(file, "answers", records, source)
     return {record["prompt_id"] for record in records}
-
-
-def trained_at(source: Mapping[str, Any]) -> float:
-    """When the weights on disk were last written, in seconds since the epoch; 0 for a model of the Hub or a server."""
-    folders = [Path(name) for name in (source["model"], source["adapter"]) if name is not None]
-    weights = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]
-    return max((file.stat().st_mtime for file in weights), default=0.0)

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     for name, command in _stages(sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")):
         try:
             with _world_size(processes if command[0] == "launch" else 1):
-                values = _parsed(command)
+                values = {name: value for name, (value, _) in options_of_command(command).items()}
             data = {field.name: values[field.name] for field in dataclasses.fields(DataOptions) if field.name in values}
             # The first stage will read the data; those of a stage that reads them otherwise are tried here
             if data and read and data not in read:
@@ -77,8 +77,9 @@ def _world_size(processes: int) -> Iterator[None]:
             os.environ["WORLD_SIZE"] = before
 
 
-def _parsed(command: list[str]) -> dict[str, Any]:
-    """The options of the script in a command, which reads them and stops at --print_config.
+def options_of_command(command: list[str]) -> dict[str, tuple[Any, bool]]:
+    """The options of the script in a command, which reads them and stops at --print_config, each with its value and
+    whether that is its default.
 
     Raises:
         UserError: what the script itself would say.
@@ -91,8 +92,11 @@ def _parsed(command: list[str]) -> dict[str, Any]:
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), contextlib.suppress(SystemExit):
         script.main([*command[at + 1 :], "--print_config"])
-    values: dict[str, Any] = yaml.safe_load(screen.getvalue())
-    return values
+    options = {}
+    for line in screen.getvalue().splitlines():
+        for name, value in (yaml.safe_load(line) or {}).items():
+            options[name] = (value, line.endswith("  # default"))
+    return options
 
 
 if __name__ == "__main__":

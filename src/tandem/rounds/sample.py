@@ -9,7 +9,7 @@ from typing import Any
 from tandem import ranks
 from tandem.answers.backends.base import Answer, Draw
 from tandem.answers.backends.options import GenerationOptions
-from tandem.answers.generate import source_of, trained_at
+from tandem.answers.generate import refuse_others, source_of
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.rounds.names import DATA, PROMPTS, SAMPLES
@@ -97,7 +97,7 @@ def _draw(
 
 
 def _drawn(file: Path, source: Mapping[str, Any]) -> Drawn:
-    """The draws that `file` holds; which engine drew them makes no difference.
+    """The draws that `file` holds.
 
     Raises:
         UserError: they are not what `source` would draw.
@@ -107,11 +107,7 @@ def _drawn(file: Path, source: Mapping[str, Any]) -> Drawn:
         drawn = {(record["prompt_id"], record["draw"]): record for record in records}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged ({error!r}); move it away, or restore it") from error
-    identity = [name for name in source if name != "engine"]
-    if any(record.get(name) != source[name] for record in records for name in identity):
-        raise UserError(f"{file}: holds draws of another model or of other sampling; move it away")
-    if records and trained_at(source) > file.stat().st_mtime:
-        raise UserError(f"{file}: holds draws from before {source['model']} was last trained or copied; move it away")
+    refuse_others(file, "draws", records, source)
     return drawn
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import tandem
+from tandem.digests import manifest_digest
 from tandem.errors import UserError
 from tandem.options.training import TrainOptions
-from tandem.runs import CONFIG, RUN, contents, is_complete, sha256_json
+from tandem.runs import RUN
 
 # Options that change how a run is watched or where it lies, not what it computes: they may differ when it is resumed
-_FREE_ON_RESUME = {
+FREE_ON_RESUME = {
     "logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "allow_changed",
     "save_total_limit", "output_dir", "logging_first_step", "wandb_project", "dataloader_num_workers", "ddp_timeout",
 }  # fmt: skip
@@ -23,8 +24,6 @@ _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
 
 # What the models that a run begins with hold, where their folders say so
 _CONTENTS = {"model_content": "model_name_or_path", "reference_content": "reference_model"}
-
-_NOT_WEIGHTS = (RUN, CONFIG, "training_metrics.json")
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -40,9 +39,8 @@ def contents_of(config: dict[str, Any]) -> dict[str, str]:
     found = {}
     for name, option in _CONTENTS.items():
         folder = config.get(option)
-        if folder and is_complete(folder):
-            weights = {file: digest for file, digest in contents(folder).items() if file not in _NOT_WEIGHTS}
-            found[name] = sha256_json(weights)
+        if folder and (digest := manifest_digest(folder)):
+            found[name] = digest
     return found
 
 
@@ -78,7 +76,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         name: f"{name} was {was.get(name)}, is {value}"
         for name, value in (now["config"] | now).items()
         if name != "config"
-        and name not in _FREE_ON_RESUME
+        and name not in FREE_ON_RESUME
         and not name.startswith("alarm_")
         and (name in was or name not in _CONTENTS)  # older runs have not noted them
         and was.get(name) != value

@@ -1,0 +1,74 @@
+"""What models and data are, by the hashes of their content: neither a copy nor a new date makes them others."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import xxhash
+
+from tandem.runs import CONFIG, MANIFEST, RUN, contents, is_complete, model_files, sha256_json, write_atomic
+
+_BESIDE_THE_MODEL = (RUN, CONFIG, "training_metrics.json")
+_BLOCK = 1 << 24
+
+
+def manifest_digest(folder: str | Path) -> str | None:
+    """Of what the model in `folder` is made of, by its manifest alone; None where it has no whole one."""
+    if not is_complete(folder):
+        return None
+    return sha256_json({name: digest for name, digest in contents(folder).items() if name not in _BESIDE_THE_MODEL})
+
+
+def model_digest(folder: str | Path) -> str | None:
+    """Of the model or adapter in `folder`: by its manifest, or where it has none by reading it. None for a Hub name."""
+    if not Path(folder).is_dir():
+        return None
+    return manifest_digest(folder) or sha256_json({file.name: _hash(file) for file in model_files(folder)})
+
+
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as content:
+        while block := content.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Hashes:
+    """Hashes of files, each read once as long as it is the same file.
+
+    The kernel sets a file's change time: one that is put in the place of another is read, whatever its size and date.
+
+    Args:
+        file: where they are kept.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._known = dict(json.loads(file.read_text()))
+        self._before = dict(self._known)
+
+    def of(self, file: Path) -> str:
+        """The hash of a file's content."""
+        path, found = str(file.resolve()), file.stat()
+        same = sha256_json([found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+        if path not in self._known or self._known[path][0] != same:
+            self._known[path] = [same, _hash(file)]
+        return self._known[path][1]
+
+    def of_folder(self, folder: Path) -> str:
+        """Of all files in a folder and its folders, but hidden ones and training checkpoints."""
+        found = {}
+        for file in sorted(folder.rglob("*")):
+            place = file.relative_to(folder)
+            aside = any(part.startswith((".", "checkpoint-")) for part in place.parts)
+            if not aside and file.is_file() and file.name != MANIFEST:
+                found[str(place)] = self.of(file)
+        return sha256_json(found)
+
+    def save(self) -> None:
+        """Keep what was read."""
+        if self._known != self._before:
+            write_atomic(self._file, json.dumps(self._known, indent=0) + "\n")
