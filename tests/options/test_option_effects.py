@@ -677,6 +677,8 @@ PROOFS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("dataset_train_split", "dataset_test_split", "val_ratio", "data_seed"), SPLITS),
         **dict.fromkeys(("data_format", "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key"), KEYS),
         "ignore_columns": "data/test_balance.py::test_what_was_refused_can_be_named_or_left_out",
+        "pair_strategy": "data/test_rated.py::test_strategies",
+        "score_key": "data/test_rated.py::test_the_score_that_was_named",
         "min_score_margin": "data/test_scores.py::test_min_score_margin",
         "max_bad_rows": "data/test_sources.py::test_bad_rows_up_to_a_limit",
     },

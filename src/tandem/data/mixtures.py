@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tandem.data import select
 from tandem.data.files import is_data_file
 from tandem.data.formats import Row, kind_of
 from tandem.data.options import SOURCE_OPTIONS, DataOptions
@@ -77,7 +78,7 @@ def _source(options: DataOptions, entry: Any, where: str) -> Source:
     weight = values.pop("weight", 1.0)
     if weight <= 0:
         raise UserError(f"{where}: weight must be above 0, not {weight}; leave the source out instead")
-    if not options.val_ratio:
+    if not options.val_ratio and values.get("pair_strategy") != select.BEST_RANDOM:
         values["data_seed"] = DataOptions.data_seed  # it shuffles the mixture, and does nothing to one source
     values["dataset_name"] = _beside(Path(options.dataset_name), values["dataset_name"])
     try:

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+from tandem.data import select
 from tandem.data.formats import FORMATS
 from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.rules import Options
@@ -13,6 +14,7 @@ from tandem.options.rules import Options
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
     "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns", "min_score_margin",
+    "pair_strategy", "score_key",
 )  # fmt: skip
 
 
@@ -38,7 +40,7 @@ class DataOptions(Options):
     val_ratio: float = opt(
         0.0, "hold out this share of the training split's prompts instead of reading a test split", low=0, below=1
     )
-    data_seed: int = opt(42, "seed of the --val_ratio split and of a mixture")
+    data_seed: int = opt(42, "seed of the --val_ratio split, of a mixture and of --pair_strategy best_random")
     data_format: str | None = opt(None, "force a format instead of detecting it", choices=FORMATS)
     prompt_key: str | None = opt(None, "column that holds the prompt")
     chosen_key: str | None = opt(None, "column that holds the preferred answer")
@@ -51,6 +53,13 @@ class DataOptions(Options):
     min_score_margin: float | None = opt(
         None, "leave out pairs whose score_chosen less score_rejected is not above this", low=0
     )
+    pair_strategy: str | None = opt(
+        None,
+        "of several rated or ranked answers to a prompt: the best against the worst (unset), the best against another "
+        "at random, or all pairs",
+        choices=select.STRATEGIES,
+    )
+    score_key: str | None = opt(None, "score of an answer among several; one with rank in its name is best at 1")
     max_bad_rows: int = opt(0, "skip and list up to this many rows that cannot be read", low=0)
 
     def conflicts(self) -> Iterator[str]:
@@ -60,7 +69,7 @@ class DataOptions(Options):
             for name in changed(self):
                 if name in SOURCE_OPTIONS[1:]:
                     yield f"--{name} has no effect with a mixture: give it to a source in {self.dataset_name}"
-        elif self.data_seed != type(self).data_seed and not self.val_ratio:
+        elif self.data_seed != type(self).data_seed and not self.val_ratio and self.pair_strategy != select.BEST_RANDOM:
             yield "--data_seed has no effect without --val_ratio or a mixture"
 
     @property

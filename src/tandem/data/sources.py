@@ -19,6 +19,7 @@ from tandem.data.formats import (
 )
 from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
+from tandem.data.rated import paired
 from tandem.data.rows import columns_of
 from tandem.data.scores import scores_of
 from tandem.data.shapes import known_names, known_shape
@@ -41,7 +42,7 @@ def load_pairs(
     Raises:
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
     """
-    located = list(read_split(options, split))
+    located = paired(read_split(options, split), options, split)
     if not located:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows")
     bad: list[str] = []

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tandem.answers.generate import GenerateOptions
+from tandem.data import select
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, changed, flags, opt
 from tandem.options.rules import Options
-from tandem.rounds import select
 from tandem.rounds.names import DATA, PAIRS, PAIRS_REPORT
 
 Item = TypeVar("Item")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tandem import ranks
-from tandem.data import non_answers
+from tandem.data import non_answers, select
 from tandem.data.check import run_check
 from tandem.data.near import SIMILAR, jaccard, shingles
 from tandem.data.options import CheckOptions, DataOptions
@@ -19,7 +19,6 @@ from tandem.data.shortcuts import pick_longer
 from tandem.data.sources import load_pairs
 from tandem.errors import UserError
 from tandem.options.model import TextOptions
-from tandem.rounds import select
 from tandem.rounds.names import PAIRS, PAIRS_REPORT
 from tandem.rounds.options import PairOptions
 from tandem.rounds.records import Record, by_prompt, read_records

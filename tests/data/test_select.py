@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from tandem.rounds import select
-from tandem.rounds.select import Selection
+from tandem.data import select
+from tandem.data.select import Selection
 
 NAN = math.nan
 
