@@ -787,6 +787,11 @@ PROOFS: dict[str, dict[str, str]] = {
         "dry_run": "judge/test_run.py::test_a_dry_run_asks_and_writes_nothing_and_bounds_the_cost",
         "batch": "judge/test_run.py::test_batches_give_the_summary_of_single_requests",
     },
+    "ConvertOptions": {
+        "recipe": "options/test_convert.py::test_a_flat_recipe",
+        "stage": "options/test_convert.py::test_the_stage_decides_what_is_an_option",
+        "output": "options/test_convert.py::test_every_key_is_in_the_file_and_the_file_is_the_config",
+    },
     "ReportOptions": {"run_dir": "report/test_page.py::test_whole_run_is_told"},
     "UploadOptions": {
         **dict.fromkeys(

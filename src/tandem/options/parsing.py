@@ -189,19 +189,27 @@ class TextLoader(StrictLoader):
     }
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, what: str = "--config") -> dict[str, Any]:
+    """The mapping in a YAML file, its plain values as text.
+
+    Args:
+        what: what the file is, for the errors.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=TextLoader)
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"{what} {path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML: {error}") from error
+        raise UserError(f"{what} {path}: not YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: must be a mapping of options, not a {type(values).__name__}")
+        raise UserError(f"{what} {path}: must be a mapping of options, not a {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
 
 
@@ -259,7 +267,7 @@ def parse(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     unusable: set[str] = set()
-    from_yaml = _read_yaml(config_file) if config_file else {}
+    from_yaml = read_yaml(config_file) if config_file else {}
     for source, mapping in ((f"--config {config_file}", from_yaml), ("command line", given)):
         for name, value in mapping.items():
             try:
@@ -278,16 +286,30 @@ def parse(
     if not misspelt:  # else what is missing may be what is misspelt
         problems += [f"--{option.name} is required: {option.help}" for option in missing if option.name not in unusable]
     unusable |= {option.name for option in missing}
-
-    instances, refusals = _instances(classes, values, unusable)
-    problems += refusals
-    problems += broken_rules(instances, between=True, without=unusable)
-    problems += [] if unusable else _told(lambda: check(*instances))
-    refuse(problems)
+    instances, refusals = _checked(classes, values, unusable, check)
+    refuse([*problems, *refusals])
     if print_config:
         _print_config(instances, sources)
         raise SystemExit(0)
     return tuple(instances)
+
+
+def faults_of(values: dict[str, Any], classes: Sequence[type], check: Callable[..., None] = _no_check) -> list[str]:
+    """What `parse` would refuse of these values, already of their options' types."""
+    options = [option for cls in classes for option in options_of(cls)]
+    missing = [option for option in options if option.default is REQUIRED and option.name not in values]
+    _, refusals = _checked(classes, values, {option.name for option in missing}, check)
+    return [*(f"--{option.name} is required: {option.help}" for option in missing), *refusals]
+
+
+def _checked(
+    classes: Sequence[type], values: dict[str, Any], unusable: set[str], check: Callable[..., None]
+) -> tuple[list[Any], list[str]]:
+    """An instance of each class, and what is refused of them and of what they are together."""
+    instances, problems = _instances(classes, values, unusable)
+    problems += broken_rules(instances, between=True, without=unusable)
+    problems += [] if unusable else _told(lambda: check(*instances))
+    return instances, problems
 
 
 def _instances(classes: Sequence[type], values: dict[str, Any], unusable: set[str]) -> tuple[list[Any], list[str]]:

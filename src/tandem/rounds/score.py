@@ -8,9 +8,9 @@ from typing import Any
 
 from tandem import ranks
 from tandem.data.formats import Message
+from tandem.data.non_answers import non_answer
 from tandem.errors import UserError
 from tandem.rounds.names import PROMPTS, SCORES, SCORES_REPORT
-from tandem.rounds.non_answers import non_answer
 from tandem.rounds.options import ScoreOptions
 from tandem.rounds.records import Record, by_prompt, read_records, write_records
 from tandem.runs import append_jsonl, locked, read_jsonl, sha256_json, write_json
