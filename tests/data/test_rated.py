@@ -73,9 +73,10 @@ def test_ultrafeedback(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert pair["rejected"] == [{"role": "assistant", "content": "Answer 2."}]
     assert pair["scores"] == [8.5, 3.0]
     told = capsys.readouterr().err
-    assert f"{tmp_path}/rated.jsonl (train): 1 pairs of rated answers: 1 of 1 prompts\n" in told
+    assert f"{tmp_path}/rated.jsonl (train): 1 pair of 1 prompt with rated answers: 1 pair from 1 prompt\n" in told
     unread = set(balances[0].unread)
     assert {f"completions[].{name}" for name in ("annotations", "custom_system_prompt", "critique", "model")} <= unread
+    assert "score_chosen" not in unread and "score_chosen" in balances[0].read
 
 
 def test_nectar(tmp_path: Path):
@@ -121,8 +122,8 @@ def test_how_many_pairs_each_prompt_gave(tmp_path: Path, capsys: pytest.CaptureF
     ]
     pairs = load(tmp_path, *rows, pair_strategy="all")
     assert [pair["row"] for pair in pairs] == [1, 1, 1, 4]
-    told = "4 pairs of rated answers: 3 of 1 prompts, 1 of 1 prompts; none of 2 prompts: "
-    told += "tied 1, fewer_than_two_scored 1"
+    told = "4 pairs of 4 prompts with rated answers: 1 pair from 1 prompt, 3 pairs from 1 prompt, none from 2 prompts "
+    told += "(tied 1, fewer_than_two_scored 1)"
     assert told in capsys.readouterr().err
 
 

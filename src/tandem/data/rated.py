@@ -64,9 +64,14 @@ def paired(located: Iterable[Located], options: DataOptions, split: str) -> list
 
 def _tell(where: str, gave: Counter[int], without: Counter[str]) -> None:
     pairs = sum(count * prompts for count, prompts in gave.items())
-    each = ", ".join(f"{count} of {gave[count]} prompts" for count in sorted(gave, reverse=True) if count)
-    none = f"; none of {gave[0]} prompts: {_counts(without)}" if gave[0] else ""
-    tell_once(f"{where}: {pairs} pairs of rated answers: {each or 'none'}{none}")
+    each = [f"{_plural(count, 'pair')} from {_plural(gave[count], 'prompt')}" for count in sorted(gave) if count]
+    each += [f"none from {_plural(gave[0], 'prompt')} ({_counts(without)})"] if gave[0] else []
+    told = f"{where}: {_plural(pairs, 'pair')} of {_plural(gave.total(), 'prompt')} with rated answers"
+    tell_once(f"{told}: {', '.join(each)}")
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _counts(without: Counter[str]) -> str:

@@ -12,8 +12,8 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def scores_of(row: Row, *, needed: bool = False) -> Row:
-    """The scores of chosen and rejected as `scores`; nothing where a row has not both as numbers.
+def scores_of(row: Row, *, needed: bool = False) -> tuple[Row, tuple[str, ...]]:
+    """The scores of chosen and rejected as `scores`, and their columns; nothing where a row has not both as numbers.
 
     Raises:
         RowError: they are `needed`.
@@ -21,9 +21,9 @@ def scores_of(row: Row, *, needed: bool = False) -> Row:
     for names in _COLUMNS:
         found = [number(row.get(name)) for name in names]
         if None not in found:
-            return {"scores": found}
+            return {"scores": found}, names
     if not needed:
-        return {}
+        return {}, ()
     known = next((name for names in _COLUMNS for name in names if name in row), None)
     what = f"field {known!r}: is {kind_of(row[known])}" if known else "has no scores"
     raise RowError(

@@ -67,8 +67,10 @@ def load_pairs(
         try:
             if example:
                 check_format(row, data_format, example)
-            pair = to_canonical(row, data_format, balance) | scores_of(row, needed=options.min_score_margin is not None)
-            pairs.append({**pair, "source": source, "row": number, "format": data_format})
+            scores, columns = scores_of(row, needed=options.min_score_margin is not None)
+            pair = to_canonical({name: row[name] for name in row if name not in columns}, data_format, balance)
+            balance.read.update(columns)
+            pairs.append({**pair, **scores, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, error), options.max_bad_rows, bad)
     for line in bad:

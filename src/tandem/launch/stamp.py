@@ -173,12 +173,12 @@ def _digest(stage: Stage, value: Any, hashes: Hashes) -> str | None:
 
 
 def _sources(mixture: Path) -> list[str]:
-    """The files and folders that a mixture names."""
+    """The files and folders that a mixture, or a file of one source, names."""
     import yaml
 
     try:
         entries = yaml.load(mixture.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-        names = [entry["dataset_name"] for entry in entries]
+        names = [entry["dataset_name"] for entry in ([entries] if isinstance(entries, dict) else entries)]
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         return []  # the stage says what is wrong with it
     return [str(mixture.parent / Path(name).expanduser()) for name in names if isinstance(name, str)]
