@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gaudi train lint format bench fuzz audit build run pipeline package clean clean-runs
+.PHONY: help setup demo demo-rounds test test-gaudi train lint format bench fuzz audit build run pipeline package clean clean-runs
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ $(VENV)/.demo-model: $(VENV)/.installed
 
 demo: $(VENV)/.demo-model ## the whole pipeline on a small model and sample pairs: no key, no GPU, no Hub
 	./pipelines/demo.sh
+
+demo-rounds: $(VENV)/.demo-model ## two rounds on answers that the model drew, scored by code: no key, no GPU, no Hub
+	./pipelines/demo_rounds.sh
 
 test: setup ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Draw several answers to each training prompt from one or several models."""
+"""Draw several answers to each prompt from one or several models."""
 
 from tandem.commands.sample import main
 from tandem.errors import script_main

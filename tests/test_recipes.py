@@ -21,6 +21,10 @@ GIVEN = {
     "evaluate": "--reference_model m --dpo_model d --dataset_name d",
     "compare": "--base_model m --finetuned_model d --dataset_name d",
     "judge": "--judge_model j --run_dir r --dataset_name d --base_url http://127.0.0.1:1/v1",
+    "sample": "--models policy=m --dataset_name d --output_dir o",
+    "held_out": "--models policy=m --dataset_name d --output_dir o",
+    "score": "--samples s --output_dir o --score_function m:f",
+    "make_pairs": "--scores s --output_dir o",
 }
 NAMED = {"gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_27b", "llama2_7b", "llama2_13b", "llama3_8b", "llama3_70b"}
 
@@ -31,14 +35,14 @@ def test_the_recipes_are_there():
         stages[recipe.parent.name].add(recipe.stem)
     assert stages.keys() >= NAMED | {"smollm2_135m", "gpt2", "sanity", "default"}
     for name, found in stages.items():
-        assert found >= {"sft", "dpo"} or name == "default"
+        assert found >= {"sft", "dpo"} or name in ("default", "rounds", "demo_rounds")
     # `config STAGE` of lib.sh takes from `default` what a recipe does not bring
-    assert stages["default"] >= set(GIVEN) - {"sft", "dpo"}
+    assert stages["default"] >= set(GIVEN) - {"sft", "dpo", *stages["rounds"]}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe(recipe: Path, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]):
-    name = {"check": "check_data"}.get(recipe.stem, recipe.stem)
+    name = {"check": "check_data", "held_out": "sample"}.get(recipe.stem, recipe.stem)
     with pytest.raises(SystemExit) as stop:
         script(name).main(["--config", str(recipe), *GIVEN[recipe.stem].split(), "--print_config"])
     assert stop.value.code == 0
@@ -50,9 +54,9 @@ def test_recipe(recipe: Path, script: Callable[[str], ModuleType], capsys: pytes
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem in ("sft", "dpo")], ids=str)
 def test_a_recipe_trains_alone(recipe: Path, script: Callable[[str], ModuleType]):
-    """`make train CONFIG=…` gives nothing else; those of the sanity pipeline get model and data from it."""
+    """`make train CONFIG=…` gives nothing else; those of a pipeline's own get model and data from it."""
     argv = ["--config", str(recipe), "--print_config"]
-    if recipe.parent.name == "sanity":
+    if recipe.parent.name in ("sanity", "rounds", "demo_rounds"):
         argv += GIVEN[recipe.stem].split()
     with pytest.raises(SystemExit) as stop:
         script(recipe.stem).main(argv)

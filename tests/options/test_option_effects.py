@@ -579,7 +579,12 @@ PROOFS: dict[str, dict[str, str]] = {
         "num_samples": f"{DRAWN}test_every_draw_is_there_once_in_order",
         "parts": f"{DRAWN}test_parts_are_other_prompts",
         "part": f"{DRAWN}test_parts_are_other_prompts",
+        "held_out": f"{DRAWN}test_held_out_prompts_are_measured_and_never_paired",
         "with_chosen": f"{DRAWN}test_several_models_and_the_datas_own_answers",
+    },
+    "RoundsOptions": {
+        "run_dir": "rounds/test_measure.py::test_a_row_a_round_by_hand",
+        "seed": "rounds/test_measure.py::test_the_seed_of_the_bootstrap",
     },
     "ScoreOptions": {
         "samples": f"{SCORED}test_a_function_scores_and_non_answers_get_none",

@@ -8,7 +8,8 @@ import pytest
 from tandem.answers.backends.options import GenerationOptions
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
-from tandem.rounds.options import SampleOptions
+from tandem.rounds.options import PairOptions, SampleOptions
+from tandem.rounds.pairs import make_pairs
 from tandem.rounds.prompts import Prompt
 from tandem.rounds.records import read_records
 from tandem.rounds.sample import sample
@@ -156,3 +157,14 @@ def test_the_script(tmp_path: Path, tiny_data: Path, model: Path, script: Any):
     script("sample").main([*line.split(), "--max_new_tokens", "4"])
     assert len(read_records(tmp_path / "samples.jsonl")) == 6
     assert "num_samples: 2" in (tmp_path / "sample.yaml").read_text()
+
+
+def test_held_out_prompts_are_measured_and_never_paired(tmp_path: Path, tiny_data: Path, model: Path, script: Any):
+    line = f"--models p={model} --dataset_name {tiny_data} --output_dir {tmp_path} --num_samples 2 --held_out"
+    script("sample").main([*line.split(), "--max_new_tokens", "4"])
+    records = read_records(tmp_path / "samples.jsonl")
+    assert len(records) == 16
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text("".join(json.dumps(record | {"score": record["draw"]}) + "\n" for record in records))
+    with pytest.raises(UserError, match="held-out prompts"):
+        make_pairs(PairOptions(scores=str(scores), output_dir=str(tmp_path / "pairs")))

@@ -1,4 +1,4 @@
-"""Draw several answers to each training prompt from one or several models."""
+"""Draw several answers to each prompt from one or several models."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from tandem.data.options import DataOptions
 from tandem.models.sampling import SamplingOptions
 from tandem.options.parsing import parse, save
 from tandem.rounds.options import SampleOptions
-from tandem.rounds.prompts import training_prompts
+from tandem.rounds.prompts import held_out_prompts, training_prompts
 from tandem.rounds.sample import sample
 
 
 def main(argv: list[str]) -> None:
     classes = (SampleOptions, GenerationOptions, SamplingOptions, DataOptions)
     options, engine, sampling, data = parse(argv, classes, prog="sample.py", description=__doc__)
-    file = sample(options, engine, sampling, training_prompts(data))
+    file = sample(options, engine, sampling, (held_out_prompts if options.held_out else training_prompts)(data))
     if ranks.is_first():
         save(Path(options.output_dir) / "sample.yaml", options, engine, sampling, data)
         print(file)

@@ -23,6 +23,7 @@ class SampleOptions(GenerateOptions):
     num_samples: int = opt(5, "answers of each model to a prompt", low=1)
     parts: int = opt(1, "deal the prompts to this many parts, so that each round has others", low=1)
     part: int = opt(1, "the part that is answered here, from 1", low=1)
+    held_out: bool = opt(False, "answer the held-out prompts instead, to measure a round; no pairs are made of them")
     with_chosen: bool = opt(False, f"the data's preferred answers are candidates too, as those of {DATA}")
 
     def conflicts(self) -> Iterator[str]:
@@ -139,3 +140,11 @@ class PairOptions(Options):
         """What these options ask for."""
         most = self.max_pairs_per_prompt or (2**31 if self.pair_strategy == select.ALL else 1)
         return select.Selection(self.pair_strategy, self.min_score_margin, most, self.max_length_ratio)
+
+
+@dataclass
+class RoundsOptions(Options):
+    """Rounds."""
+
+    run_dir: str = opt(REQUIRED, "folder of the rounds, with round_<r>/held_out/scores.jsonl in it")
+    seed: int = opt(42, "seed of the bootstrap", low=0)

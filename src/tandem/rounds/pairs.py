@@ -32,7 +32,10 @@ def make_pairs(options: PairOptions) -> dict[str, Any]:
         UserError: the scores cannot be read, no prompt gives a pair, or the data check stops on what it finds.
     """
     ranks.refuse_several("make_pairs")
-    groups = by_prompt(read_records(options.scores, scored=True))
+    records = read_records(options.scores, scored=True)
+    if any(record.get("held_out") for record in records):
+        raise UserError(f"--scores {options.scores}: has answers to held-out prompts, which nothing may be trained on")
+    groups = by_prompt(records)
     rows: list[dict[str, Any]] = []
     without: Counter[str] = Counter()
     for key, answers in groups.items():

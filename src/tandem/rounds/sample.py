@@ -120,7 +120,12 @@ def _finish(
 ) -> None:
     drawn = {label: _drawn(files[label], sources[label]) for label in sources}
     records: list[Record] = [
-        {"messages": prompt.messages, "label": label, **drawn[label][prompt.prompt_id, number]}
+        {
+            "messages": prompt.messages,
+            "label": label,
+            "held_out": options.held_out,
+            **drawn[label][prompt.prompt_id, number],
+        }
         for label in sources
         for prompt in prompts
         for number in range(options.num_samples)

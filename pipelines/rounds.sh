@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Rounds of DPO on the policy's own answers: sample → score → pairs → DPO → the same measured on held-out prompts.
+#
+#   MODEL_NAME=… PROMPTS=prompts.jsonl SCORER=function:check.py:score ./pipelines/rounds.sh
+#
+# MODEL_NAME         model folder or Hub name of round 0 (required)
+# PROMPTS            any data set that Tandem reads, with or without answers (required)
+# SCORER             who scores: reward:MODEL, judge:MODEL or function:FILE.py:NAME (required)
+# SECOND_SCORER      another, which ranks nothing and shows whether the first is over-optimised
+# ROUNDS             2
+# REFERENCE          previous: the round's start; initial: MODEL_NAME (previous)
+# VAL_RATIO          share of the prompts to hold out (0.2; 0: the test split)
+# OFFLINE_PAIRS      pairs that others wrote, mixed in as OFFLINE_SHARE of the pairs of each round
+# OFFLINE_SHARE      0.5 where OFFLINE_PAIRS is set
+# JUDGE_BASE_URL     server of a judge; its key is read from OPENAI_API_KEY
+# RECIPE             folder with dpo.yaml, sample.yaml, held_out.yaml, score.yaml, make_pairs.yaml (recipes/rounds)
+# OUTPUT_DIR, ACCELERATE_CONFIG, NUM_PROCESSES  as in dpo_pipeline_sanity.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+for name in MODEL_NAME PROMPTS SCORER; do [[ -n ${!name:-} ]] || die "$name is required, see the head of $0"; done
+no_credentials MODEL_NAME PROMPTS SCORER SECOND_SCORER JUDGE_BASE_URL OFFLINE_PAIRS
+RUN=${OUTPUT_DIR:-$ROOT/runs/rounds}
+RECIPE=${RECIPE:-$ROOT/pipelines/recipes/rounds}
+ROUNDS=${ROUNDS:-2}
+VAL_RATIO=${VAL_RATIO:-0.2}
+REFERENCE=${REFERENCE:-previous}
+[[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || die "ROUNDS must be a whole number from 1, not $ROUNDS"
+[[ $REFERENCE == previous || $REFERENCE == initial ]] || die "REFERENCE must be previous or initial, not $REFERENCE"
+[[ -z ${OFFLINE_SHARE:-} || -n ${OFFLINE_PAIRS:-} ]] || die "OFFLINE_SHARE has no effect without OFFLINE_PAIRS"
+OFFLINE_SHARE=${OFFLINE_SHARE:-0.5}
+[[ $OFFLINE_SHARE =~ ^0?\.[0-9]*[1-9][0-9]*$ ]] || die "OFFLINE_SHARE must be above 0 and below 1, not $OFFLINE_SHARE"
+data=(--dataset_name "$PROMPTS")
+[[ $VAL_RATIO == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
+
+# scorer_options SCORER: the options of score.py that it stands for
+scorers=()
+add_scorer() {
+  case $1 in
+    reward:?*) scorers+=(--reward_models "${1#reward:}") ;;
+    judge:?*) scorers+=(--judge_model "${1#judge:}" ${JUDGE_BASE_URL:+--judge_base_url "$JUDGE_BASE_URL"}) ;;
+    function:?*:?*) scorers+=(--score_function "${1#function:}") ;;
+    *) die "a scorer is reward:MODEL, judge:MODEL or function:FILE.py:NAME, not $1" ;;
+  esac
+}
+add_scorer "$SCORER"
+if [[ -n ${SECOND_SCORER:-} ]]; then
+  [[ ${SECOND_SCORER%%:*} != "${SCORER%%:*}" ]] || die "SECOND_SCORER must be of another kind than SCORER"
+  add_scorer "$SECOND_SCORER"
+  scorers+=(--rank_by "$SCORER")
+fi
+
+# held_out ROUND MODEL: one answer to each held-out prompt, scored
+held_out() {
+  local own=round_$1/held_out
+  stage "held_out_$1" "$own/samples.jsonl" \
+    python "$ROOT/scripts/sample.py" --config "$(config held_out)" "${data[@]}" --held_out --num_samples 1 \
+    --models "policy=$2" --output_dir "$RUN/$own"
+  stage "held_out_score_$1" "$own/scores.jsonl" \
+    python "$ROOT/scripts/score.py" --config "$(config score)" "${scorers[@]}" --samples "$RUN/$own/samples.jsonl" \
+    --output_dir "$RUN/$own"
+}
+
+# pairs_of ROUND: what DPO trains on; before there are any, preflight looks at nothing but the options
+pairs_of() {
+  if [[ -n ${PREFLIGHT:-} ]]; then
+    echo "${data[@]:1:1}"
+  elif [[ -z ${OFFLINE_PAIRS:-} ]]; then
+    echo "$RUN/round_$1/pairs/pairs.jsonl"
+  else
+    printf -- '- {dataset_name: "%s", weight: %s}\n- {dataset_name: "%s", weight: %s}\n' \
+      "$RUN/round_$1/pairs/pairs.jsonl" "$(python -c "print(round(1 - $OFFLINE_SHARE, 6))")" \
+      "$OFFLINE_PAIRS" "$OFFLINE_SHARE" >"$RUN/round_$1/mixture.yaml"
+    echo "$RUN/round_$1/mixture.yaml"
+  fi
+}
+
+stages() {
+  local round policy=$MODEL_NAME own pairs reference
+  held_out 0 "$MODEL_NAME"
+  for ((round = 1; round <= ROUNDS; round++)); do
+    own=round_$round
+    stage "sample_$round" "$own/samples.jsonl" \
+      python "$ROOT/scripts/sample.py" --config "$(config sample)" "${data[@]}" --models "policy=$policy" \
+      --parts "$ROUNDS" --part "$round" --output_dir "$RUN/$own"
+    stage "score_$round" "$own/scores.jsonl" \
+      python "$ROOT/scripts/score.py" --config "$(config score)" "${scorers[@]}" --samples "$RUN/$own/samples.jsonl" \
+      --output_dir "$RUN/$own"
+    stage "pairs_$round" "$own/pairs/pairs.jsonl" \
+      python "$ROOT/scripts/make_pairs.py" --config "$(config make_pairs)" --scores "$RUN/$own/scores.jsonl" \
+      --round "$round" --output_dir "$RUN/$own/pairs"
+    pairs=$(pairs_of "$round")
+    reference=()
+    [[ $REFERENCE == previous || $round == 1 ]] || reference=(--reference_model "$MODEL_NAME")
+    split=()
+    [[ -z ${PREFLIGHT:-} ]] || split=("${data[@]:2}")
+    stage "dpo_$round" "$own/dpo" \
+      launch "$ROOT/scripts/dpo.py" --config "$(config dpo)" --dataset_name "$pairs" "${split[@]}" \
+      --model_name_or_path "$policy" "${reference[@]}" --output_dir "$RUN/$own/dpo"
+    policy=$RUN/$own/dpo
+    held_out "$round" "$policy"
+    stage "measure_$round" rounds.json \
+      python "$ROOT/scripts/rounds.py" --run_dir "$RUN"
+    if [[ -z ${PREFLIGHT:-} ]] && python -c 'import json, sys
+rows = json.load(open(sys.argv[1]))["rounds"]
+sys.exit(not next(row["stop"] for row in rows if row["round"] == int(sys.argv[2])))' "$RUN/rounds.json" "$round"; then
+      echo "Round $round brought no more on the held-out prompts than the rounds before it: stopping"
+      break
+    fi
+  done
+}
+
+preflight stages
+log_to "$RUN/rounds.log"
+stages
+cat "$RUN/rounds.md"
+echo "Rounds: $RUN/rounds.html"
