@@ -3,6 +3,7 @@
     make bench                                                # over an hour on two cores
     python bench/run.py --settings full_hh_8 --repeats 3
     python bench/run.py --device cuda                         # random-weight Llamas of 1B and 8B in bfloat16
+    python bench/run.py --device cuda --short                 # the main ratios alone, in about five minutes
 
 Prints ratios of medians as a Markdown table, and beside each the ratio that arithmetic alone allows.
 """
@@ -64,6 +65,19 @@ CUDA = {
     for size, pairs in (("1B", 256), ("8B", 64))
     for name, flags in (("plain", "--batch 8"), ("checkpointing", "--batch 8 --checkpointing"))
 }
+# Once each, all weights of 1B and LoRA at 8B, beside TRL at its best
+SHORT = {
+    "1B_short": Setting(
+        "--device cuda --random 1B --bf16 --max_length 1024 --batch 8 --checkpointing",
+        (("trl_precompute", "cold"),),
+        pairs=64,
+    ),
+    "8B_lora_short": Setting(
+        "--device cuda --random 8B --bf16 --max_length 1024 --batch 8 --checkpointing --lora",
+        (("trl_precompute", "cold"),),
+        pairs=64,
+    ),
+}
 COLUMNS = (
     "setting|base pairs/s|Tandem pairs/s|ratio|FLOPs allow|CPU s|peak memory|of matmul rate (base)|monitor|loss diff"
 )
@@ -124,12 +138,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     names = f"cpu: {', '.join(CPU)}; cuda: {', '.join(CUDA)}"
-    parser.add_argument("--settings", nargs="+", choices=[*CPU, *CUDA], metavar="NAME", help=names)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--settings", nargs="+", choices=[*CPU, *CUDA, *SHORT], metavar="NAME", help=names)
+    parser.add_argument("--short", action="store_true", help="with --device cuda: the main ratios, each run once")
+    parser.add_argument("--repeats", type=int, help="runs of each side; unset: 2, with --short 1")
     parser.add_argument("--model", default=None, help="model folder; unset: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--raw", type=Path, help="file for one JSON line a run")
     options = parser.parse_args()
-    settings = CUDA if options.device == "cuda" else CPU
+    if options.short and (options.device != "cuda" or options.settings):
+        parser.error("--short goes with --device cuda, and has settings of its own")
+    settings = CUDA | SHORT if options.device == "cuda" else CPU
     unknown = set(options.settings or ()) - set(settings)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: not a setting of --device {options.device}")
@@ -138,14 +155,15 @@ def main() -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "SmolLM2-135M-Instruct"
         subprocess.run([sys.executable, "-m", "tandem.demo", str(folder)], check=True)
         model = str(folder)
-    chosen = options.settings or (list(CUDA) if options.device == "cuda" else default_settings())
+    chosen = options.settings or list(SHORT if options.short else CUDA if options.device == "cuda" else ())
+    chosen = chosen or default_settings()
     for file in {settings[name].data for name in chosen if not settings[name].data.exists()}:
         print(f"{file} is not here: the sample set, whose pairs are shorter, stands in for it\n")
     print(f"|{COLUMNS}|\n" + "|---" * (COLUMNS.count("|") + 1) + "|", flush=True)
     for name in chosen:
         setting = settings[name]
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in setting.sides}
-        for _ in range(options.repeats):
+        for _ in range(options.repeats or (1 if options.short else 2)):
             for side in setting.sides:
                 runs[side].append(measure(setting, side, model))
                 if options.raw:

@@ -1,6 +1,7 @@
 """One measured training run in a process of its own; prints one JSON line. Started by `bench/run.py`."""
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -40,6 +41,9 @@ LLAMAS = {
     "1B": (2048, 8192, 16, 32, 8),
     "8B": (4096, 14336, 32, 32, 8),
 }
+
+# Of Llama 3, whose head weighs more than that of the model that lends its tokenizer
+VOCABULARY = 128256
 
 LORA = LoraOptions(use_peft=True)
 
@@ -150,7 +154,7 @@ def main() -> None:
 def random_llama(options: argparse.Namespace, tokenizer: Any) -> Any:
     hidden, intermediate, layers, heads, kv_heads = LLAMAS[options.random]
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) if options.random == "tiny" else VOCABULARY,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -200,6 +204,8 @@ def run(
     if ours and options.device == "cpu":
         prepare_for_training()  # as run_dpo does
     lora = lora_config(LORA) if options.lora else None
+    if options.side == "trl" and options.random and not options.lora:
+        keywords["ref_model"] = copy.deepcopy(model)  # TRL would load one by the model's name, which this one has not
     trainer: Any = cls(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **keywords
     )

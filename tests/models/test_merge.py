@@ -82,6 +82,17 @@ def test_dtype(tmp_path: Path, adapter: Path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_of_the_base_by_default(tmp_path: Path, adapter: Path, tiny_model: Path, dtype: str):
+    """Two types among the models of an evaluation would have it take float32, twice the memory, for all."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).save_pretrained(base)
+    merge(MergeOptions(str(adapter), str(tmp_path / "merged"), base_model=str(base)))
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+
+
 def test_a_full_model_is_copied(tmp_path: Path, tiny_model: Path):
     source = shutil.copytree(tiny_model, tmp_path / "trained")
     (source / "config.yaml").write_text("a: 1")

@@ -29,7 +29,9 @@ class MergeOptions(Options):
     adapter: str = opt(REQUIRED, "folder of the trained adapter (a full model is copied as it is)")
     output_dir: str = opt(REQUIRED, "folder for the merged model")
     base_model: str | None = opt(None, "base model, where it is not the one the adapter names")
-    dtype: str = opt("float32", "type of the merged weights", choices=("float32", "bfloat16", "float16", "auto"))
+    dtype: str = opt(
+        "auto", "type of the merged weights; auto: the base's", choices=("auto", "float32", "bfloat16", "float16")
+    )
 
 
 @dataclass

@@ -18,9 +18,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.engine.precision import computed_in
 from tandem.errors import UserError
+from tandem.training.trainers import trl
 from tandem.training.trainers.sharding import check_saves_whole, exact_sums, layer_classes, shard_frozen
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -123,3 +125,14 @@ def test_zero3_that_would_save_no_model_is_refused():
     check_saves_whole(accelerator(3, stage3_gather_16bit_weights_on_model_save=True))
     with pytest.raises(UserError, match="zero3_save_16bit_model: true"):
         check_saves_whole(accelerator(3, stage3_gather_16bit_weights_on_model_save=False))
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_whole_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch, main: bool):
+    """On rank 0 alone: every rank of a node reading all weights of one disk would only wait for it."""
+    hashed: list[torch.nn.Module] = []
+    monkeypatch.setattr(trl, "of_rank_0", lambda value: value)
+    monkeypatch.setattr(trl, "PartialState", lambda: SimpleNamespace(is_main_process=main))
+    with trl._weights_hashed_by(lambda model: hashed.append(model) or "a hash"):
+        value = trl_dpo_trainer.hash_module(torch.nn.Linear(2, 2))
+    assert (len(hashed), value) == ((1, "a hash") if main else (0, None))

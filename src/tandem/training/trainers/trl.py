@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import PairCollator, longest_row, sequence_logps
+from tandem.engine.precision import is_sharded
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models.load import lora_config
 from tandem.monitor.memory import by_rank, read_memory
@@ -239,7 +241,10 @@ def _weights_hashed_by(function: Any) -> Iterator[None]:
     """While TRL's constructor runs, its hash of the reference is ours: taken at the same moment, cheaper, and blind
     to adapters that are off."""
     original = trl_dpo_trainer.hash_module
-    trl_dpo_trainer.hash_module = lambda model: of_rank_0(function(model))
+    # Where each rank has the whole, one hashes it; a part's hash is a collective
+    trl_dpo_trainer.hash_module = lambda model: of_rank_0(
+        function(model) if PartialState().is_main_process or is_sharded(model) else None
+    )
     try:
         yield
     finally:
