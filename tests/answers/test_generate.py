@@ -54,8 +54,8 @@ def test_a_line_a_prompt(undisturbed: list[dict[str, Any]], tiny_model: Path):
     assert record["messages"] in PROMPTS
     assert (record["model"], record["adapter"], record["engine"]) == (str(tiny_model), None, "transformers")
     assert list(record) == [
-        "prompt_id", "messages", "model", "adapter", "weights", "engine", "sampling", "seed", "text", "n_tokens",
-        "finish_reason",
+        "prompt_id", "messages", "model", "adapter", "weights", "engine", "base_url", "dtype", "batch_size", "sampling",
+        "seed", "text", "n_tokens", "finish_reason",
     ]  # fmt: skip
     draw = {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.95, "max_prompt_length": 512}
     assert record["sampling"] == draw
@@ -326,3 +326,25 @@ def test_no_answer_is_drawn_before_all_models_are_known_to_be_there(broken: str,
     with pytest.raises(UserError, match=f"^{tmp_path}"):
         generate_all(models, PROMPTS[:1], options(), GenerationOptions(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "bfloat16"}, r"another --dtype \(float32, now bfloat16\)"),
+        ({"batch_size": 2}, r"another --batch_size \(3, now 2\)"),
+    ],
+)
+def test_answers_of_other_settings_of_the_engine_are_not_mixed(
+    tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]], change: dict[str, Any], said: str
+):
+    path = tmp_path / "generations_dpo.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in undisturbed))
+    engine = GenerationOptions(**{"batch_size": 3, "dtype": "float32"} | change)
+    with pytest.raises(UserError, match=rf"holds answers of {said}; move it away"):
+        generate_all({"dpo": str(tiny_model)}, PROMPTS, options(), engine, tmp_path)
+    # what older versions wrote names no setting, and is taken
+    old = [{name: record[name] for name in record.keys() - {"dtype", "batch_size"}} for record in undisturbed]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    generate_all({"dpo": str(tiny_model)}, PROMPTS, options(), engine, tmp_path)
+    assert len(path.read_text().splitlines()) == len(undisturbed)

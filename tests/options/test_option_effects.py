@@ -802,6 +802,8 @@ PROOFS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("repo_id", "folder", "private"), "report/test_upload.py::test_a_new_repository_is_as_private_as_was_asked"
         ),
+        "base_model": "report/test_upload.py::test_an_adapter_on_a_folder_is_refused_or_told_its_base",
+        "license": "report/test_upload.py::test_the_card_has_what_the_hub_shows",
         "run_dir": "report/test_upload.py::test_card_carries_results_calibration_and_fingerprint",
         "dry_run": "report/test_upload.py::test_dry_run_names_files_and_shows_the_card",
     },

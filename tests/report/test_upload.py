@@ -44,9 +44,17 @@ class Hub(BaseHTTPRequestHandler):
         self._reply(200 if answer or "validate-yaml" in self.path else 404, answer)
 
     def do_GET(self) -> None:
+        if "/tree/" in self.path:
+            there = [
+                "adapter_config.json",
+                "adapter_model.safetensors",
+                "model-1.safetensors",
+                "eval.json",
+            ]
+            return self._reply(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in there])
         self._reply(404, {"error": "not here"})
 
-    def _reply(self, status: int, answer: dict[str, Any]) -> None:
+    def _reply(self, status: int, answer: Any) -> None:
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -192,6 +200,57 @@ def _adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+@pytest.fixture
+def adapter(model: Path) -> Path:
+    _without_manifest(model, "config.json")
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "runs/demo/sft_merged", "r": 8}')
+    (model / "adapter_model.safetensors").write_bytes(b"x")
+    return model
+
+
+def test_an_adapter_on_a_folder_is_refused_or_told_its_base(
+    adapter: Path, hub: tuple[str, list[tuple[str, str | None, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asked in (options(adapter), options(adapter, dry_run=True)):
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        with pytest.raises(UserError, match=r"an adapter on runs/demo/sft_merged, a folder .* --base_model"):
+            upload(asked)
+    address, requests = hub
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    upload(options(adapter, base_model="me/sft"))
+    (commit,) = [body for path, _, body in requests if path.endswith("/commit/main")]
+    files = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"])
+        for line in map(json.loads, commit.splitlines())
+        if line["key"] == "file"
+    }
+    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "me/sft", "r": 8}
+    assert b"runs/demo" not in b"".join(files.values())
+    card = files["README.md"].decode()
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/model")' in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "me/sft"
+
+
+def test_the_card_has_what_the_hub_shows(model: Path, run_dir: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(model_card(options(model, run_dir=str(run_dir), license="apache-2.0", base_model="me/base")))
+    data = card.data
+    assert (data.license, data.base_model, data.pipeline_tag) == ("apache-2.0", "me/base", "text-generation")
+    results = json.loads((run_dir / "results.json").read_text())["models"]["dpo"]
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found["accuracy"] == pytest.approx(results["preference_accuracy"]["value"])
+    assert found["perplexity"] == pytest.approx(results["perplexity_chosen"]["value"], rel=1e-5)
+    assert 'AutoModelForCausalLM.from_pretrained("me/model")' in card.text
+
+
+@pytest.mark.parametrize("name", ["./model", "runs/demo/sft", "me/../x", "pairs.jsonl", "me/data.parquet"])
+def test_a_base_that_is_no_name_on_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match="--base_model"):
+        options(Path("."), base_model=name)
+
+
 @pytest.mark.parametrize("repo_id", ["model", "me/", "../model", "me/model/x", "me/mo--del", "me/mo..del", "-me/model"])
 def test_wrong_repo_ids_are_refused(repo_id: str) -> None:
     with pytest.raises(UserError, match="--repo_id"):
@@ -238,6 +297,11 @@ def test_push_is_one_commit(
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+    deleted = [
+        line["value"]["path"] for line in map(json.loads, commits[0].splitlines()) if line["key"] == "deletedFile"
+    ]
+    # left by an earlier push: beside a whole model from_pretrained would load the adapter
+    assert deleted == ["adapter_config.json", "adapter_model.safetensors", "model-1.safetensors"]
     assert pushed["README.md"].decode() == model_card(options(model, run_dir=str(run_dir)))
     assert {token for _, token, _ in requests} == {f"Bearer {TOKEN}"}
     assert TOKEN not in done.stdout + done.stderr

@@ -124,6 +124,7 @@ def test_the_ways_in_their_order_and_what_is_kept():
     address = parse_address("http://h")
     endpoint = Endpoint(address, ("responses", "chat"))
     urls = []
+    first = endpoint.attempt(REQUEST)
     for status in (404, 405, 501):
         attempt = endpoint.attempt(REQUEST)
         urls.append(attempt.url)
@@ -140,6 +141,7 @@ def test_the_ways_in_their_order_and_what_is_kept():
     attempt = endpoint.attempt(REQUEST)
     assert endpoint.accept(attempt, completion("yes"))
     assert not endpoint.may_mend(attempt, 404, "", "no")  # from now on it is of one prompt
+    assert endpoint.may_mend(first, 404, "", "no")  # sent before the way was found
     again = Endpoint(address, ("responses", "chat"), endpoint.state)
     assert again.attempt(REQUEST) == attempt
     assert endpoint.state == {"base": "http://h/v1", "form": "chat", "left_out": ["seed"]}

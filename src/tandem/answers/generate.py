@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,24 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
         "adapter": adapter,
         "weights": weights,
         "engine": options.engine,
+        **_setting(options),
         "sampling": asdict(sampling.sampling) | {"max_prompt_length": max_prompt_length},
         "seed": sampling.seed,
     }
+
+
+def _setting(options: GenerationOptions) -> dict[str, Any]:
+    """What changes an answer besides the model and the sampling; None where it does not matter."""
+    if options.engine == "openai":
+        return {"base_url": options.base_url, "dtype": None, "batch_size": None}
+    from tandem.answers.backends.base import BATCH_SIZE, weights_dtype
+
+    # vLLM's draws have seeds of their own; transformers' have one a batch, and are padded to the batch's longest
+    batch_size = (options.batch_size or BATCH_SIZE) if options.engine == "transformers" else None
+    return {"base_url": None, "dtype": weights_dtype(options), "batch_size": batch_size}
+
+
+_SETTINGS = {"base_url": "another server", "dtype": "another --dtype", "batch_size": "another --batch_size"}
 
 
 def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:
@@ -160,6 +176,20 @@ def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], s
             raise UserError(f"{file}: holds {kind} of {model} with other weights than it has now; move it away")
         if not same or any(record.get(name) != source[name] for name in ("sampling", "seed")):
             raise UserError(f"{file}: holds {kind} of another model than {model} or of other sampling; move it away")
+        for name, words in _SETTINGS.items():  # which older lines do not name
+            if None not in (was := record.get(name), source[name]) and was != source[name]:
+                raise UserError(f"{file}: holds {kind} of {words} ({was}, now {source[name]}); move it away")
+
+
+def _say_server_may_have_changed(file: Path, count: int, model: str) -> None:
+    from tqdm import tqdm
+
+    date = datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    tqdm.write(
+        f"{file}: {count} answers from up to {date} are used as they are; if another model is served as {model} since, "
+        "move the file away",
+        file=sys.stderr,
+    )
 
 
 def _answered(file: Path, source: Mapping[str, Any]) -> set[str]:
@@ -170,4 +200,6 @@ def _answered(file: Path, source: Mapping[str, Any]) -> set[str]:
     """
     records = read_jsonl(file)
     refuse_others(file, "answers", records, source)
+    if records and source["base_url"] is not None:
+        _say_server_may_have_changed(file, len(records), source["model"])
     return {record["prompt_id"] for record in records}

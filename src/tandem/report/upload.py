@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ CARD_SETTINGS = (
 )
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_FILE = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|ya?ml|txt)$", re.IGNORECASE)
+ADAPTER_CONFIG = "adapter_config.json"
+# What an earlier push may have left, which from_pretrained would load in place of what is pushed now
+_WEIGHTS_AND_CONFIG = re.compile(
+    r"(?:adapter_|model|pytorch_model|tf_model|flax_model)[^/]*\.(?:json|safetensors|bin|h5|msgpack)"
+)
 
 
 @dataclass
@@ -37,12 +43,18 @@ class UploadOptions(Options):
     repo_id: str = opt(REQUIRED, "repository on the Hub: owner/name; it is created if it is not there")
     folder: str = opt(REQUIRED, "model or adapter folder to push")
     run_dir: str | None = opt(None, "run folder whose numbers go onto the model card; unset: a card without numbers")
+    base_model: str | None = opt(
+        None, "Hub name of the model that the folder is an adapter on, or was trained from; unset: what the run says"
+    )
+    license: str | None = opt(None, "license of the model, by the Hub's name for it, as apache-2.0; onto the card")
     private: bool = opt(False, "create the repository as a private one")
     dry_run: bool = opt(False, "print what would be pushed; reach no network")
 
     def conflicts(self) -> Iterator[str]:
         if not _REPO_ID.fullmatch(self.repo_id) or ".." in self.repo_id or "--" in self.repo_id:
             yield f"--repo_id {self.repo_id}: must be owner/name, of letters, digits, '-', '_' and '.'"
+        if self.base_model is not None and not _on_hub(self.base_model):
+            yield f"--base_model {self.base_model}: must be a name on the Hub, as owner/name, and no folder"
 
 
 def upload(options: UploadOptions) -> str:
@@ -52,14 +64,38 @@ def upload(options: UploadOptions) -> str:
         UserError: the folder is no complete model, $HF_TOKEN is not set, or the Hub refuses.
     """
     folder = Path(options.folder)
-    files = complete_model_files(folder)
+    contents: dict[str, Path | bytes] = {file.name: file for file in complete_model_files(folder) if file.name != CARD}
+    if is_adapter(str(folder)):
+        contents[ADAPTER_CONFIG] = _adapter_config(folder, options.base_model)
     card = model_card(options)
+    contents[CARD] = card.encode()
     if options.dry_run:
-        return _plan(options, files, card)
+        return _plan(options, contents, card)
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(f"${TOKEN_VARIABLE} is not set: pushing to {options.repo_id} needs a token with write access")
-    return _push(options, files, card, token)
+    return _push(options, contents, token)
+
+
+def _adapter_config(folder: Path, base_model: str | None) -> bytes:
+    """adapter_config.json with a base that others can load.
+
+    Raises:
+        UserError: it names a folder of this machine and no other base is given.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not an adapter's configuration ({error!r})") from error
+    if base_model is None and not _on_hub(base):
+        raise UserError(
+            f"--folder {folder}: an adapter on {base}, a folder that is on this machine alone: push that model and "
+            "name it with --base_model, or merge the adapter (scripts/merge_lora.py) and push the whole model"
+        )
+    config["base_model_name_or_path"] = base_model or base
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def complete_model_files(folder: Path) -> list[Path]:
@@ -110,7 +146,9 @@ def model_card(options: UploadOptions) -> str:
 
     run = read_run(options.run_dir) if options.run_dir else Run(Path(options.folder))
     # Training began with the first stage's model; DPO began with the SFT model
-    base = next((stage.config.get("model_name_or_path") for stage in run.stages.values()), None)
+    base = options.base_model or next((stage.config.get("model_name_or_path") for stage in run.stages.values()), None)
+    if base is None and is_adapter(options.folder):
+        base = json.loads(_adapter_config(Path(options.folder), None))["base_model_name_or_path"]
     config = run.stages["dpo"].config if "dpo" in run.stages else {}
     metrics, judgement = page.metrics_table(run), page.judgement(run)
     if metrics and run.results:
@@ -135,24 +173,69 @@ def model_card(options: UploadOptions) -> str:
         headline=page.headline(run),
         judgement=judgement,
         data=page.data_table(run),
+        repo_id=options.repo_id,
+        adapter=is_adapter(options.folder),
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
-    return f"---\n{_metadata(options, base, config.get('dataset_name'))}\n---\n\n{body}\n"
+    return f"---\n{_metadata(options, run, base)}\n---\n\n{body}\n"
 
 
-def _metadata(options: UploadOptions, base: Any, dataset: Any) -> str:
+def _metadata(options: UploadOptions, run: Any, base: Any) -> str:
+    """The card's YAML, with the held-out results as the Hub's model-index."""
     from huggingface_hub import ModelCardData
 
+    dataset = run.stages["dpo"].config.get("dataset_name") if "dpo" in run.stages else None
     return ModelCardData(
+        model_name=options.repo_id.split("/")[1],
+        eval_results=_eval_results(run, dataset) or None,
+        license=options.license,
+        language=_languages(run) or None,
+        pipeline_tag="text-generation",
         library_name="peft" if is_adapter(options.folder) else "transformers",
         tags=["tandem", "dpo", "trl"],
         base_model=base if _on_hub(base) else None,
-        datasets=[dataset] if _on_hub(dataset) else None,
+        datasets=[str(dataset)] if _on_hub(dataset) else None,
     ).to_yaml()
 
 
+def _eval_results(run: Any, dataset: Any) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    models = (run.results or {}).get("models", {})
+    tuned = models.get("dpo") or models.get("sft") or {}
+    names = {"preference_accuracy": "accuracy", "perplexity_chosen": "perplexity"}
+    shown = str(dataset) if _on_hub(dataset) else "held-out preference pairs"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=shown if _on_hub(dataset) else "preference-pairs",
+            dataset_name=shown,
+            metric_type=kind,
+            metric_name=name.replace("_", " "),
+            metric_value=round(tuned[name]["value"], 6),
+        )
+        for name, kind in names.items()
+        if isinstance(tuned.get(name), dict) and tuned[name].get("value") is not None
+    ]
+
+
+def _languages(run: Any) -> list[str]:
+    """Languages of a tenth of the training pairs or more, as the data check names them."""
+    found = ((run.data or {}).get("splits", {}).get("train") or {}).get("languages") or {}
+    counts = found.items() if isinstance(found, dict) else []
+    total = sum(count for _, count in counts if isinstance(count, int | float)) or 1
+    return sorted(name for name, count in counts if re.fullmatch(r"[a-z]{2,3}", str(name)) and count >= total / 10)
+
+
 def _on_hub(name: Any) -> bool:
-    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+    """Whether a name is one on the Hub, as far as that shows here: no path, no file."""
+    return (
+        isinstance(name, str)
+        and bool(_HUB_NAME.fullmatch(name))
+        and ".." not in name
+        and not _FILE.search(name)
+        and not Path(name).exists()
+    )
 
 
 def _public(value: Any) -> str:
@@ -166,23 +249,28 @@ def _cell(value: Any) -> str:
     return re.sub(r"([\\|<>\[\]`*])", r"\\\1", " ".join(str(value).split()))
 
 
-def _plan(options: UploadOptions, files: list[Path], card: str) -> str:
-    sizes = [f"{file.stat().st_size:>15,}  {file.name}" for file in files if file.name != CARD]
+def _plan(options: UploadOptions, contents: Mapping[str, Path | bytes], card: str) -> str:
+    sizes = [
+        f"{len(content) if isinstance(content, bytes) else content.stat().st_size:>15,}  {name}"
+        for name, content in contents.items()
+        if name != CARD
+    ]
     sizes.append(f"{len(card.encode()):>15,}  {CARD} (the model card below)")
     kind = "private" if options.private else "public"
     return "\n".join([f"would push to {options.repo_id} ({kind} if it is new):", *sizes, "", card])
 
 
-def _push(options: UploadOptions, files: list[Path], card: str, token: str) -> str:
+def _push(options: UploadOptions, contents: Mapping[str, Path | bytes], token: str) -> str:
     from httpx2 import HTTPError  # what huggingface_hub asks with, and lets through where there is no connection
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     api = HfApi(token=token)
-    operations = [CommitOperationAdd(file.name, file) for file in files]
-    operations.append(CommitOperationAdd(CARD, card.encode()))
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
         api.create_repo(options.repo_id, private=options.private, exist_ok=True)
+        there = set(api.list_repo_files(options.repo_id)) - contents.keys()
+        operations += [CommitOperationDelete(name) for name in sorted(there) if _WEIGHTS_AND_CONFIG.fullmatch(name)]
         commit = api.create_commit(options.repo_id, operations, commit_message="Model and card, by Tandem")
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it to push") from None

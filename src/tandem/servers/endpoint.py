@@ -74,6 +74,8 @@ class Endpoint:
             short: the same for people, without secrets
         """
         with self._lock:
+            if status in NO_SUCH_ROUTE and attempt.way < self._way:
+                return True  # another request has found a better way meanwhile
             if not self._found and status in NO_SUCH_ROUTE:
                 return self._next_way(attempt, f"{attempt.url}: {short}")
             if status not in NOT_UNDERSTOOD or (name := refused_parameter(attempt.body, said)) is None:

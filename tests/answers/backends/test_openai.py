@@ -345,3 +345,15 @@ def test_vllm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--engine vllm needs vLLM: pip install -e '.\[vllm\]'"):
         GenerationOptions(engine="vllm")
+
+
+def test_another_server_under_the_same_name(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Answers of one server are not taken for another's; of the same one they are, and that is said."""
+    ask(server, tmp_path)
+    count = len(server.bodies)
+    ask(server, tmp_path)
+    assert len(server.bodies) == count
+    assert "12 answers from up to " in capsys.readouterr().err
+    other = GenerationOptions(engine="openai", base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match=r"another server \(http://127.0.0.1:\d+/v1, now http://127.0.0.1:9/v1\)"):
+        generate({"dpo": "adapter"}, PROMPTS, SamplingOptions(max_new_tokens=9), other, tmp_path)
