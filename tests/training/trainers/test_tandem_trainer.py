@@ -141,6 +141,16 @@ def test_a_pair_that_is_there_twice(tiny_model: Path, tiny_data: Path, tmp_path:
     assert len(set(once)) == len(once)
 
 
+def test_batches_of_workers_are_the_same(tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    """On an accelerator two processes collate; the order of the pairs, and every number, must not know."""
+    alone = history(TandemDPOTrainer, tiny_model, tiny_data, tmp_path / "alone", max_steps=3, logging_steps=1)
+    workers = {"dataloader_num_workers": 2}
+    beside = history(
+        TandemDPOTrainer, tiny_model, tiny_data, tmp_path / "beside", max_steps=3, logging_steps=1, **workers
+    )
+    assert beside == alone
+
+
 def test_one_process_takes_one_of_several_gpus(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: Any):
     """accelerate's launcher of one process leaves all GPUs visible, which transformers would take for DataParallel."""
     real = DPOConfig.__post_init__
