@@ -194,6 +194,13 @@ def test_a_card_says_which_files_are_which(tmp_path: Path):
     assert splits(tmp_path) == ({"good-a", "good-b"}, {"checked"})
 
 
+def test_a_card_that_says_nothing_of_files(tmp_path: Path):
+    write(tmp_path / "train.jsonl")
+    for head in ("---\ntags: [\n---\n", "---\n{{ card_data }}\n---\n", "# A data set\n", "", "---\nconfigs:\n---\n"):
+        (tmp_path / "README.md").write_text(head)
+        assert splits(tmp_path) == ({"train"}, set())
+
+
 def test_configurations_of_a_card(tmp_path: Path):
     for name in ("en/train.jsonl", "en/test.jsonl", "fr/all.jsonl"):
         write(tmp_path / name, name.replace("/", "-"))
@@ -205,7 +212,7 @@ def test_configurations_of_a_card(tmp_path: Path):
     assert refusal(tmp_path, dataset_config="german") == "README.md has no configuration german (has english, french)"
     assert splits(tmp_path, dataset_config="english") == ({"en-train.jsonl"}, {"en-test.jsonl"})
     assert splits(tmp_path, dataset_config="french") == ({"fr-all.jsonl"}, set())
-    card(tmp_path, "- config_name: en\n  data_dir: en\n- config_name: fr\n  data_files: fr\n  default: true\n")
+    card(tmp_path, "- config_name: 2023\n  data_dir: en\n- config_name: 2024\n  data_files: fr\n  default: true\n")
     assert splits(tmp_path) == ({"fr-all.jsonl"}, set())
 
 
@@ -228,7 +235,7 @@ def test_a_card_reads_as_the_hub_does(tmp_path: Path):
         ("- config_name: x\n  data_files: /etc/*\n", "'/etc/*' of x is no path inside the folder"),
         ("- config_name: x\n  data_dir: ..\n", "'..' of x is no path inside the folder"),
         ("- config_name: x\n  data_files: {}\n", "data_files of x is empty"),
-        ("- config_name: x\n  data_files: 3\n", "data_files of x must be paths"),
+        ("- config_name: x\n  data_files: {a: {b: c}}\n", "data_files of x must be paths"),
         ("- config_name: x\n  data_files:\n  - split: train\n", "data_files of x must be paths"),
         ("  a: b\n", "configs must be a list of objects with config_name"),
         ("- [\n", "its head cannot be read"),

@@ -6,6 +6,7 @@ of files and folders (`data.split_names`). Hidden files and folders and the Hub'
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +17,7 @@ from tandem.data.files import SUFFIXES, is_data_file
 from tandem.data.formats import kind_of
 from tandem.data.split_names import TRAIN, is_held_out, split_of
 from tandem.errors import UserError
-from tandem.options.parsing import StrictLoader
+from tandem.options.parsing import TextLoader
 from tandem.ranks import tell_once
 
 Splits = dict[str, list[Path]]
@@ -25,6 +26,7 @@ CARD = "README.md"
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 # Not data to the Hub either
 _RECORDS = {"config.json", "dataset_info.json", "dataset_infos.json", _SAVED, _SAVED_SPLITS}
+_LONGEST_HEAD = 2**20  # characters of a card
 _MOST_FILES = 100_000  # of a folder: beyond it the folder is something else
 
 
@@ -66,11 +68,14 @@ def _configs(folder: Path, where: str) -> list[dict[str, Any]]:
     if not card.is_file():
         return []
     try:
-        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(card, encoding="utf-8-sig", errors="replace") as file:
+            lines = file.read(_LONGEST_HEAD).splitlines()
         if not lines or lines[0].strip() != "---":
             return []
         front = "\n".join(itertools.takewhile(lambda line: line.strip() != "---", lines[1:]))
-        head = yaml.load(front, Loader=StrictLoader)
+        if not re.search("^configs *:", front, re.MULTILINE):
+            return []  # the rest of a head may be anything
+        head = yaml.load(front, Loader=TextLoader)
     except (OSError, yaml.YAMLError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"{where}: {CARD}: its head cannot be read: {getattr(error, 'strerror', error)}") from error
     configs = head.get("configs") if isinstance(head, dict) else None
@@ -90,7 +95,7 @@ def _chosen(configs: list[dict[str, Any]], name: str | None, where: str) -> dict
         if name not in names:
             raise UserError(f"{where}: {CARD} has no configuration {name} (has {', '.join(names)})")
         return configs[names.index(name)]
-    default = [config for config in configs if config.get("default") is True]
+    default = [config for config in configs if str(config.get("default")).lower() == "true"]
     default = default or [config for config in configs if config["config_name"] == "default"]
     if not default and len(configs) > 1:
         raise UserError(f"{where}: name one of its configurations with --dataset_config: {', '.join(names)}")
