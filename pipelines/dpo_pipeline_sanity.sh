@@ -13,6 +13,8 @@
 # RECIPE             folder with sft.yaml and dpo.yaml, and files for other stages (pipelines/recipes/sanity)
 # JUDGE_MODEL        judge, and JUDGE_BASE_URL its server: an OpenAI-compatible URL, or `local` to serve it here.
 #                    Unset: the report says "not judged". The key is read from OPENAI_API_KEY.
+# CHAT_TEMPLATE      Jinja file in the place of the model's chat template, CHAT_TEMPLATE_KWARGS (JSON) what it is told, and
+#                    SYSTEM_PROMPT (keep, fold, drop) what becomes of system messages; saved with what is trained
 # MOUNT_DIR          mirror of checkpoints, models and logs
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -34,16 +36,20 @@ else
   fi
 fi
 [[ ${VAL_RATIO:-0} == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
+template=() # of the base model alone: what is trained from it has them in its own template
+[[ -z ${CHAT_TEMPLATE:-} ]] || template+=(--chat_template "$CHAT_TEMPLATE")
+[[ -z ${CHAT_TEMPLATE_KWARGS:-} ]] || template+=(--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS")
+[[ -z ${SYSTEM_PROMPT:-} ]] || template+=(--system_prompt "$SYSTEM_PROMPT")
 mount=()
 [[ -z ${MOUNT_DIR:-} ]] || mount=(--mount_dir "$MOUNT_DIR")
 
 stages() {
   stage check data_report.json \
     python "$ROOT/scripts/check_data.py" --config "$(config check)" "${data[@]}" --tokenizer_name_or_path "$MODEL_NAME" \
-    --report "$RUN/data_report.json"
+    --report "$RUN/data_report.json" "${template[@]}"
   stage sft sft \
     launch "$ROOT/scripts/sft.py" --config "$(config sft)" "${data[@]}" --model_name_or_path "$MODEL_NAME" \
-    --output_dir "$RUN/sft" "${mount[@]}"
+    --output_dir "$RUN/sft" "${mount[@]}" "${template[@]}"
   stage merge_sft sft_dpo_init_merged \
     python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/sft" --output_dir "$RUN/sft_dpo_init_merged"
   stage dpo dpo \
@@ -53,10 +59,12 @@ stages() {
     python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/dpo" --output_dir "$RUN/dpo_sanity_merged"
   stage evaluate results.json \
     python "$ROOT/scripts/evaluate.py" --config "$(config evaluate)" "${data[@]}" --reference_model "$MODEL_NAME" \
-    --sft_model "$RUN/sft_dpo_init_merged" --dpo_model "$RUN/dpo_sanity_merged" --output_file "$RUN/results.json"
+    --sft_model "$RUN/sft_dpo_init_merged" --dpo_model "$RUN/dpo_sanity_merged" --output_file "$RUN/results.json" \
+    "${template[@]}"
   stage compare dpo_comparison_results.json \
     python "$ROOT/scripts/compare.py" --config "$(config compare)" "${data[@]}" --base_model "$MODEL_NAME" \
-    --sft_model "$RUN/sft_dpo_init_merged" --finetuned_model "$RUN/dpo_sanity_merged" --output_dir "$RUN"
+    --sft_model "$RUN/sft_dpo_init_merged" --finetuned_model "$RUN/dpo_sanity_merged" --output_dir "$RUN" \
+    "${template[@]}"
   if [[ -n ${JUDGE_MODEL:-} ]]; then
     judge=(python "$ROOT/scripts/judge.py" --config "$(config judge)" "${data[@]}" --run_dir "$RUN"
       --judge_model "$JUDGE_MODEL")

@@ -66,16 +66,31 @@ def by_trl(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, list[in
     return [{key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in prepared]
 
 
+def assert_as_trl_or_as_asked(rows: list[dict[str, Any]], tokenizer: Any) -> int:
+    """TRL's ids where it does not warn; elsewhere the prompt's own and the same text. How many are as TRL's."""
+    alike = 0
+    for row, by_them in zip(rows, by_trl(rows, tokenizer), strict=True):
+        ours, prompt = tokenize_pair(row, tokenizer), prompt_ids(row["prompt"], tokenizer)
+        assert ours["prompt_ids"] == prompt
+        if by_them["prompt_ids"] == prompt:
+            assert {name: ours[name] for name in by_them} == by_them
+            alike += 1
+        for side in ("chosen_ids", "rejected_ids"):
+            theirs = tokenizer.decode(by_them["prompt_ids"] + by_them[side])
+            assert tokenizer.decode(ours["prompt_ids"] + ours[side]) == theirs
+    return alike
+
+
 @pytest.mark.parametrize("tokenizer", [BYTES, MERGING], ids=["bytes", "merging"])
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:], TEXTS], ids=["conversation", "system", "text"])
 def test_tokens_are_those_of_trl(rows: list[dict[str, Any]], tokenizer: Any):
-    assert [tokenize_pair(row, tokenizer) for row in rows] == by_trl(rows, tokenizer)
+    assert assert_as_trl_or_as_asked(rows, tokenizer) >= 1
 
 
-def test_a_token_across_the_boundary_goes_to_the_completion():
-    """`the` + `y said` is tokenized as `they` …: the prompt's last token gives way."""
+def test_no_token_reaches_across_the_boundary():
+    """`the` + `y said` would be `they` …: the answer begins after the prompt as it is asked."""
     pair = tokenize_pair({"prompt": "on the", "chosen": " cat", "rejected": "y said"}, MERGING)
-    assert len(pair["prompt_ids"]) < len(prompt_ids("on the", MERGING))
+    assert pair["prompt_ids"] == prompt_ids("on the", MERGING)
     for side, text in (("chosen_ids", "on the cat"), ("rejected_ids", "on they said")):
         assert MERGING.decode(pair["prompt_ids"] + pair[side]) == f"<s>{text}</s>"
 
@@ -186,4 +201,4 @@ def test_many_random_pairs_are_tokenized_as_trl_does():
         return "".join(rng.choices(pieces, k=rng.randint(1, 6)))
 
     rows = [{"prompt": text(), "chosen": text(), "rejected": text()} for _ in range(100)]
-    assert [tokenize_pair(row, MERGING) for row in rows] == by_trl(rows, MERGING)
+    assert 20 < assert_as_trl_or_as_asked(rows, MERGING) < 100

@@ -566,6 +566,11 @@ SAMPLED = f"{HERE}::test_sampling_options_change_the_arguments_of_generate"
 TAIL = "monitor/test_monitor_options.py::test_arithmetic_gets_what_the_user_set"
 ALARM_STOPS = "monitor/test_callback.py::test_other_alarms_stop_after_a_checkpoint"
 KEYS = "data/test_sources.py::test_keys"
+TEMPLATE = {
+    "chat_template": "data/test_templates.py::test_a_template_of_ones_own",
+    "chat_template_kwargs": "data/test_templates.py::test_what_the_template_is_told",
+    "system_prompt": "data/test_templates.py::test_system_messages_are_folded_or_dropped",
+}
 COST = "judge/test_judge_options.py::test_cost_by_hand"
 LINE = "test_command_lines.py::"
 
@@ -615,6 +620,7 @@ PROOFS: dict[str, dict[str, str]] = {
         "pair_seed": f"{PAIRED}test_the_seed_of_a_random_partner",
         "fail_on": f"{PAIRED}test_the_data_check_stops_on_what_it_is_told_to",
     },
+    "TemplateOptions": TEMPLATE,
     "ModelOptions": {
         "model_name_or_path": "training/test_stages.py::test_an_sft_adapter_is_the_reference_of_a_dpo_without_a_merge",
         "model_revision": "options/test_training.py::test_options_across_classes",

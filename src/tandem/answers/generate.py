@@ -79,6 +79,9 @@ def generate(
         }
         unfinished = {label: models[label] for label in models if wanted[label]}
         if unfinished:
+            from tandem.data.adapt import day_of_models
+
+            options.day = day_of_models(models.values())
             from tandem.answers.backends.open import open_engine
 
             with open_engine(unfinished.values(), options, sampling) as engine:
@@ -123,8 +126,11 @@ def _write_answers(
 def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
     """The fields of a line that say where the answer comes from."""
     base, adapter, max_prompt_length, weights = model, None, None, None
+    drawn = asdict(sampling.sampling)
     if options.engine != "openai":  # there, the server's names say nothing
         max_prompt_length = sampling.max_prompt_length
+        if not options.is_own:
+            drawn["template"] = [options.chat_template, options.chat_template_kwargs, options.system_prompt]
         if is_adapter(model):
             from tandem.models.load import base_of_adapter
 
@@ -137,7 +143,7 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
         "weights": weights,
         "engine": options.engine,
         **_setting(options),
-        "sampling": asdict(sampling.sampling) | {"max_prompt_length": max_prompt_length},
+        "sampling": drawn | {"max_prompt_length": max_prompt_length},
         "seed": sampling.seed,
     }
 

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if options.tokenizer_name_or_path:
         from tandem.models.load import load_tokenizer
 
-        tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path))
+        tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.tokenizer_name_or_path), options)
     splits = {"train": train, **({"held-out": held_out} if held_out else {})}
     run_check(options, text, splits, skipped, tokenizer, balances)
     if options.report:

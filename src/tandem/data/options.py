@@ -8,6 +8,7 @@ from pathlib import Path
 from tandem.data import select
 from tandem.data.formats import FORMATS
 from tandem.options.fields import REQUIRED, changed, opt
+from tandem.options.model import TemplateOptions
 from tandem.options.rules import Options
 
 # Options that each source of a mixture has for itself
@@ -97,12 +98,12 @@ DROPPABLE = (
     "repeated_prompts", "near_prompts", "answer_lost", "answer_cut", "difference_cut", "closed_twice",
     "system_cut", "prompt_cut", "several_turns", "turn_markers", "role_order", "prompt_repeated",
     "wrapped_prompt", "score_order", "missing_value", "unfinished", "single_token", "special_tokens",
-    "not_text", "personal_data", "other_language",
+    "identical_tokens", "boundary_merges", "not_text", "personal_data", "other_language",
 )  # fmt: skip
 
 
 @dataclasses.dataclass
-class CheckOptions(Options):
+class CheckOptions(TemplateOptions):
     """Check."""
 
     tokenizer_name_or_path: str | None = opt(
@@ -127,6 +128,7 @@ class CheckOptions(Options):
         super().__post_init__()
 
     def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         for name in self.fix:
             if name.removeprefix("drop_") not in DROPPABLE or not name.startswith("drop_"):
                 near = difflib.get_close_matches(name, [f"drop_{kind}" for kind in DROPPABLE], n=1)

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from tandem.data.formats import Message, Row
-from tandem.data.texts import closed, common_length, render, tokenize_pair, trim_prompt
+from tandem.data.rendering import TemplateFault, keywords_of, lost_parts, templated
+from tandem.data.texts import render, trim_prompt
+from tandem.data.tokenized import Joint, common_length, own_tokens, pair_texts, text_ids
 from tandem.options.model import TextOptions
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ class Seen:
     """A pair as it is trained: `row` rendered and its prompt trimmed, the texts that are tokenized, the token ids.
 
     `prompt` is the rendered prompt alone, `chosen` and `rejected` the prompt with each answer. The ids are
-    `tokenize_pair`'s: prompt and answers apart, nothing cut at `max_length` yet.
+    `tokenize_pair`'s: prompt and answers apart, nothing cut at `max_length` yet. `merged` says which tokens at the end
+    of the prompt would be others together with an answer. A mask is 0 at the tokens of others' turns in an answer; None
+    if all are trained.
     """
 
     row: Row
@@ -35,6 +37,9 @@ class Seen:
     chosen_ids: list[int]
     rejected_ids: list[int]
     is_trimmed: bool
+    merged: str | None = None
+    chosen_mask: list[int] | None = None
+    rejected_mask: list[int] | None = None
 
     @property
     def sides(self) -> tuple[tuple[str, str, list[int]], ...]:
@@ -54,53 +59,57 @@ class Seen:
 
 def see(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> list[Seen | str]:
     """Each canonical row as the model sees it, or what the chat template says in refusing it."""
-    rendered = [render(row, text.use_chat_template) for row in rows]
-    try:
-        return list(_see(rendered, tokenizer, text))
-    except TemplateError:
-        return [_see_one(row, tokenizer, text) for row in rendered]
+    found: list[Row | str] = [_ready(row, tokenizer, text) for row in rows]
+    ready = [row for row in found if not isinstance(row, str)]
+    seen = iter(_see(ready, tokenizer))
+    return [row if isinstance(row, str) else next(seen) for row in found]
 
 
-def _see_one(row: Row, tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> Seen | str:
-    try:
-        return next(_see([row], tokenizer, text))
-    except TemplateError as error:
-        return str(error)
-
-
-def _see(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> Iterator[Seen]:
+def _ready(row: Row, tokenizer: "PreTrainedTokenizerBase", text: TextOptions) -> Row | str:
+    """A rendered row, its prompt trimmed, with its texts under `texts`; or what the template says in refusing it."""
     limit = text.max_prompt_length
-    texts = _texts(rows, tokenizer)
-    ids = _encode([part for parts in texts for part in parts], tokenizer, isinstance(rows[0]["prompt"], str))
-    for number, (row, parts) in enumerate(zip(rows, texts, strict=True)):
-        prompt, *wholes = ids[3 * number : 3 * number + 3]
-        is_trimmed = False
-        if limit is not None and len(prompt) > limit:
-            is_trimmed = True
-            row = row | {"prompt": trim_prompt(row["prompt"], tokenizer, limit)}
-            parts = _texts([row], tokenizer)[0]
-        if is_trimmed or any(whole[: len(prompt)] != prompt for whole in wholes):
-            split = tokenize_pair(row, tokenizer)
-            prompt, chosen, rejected = split["prompt_ids"], split["chosen_ids"], split["rejected_ids"]
-        else:
-            chosen, rejected = (whole[len(prompt) :] for whole in wholes)
-        yield Seen(row, *parts, prompt, chosen, rejected, is_trimmed)
+    try:
+        row = render(row, text.use_chat_template)
+        prompt = row["prompt"]
+        if limit is not None:
+            row = row | {"prompt": trim_prompt(prompt, tokenizer, limit, keywords_of(row))}
+        return row | {"is_trimmed": row["prompt"] != prompt, "texts": pair_texts(row, tokenizer)}
+    except TemplateFault as fault:
+        return fault.said.removeprefix("the chat template refuses it: ")
 
 
-def _texts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str, str]]:
-    """The prompt alone and with each answer, as text that is tokenized."""
-    prompts = [row["prompt"] for row in rows]
-    if isinstance(prompts[0], str):
-        wholes = [[row["prompt"] + closed(row[side], tokenizer) for row in rows] for side in ("chosen", "rejected")]
-    else:
-        wholes = [_templated([row["prompt"] + row[side] for row in rows], tokenizer) for side in ("chosen", "rejected")]
-        prompts = _templated(prompts, tokenizer, add_generation_prompt=True)
-    return list(zip(prompts, *wholes, strict=True))
+def _see(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Seen | str]:
+    if not rows:
+        return
+    is_text = isinstance(rows[0]["prompt"], str)
+    ids = _encode([part for row in rows for part in row["texts"]], tokenizer, is_text)
+    for number, row in enumerate(rows):
+        prompt_text, *wholes = row["texts"]
+        prompt, *whole_ids = ids[3 * number : 3 * number + 3]
+        if is_text:
+            prompt = text_ids(prompt_text, tokenizer)
+        joints = [Joint(prompt_text, whole, prompt, ids) for whole, ids in zip(wholes, whole_ids, strict=True)]
+        try:
+            yield _seen(row, joints, tokenizer)
+        except TemplateFault as fault:
+            yield fault.said
 
 
-def _templated(conversations: list[Any], tokenizer: "PreTrainedTokenizerBase", **keywords: bool) -> list[str]:
-    rendered: Any = tokenizer.apply_chat_template(conversations, tokenize=False, **keywords)
-    return list(rendered)
+def _seen(row: Row, joints: list[Joint], tokenizer: "PreTrainedTokenizerBase") -> Seen:
+    prompt, merged, masks = joints[0].prompt_ids, None, []
+    if all(joint.whole.startswith(joint.prompt) for joint in joints):
+        answers = [joint.answer_ids(tokenizer) for joint in joints]
+        merged = next((found for joint in joints if (found := joint.merged(tokenizer))), None)
+        for side, joint, ids in zip(("chosen", "rejected"), joints, answers, strict=True):
+            turns = row.get(f"{side}_turns") or ([] if isinstance(row["prompt"], str) else row[side])
+            masks.append(own_tokens(row, side, joint, ids, tokenizer) if len(turns) > 1 else None)
+    else:  # training refuses it; what is shown is where they part
+        shared = min(common_length(prompt, joint.whole_ids) for joint in joints)
+        prompt, answers = prompt[:shared], [joint.whole_ids[shared:] for joint in joints]
+        masks = [None, None]
+    prompt_text, chosen, rejected = row.pop("texts")
+    is_trimmed = row.pop("is_trimmed")
+    return Seen(row, prompt_text, chosen, rejected, prompt, answers[0], answers[1], is_trimmed, merged, *masks)
 
 
 def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool) -> list[list[int]]:
@@ -138,6 +147,13 @@ def check_seen(
             found.setdefault("closed_twice", f"{side} ends {whole[-60:]!r}, and in tokens {ids[-3:]}")
         if sum(id not in specials for id in ids) == 1:
             found.setdefault("single_token", side)
+        if not isinstance(seen.row["prompt"], str) and "template_prompt_differs" not in found:
+            for lost in lost_parts(seen.row, side, whole, str(tokenizer.chat_template)):
+                found.setdefault("template_drops", lost)
+    if seen.merged:
+        found["boundary_merges"] = seen.merged
+    if seen.chosen_ids == seen.rejected_ids and seen.row["chosen"] != seen.row["rejected"]:
+        found["identical_tokens"] = f"{len(seen.chosen_ids)} tokens, {seen.chosen[len(seen.prompt) :][:60]!r}"
     return found
 
 
@@ -201,8 +217,8 @@ def _between(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") 
     mark = "\ue000"  # private use: in no template
     marked = [{**message, "content": f"{mark}{index}{mark}"} for index, message in enumerate(messages)]
     try:
-        rendered = _templated([marked], tokenizer)[0]
-    except TemplateError:
+        rendered = templated(marked, tokenizer)
+    except TemplateFault:
         return None
     pieces = rendered.split(mark)
     numbers = [str(index) for index in range(len(messages))]

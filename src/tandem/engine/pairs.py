@@ -1,7 +1,7 @@
 """A batch of pairs as tensors, and sums over it: pure torch, the same on every device."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def longest_row(pairs: "Dataset", max_length: int | None) -> int:
 
 @dataclass
 class PairCollator:
-    """Tokenized pairs (`data.texts.tokenize_pair`, with `pair_id`) → the batch that TRL 1.16's DPOTrainer takes.
+    """Tokenized pairs (`data.tokenized.tokenize_pair`, with `pair_id`) → the batch that TRL 1.16's DPOTrainer takes.
 
     Rows are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`,
     `attention_mask`, `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where
@@ -52,8 +52,8 @@ class PairCollator:
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         filled = [*examples, *[examples[0]] * ((self.size or 0) - len(examples))]
         rows = [
-            ((pair["prompt_ids"] + pair[side])[: self.max_length], len(pair["prompt_ids"]))
-            for side in ("chosen_ids", "rejected_ids")
+            ((pair["prompt_ids"] + pair[f"{side}_ids"])[: self.max_length], completion_mask(pair, side))
+            for side in ("chosen", "rejected")
             for pair in filled
         ]
         batch = _padded(rows, self.pad_token_id, self._width(max(len(ids) for ids, _ in rows)))
@@ -78,7 +78,7 @@ class PairCollator:
 class ExampleCollator:
     """Tokenized examples of SFT → batches of one shape.
 
-    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` in its prompt. Keys: `input_ids`,
+    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` at what is not trained. Keys: `input_ids`,
     `attention_mask`, `labels`, (size, max_length) int64. Rows without labels fill the batch up.
     """
 
@@ -88,7 +88,9 @@ class ExampleCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         filled = [*examples, *[{"input_ids": [self.pad_token_id], "labels": []}] * (self.size - len(examples))]
-        rows = [(row["input_ids"][: self.max_length], sum(x == IGNORED_LABEL for x in row["labels"])) for row in filled]
+        rows = [
+            (row["input_ids"][: self.max_length], [label != IGNORED_LABEL for label in row["labels"]]) for row in filled
+        ]
         batch = _padded(rows, self.pad_token_id, self.max_length)
         batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED_LABEL)
         batch["labels"][len(examples) :] = IGNORED_LABEL
@@ -100,17 +102,24 @@ def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], pad_token_id: int, width: int) -> dict[str, Any]:
-    """Rows of ids, each with the length of its prompt, as tensors of `width` columns."""
+def completion_mask(pair: Mapping[str, Any], side: str) -> list[int]:
+    """1 at the tokens of prompt + answer that are scored: all of the answer, or what its `…_mask` says."""
+    own = pair.get(f"{side}_mask") or [1] * len(pair[f"{side}_ids"])
+    return [0] * len(pair["prompt_ids"]) + list(own)
+
+
+def _padded(rows: Sequence[tuple[list[int], Sequence[int]]], pad_token_id: int, width: int) -> dict[str, Any]:
+    """Rows of ids, each with the mask of its completion, as tensors of `width` columns."""
     batch = {
         "input_ids": torch.full((len(rows), width), pad_token_id),
         "attention_mask": torch.zeros(len(rows), width, dtype=torch.int64),
         "completion_mask": torch.zeros(len(rows), width, dtype=torch.int64),
     }
-    for row, (ids, prompt) in enumerate(rows):
+    for row, (ids, mask) in enumerate(rows):
         batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
         batch["attention_mask"][row, : len(ids)] = 1
-        batch["completion_mask"][row, prompt : len(ids)] = 1
+        scored = torch.tensor(mask[: len(ids)], dtype=torch.int64)
+        batch["completion_mask"][row, : len(scored)] = scored
     return batch
 
 

@@ -100,14 +100,15 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pair_key(
-    model: str, ids: Sequence[Sequence[int]], scored: Sequence[int], dtype: str, ld_alpha: float | None
+    model: str, ids: Sequence[Sequence[int]], scored: Sequence[int | Sequence[int]], dtype: str, ld_alpha: float | None
 ) -> bytes:
     """Key of one pair: 16 bytes.
 
     Args:
         model: `fingerprint` of the reference.
         ids: token ids of prompt + chosen and of prompt + rejected, as forwarded.
-        scored: how many tokens at the end of each are the completion.
+        scored: how many tokens at the end of each are the completion; or, where not all of them are scored, 1 at those
+            that are.
         dtype: that the forward computes in.
         ld_alpha: LD-DPO's weight of the longer answer's tail, or None.
     """

@@ -13,14 +13,14 @@ from tandem.data.formats import Row
 from tandem.errors import UserError
 from tandem.intervals import Array, Estimate, bootstrap, length_terciles, mean, wilson
 from tandem.options.fields import REQUIRED, opt
-from tandem.options.rules import Options
+from tandem.options.model import TemplateOptions
 from tandem.runs import write_atomic, write_json
 
 REFERENCE = "base"  # label of the reference among the models
 
 
 @dataclass
-class EvaluateOptions(Options):
+class EvaluateOptions(TemplateOptions):
     """Evaluate."""
 
     reference_model: str = opt(REQUIRED, "model that implicit rewards and KL are measured against")
@@ -41,6 +41,7 @@ class EvaluateOptions(Options):
     eval_bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
 
     def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if not self.policies:
             yield "nothing to evaluate: give --sft_model, --dpo_model or both"
         if Path(self.output_file).suffix != ".json":
@@ -233,15 +234,18 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
 
     One model is in memory at a time; the reference, last, scores the pairs and every policy's samples.
     """
-    from tandem.data.texts import render, tokenize_pair
+    from tandem.data.adapt import day_of_models
+    from tandem.data.texts import render
+    from tandem.data.tokenized import all_placed, tokenize_rows
     from tandem.models.load import check_model, load_tokenizer
     from tandem.options.model import ModelOptions
 
     for name in (*options.policies.values(), options.reference_model):
         check_model(name)
-    tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.reference_model))
+    options.day = day_of_models(options.policies.values())
+    tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.reference_model), options)
     pairs = pairs[: options.max_eval_samples]
-    tokenized = [tokenize_pair(render(pair, text.use_chat_template), tokenizer) for pair in pairs]
+    tokenized = tokenize_rows(all_placed(pairs, lambda pair: render(pair, text.use_chat_template)), tokenizer)
     kept = [index for index, pair in enumerate(tokenized) if len(pair["prompt_ids"]) < text.max_length]
     if not kept:
         raise UserError(f"--max_length {text.max_length}: no held-out pair keeps any of its answers")

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem import contract
+from tandem.data.adapt import adapt_template
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.devices import gpu_without_bf16
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.adapters import merged, rounded
-from tandem.options.model import LoraOptions, ModelOptions, is_adapter
+from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, is_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -74,8 +75,12 @@ def stored_dtype(name: str, revision: str | None = None) -> str:
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
-def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of `options`, with a pad token and a chat template.
+def load_tokenizer(
+    options: ModelOptions, template: TemplateOptions | None = None, day: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `options`, with a pad token and a chat template as `template`, else `options`, asks for it.
+
+    With `day`, YYYY-MM-DD, a template that tells the date tells that one.
 
     Raises:
         UserError: nothing there that is a tokenizer.
@@ -89,12 +94,16 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: no tokenizer can be loaded: {_first_line(error)}") from error
-    if tokenizer.chat_template is not None:
+    template = template or options
+    if tokenizer.chat_template is not None and template.chat_template is None:
         _try_template(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if ensure_chat_template(tokenizer):
+    if template.chat_template is None and ensure_chat_template(tokenizer):
         logger.info("%s has no chat template: using %r (turns as HH transcripts)", name, PLAIN_TEMPLATE)
+    adapt_template(tokenizer, template, day or template.day)
+    if not template.is_own:
+        _try_template(template.chat_template or name, tokenizer)
     return tokenizer
 
 

@@ -17,7 +17,7 @@ from tandem.errors import UserError
 from tandem.models import habana
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
-from tandem.options.model import ModelOptions
+from tandem.options.model import ModelOptions, TemplateOptions
 
 TokenizedPair = dict[str, list[int]]
 
@@ -25,11 +25,18 @@ TokenizedPair = dict[str, list[int]]
 _BUCKET = 128
 
 
-def load_scorer(name: str, dtype: str, *, batch_size: int, bf16: bool | None = None) -> "Scorer":
+def load_scorer(
+    name: str,
+    dtype: str,
+    *,
+    batch_size: int,
+    bf16: bool | None = None,
+    template: TemplateOptions | None = None,
+) -> "Scorer":
     """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
     habana.prepare()
     source = ModelOptions(model_name_or_path=name, dtype=dtype)
-    return Scorer(load_model(source), load_tokenizer(source), batch_size=batch_size, bf16=bf16)
+    return Scorer(load_model(source), load_tokenizer(source, template), batch_size=batch_size, bf16=bf16)
 
 
 class Scorer:

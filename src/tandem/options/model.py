@@ -1,6 +1,7 @@
 """Options of the stages that load a model: which model, how it is adapted, how text becomes its tokens."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,51 @@ from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 
 
+@dataclasses.dataclass(kw_only=True)
+class TemplateOptions(Options):
+    """Chat template: the base of the options of every stage that loads a tokenizer."""
+
+    chat_template: str | None = opt(
+        None, "Jinja file that takes the place of the tokenizer's chat template", unless="use_chat_template=false"
+    )
+    chat_template_kwargs: str | None = opt(
+        None,
+        'what the template is told, as a JSON object: {"enable_thinking": false}; a row\'s own column goes before',
+        unless="use_chat_template=false",
+    )
+    system_prompt: str = opt(
+        "keep",
+        "what becomes of system messages: keep; fold into the first user turn; drop",
+        choices=("keep", "fold", "drop"),
+        unless="use_chat_template=false",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.day: str | None = None  # what a template that tells the date tells, as YYYY-MM-DD; unset: today
+
+    def conflicts(self) -> Iterator[str]:
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            yield f"--chat_template {self.chat_template}: no such file"
+        if self.chat_template_kwargs is not None and not isinstance(self.keywords, dict):
+            yield f"--chat_template_kwargs must be a JSON object, not {self.chat_template_kwargs}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the tokenizer's own template is taken as it is."""
+        return (self.chat_template, self.chat_template_kwargs, self.system_prompt) == (None, None, "keep")
+
+    @property
+    def keywords(self) -> Any:
+        """`chat_template_kwargs` read; None where it is no JSON."""
+        try:
+            return json.loads(self.chat_template_kwargs or "{}")
+        except ValueError:
+            return None
+
+
 @dataclasses.dataclass
-class ModelOptions(Options):
+class ModelOptions(TemplateOptions):
     """Model."""
 
     model_name_or_path: str = opt(REQUIRED, "model folder or Hub name; an adapter's folder goes on training it")

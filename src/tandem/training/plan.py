@@ -18,7 +18,7 @@ import yaml
 from datasets import Dataset
 from torch import nn
 
-from tandem.data.texts import common_length
+from tandem.data.tokenized import common_length
 from tandem.devices import fast_bf16, has_accelerator
 from tandem.engine.layout import Layout
 from tandem.errors import UserError

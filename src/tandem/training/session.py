@@ -43,7 +43,7 @@ from tandem.runs import (
     write_manifest,
 )
 from tandem.training.mirror import Mirror
-from tandem.training.settings import changes, check_changes, contents_of, environment, run_in, settings_of
+from tandem.training.settings import changes, check_changes, contents_of, day_of, environment, run_in, settings_of
 from tandem.training.storage import storage_errors
 from tandem.training.trackers import join_trackers
 from tandem.training.trainers.callbacks import EarlyStop, Preemption, RateProgress
@@ -76,12 +76,15 @@ class Session:
         self.folder = Path(train.output_dir)
         self.id = before["id"] if before else uuid.uuid4().hex
         self._before, self._mirror = before, mirror
+        named = train.resume_from_checkpoint not in ("auto", "no")
+        self.day = day_of(run_in(train.resume_from_checkpoint, self._defaults) if named else before)
 
-    def start(self, pairs: list[Row]) -> None:
+    def start(self, pairs: list[Row], tokens: str) -> None:
         """Make `output_dir` this run's own. Called when the inputs are known to be good: bad ones change nothing.
 
         Args:
             pairs: what is trained on, in its order.
+            tokens: a hash of what is tokenized of it, and of what is evaluated.
 
         Raises:
             UserError: a checkpoint named by the user that is not complete, or other pairs than the run's before.
@@ -93,7 +96,7 @@ class Session:
                 raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint of Tandem")
             before = run_in(asked, self._defaults)
         settings = settings_of(self.config) | {"data": sha256_json([pair["pair_id"] for pair in pairs])}
-        settings |= contents_of(self.config)
+        settings |= contents_of(self.config) | {"tokens": tokens}
         check_changes(before, settings, self.options)
         if not is_first():
             return
@@ -101,7 +104,7 @@ class Session:
         (self.folder / MANIFEST).unlink(missing_ok=True)
         write_atomic(self.folder / CONFIG, to_yaml(self.config))
         run = {"id": self.id, "replaced": sorted(replaced), "config_sha256": sha256_json(self.config)}
-        write_json(self.folder / RUN, run | settings | environment())
+        write_json(self.folder / RUN, run | settings | {"day": self.day} | environment())
         if self._mirror:
             self._mirror.claim()
 

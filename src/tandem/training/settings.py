@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
 
 # What the models that a run begins with hold, where their folders say so
 _CONTENTS = {"model_content": "model_name_or_path", "reference_content": "reference_model"}
+
+# What older runs have not noted is not compared
+_NOTED_LATER = (*_CONTENTS, "tokens")
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +68,11 @@ def run_in(folder: str | Path, defaults: dict[str, Any]) -> dict[str, Any] | Non
         raise UserError(f"{path} cannot be read ({error}): choose another --output_dir") from error
 
 
+def day_of(run: dict[str, Any] | None) -> str:
+    """The day that a run's chat template tells, as YYYY-MM-DD: that of its start, which for a new run is today."""
+    return str((run or {}).get("day") or datetime.now().date().isoformat())
+
+
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """The settings that differ, each with a few words on how; those that cannot change a result are left out.
 
@@ -72,15 +81,18 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         now: the entries of it to compare, `config` among them.
     """
     was = before["config"] | before
-    return {
+    found = {
         name: f"{name} was {was.get(name)}, is {value}"
         for name, value in (now["config"] | now).items()
         if name != "config"
         and name not in FREE_ON_RESUME
         and not name.startswith("alarm_")
-        and (name in was or name not in _CONTENTS)  # older runs have not noted them
+        and (name in was or name not in _NOTED_LATER)
         and was.get(name) != value
     }
+    if len(found) > 1:  # other pairs and lengths give other tokens: only what nothing else explains is told
+        found.pop("tokens", None)
+    return found
 
 
 def check_changes(
@@ -94,7 +106,7 @@ def check_changes(
     Raises:
         UserError: naming every change that is not allowed.
     """
-    known = now["config"].keys() | {"processes", "data", *_CONTENTS}
+    known = now["config"].keys() | {"processes", "data", *_NOTED_LATER}
     unknown = sorted(set(train.allow_changed) - known)
     if unknown:
         raise UserError(f"--allow_changed {' '.join(unknown)}: there is no such setting")

@@ -12,9 +12,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tandem.data.formats import Row
+from tandem.data.rendering import keywords_of
 from tandem.data.sources import load_splits, load_training
-from tandem.data.texts import render, tokenize_pair, trim_prompt
+from tandem.data.texts import render, trim_prompt
+from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
 from tandem.devices import fast_bf16, has_accelerator
+from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.pairs import completion_mask
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
@@ -22,11 +26,13 @@ from tandem.models.load import load_merged, load_model, load_tokenizer
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
+from tandem.options.parsing import defaults
 from tandem.options.training import TrainOptions, check_training
 from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
+from tandem.training.settings import day_of, run_in
 from tandem.training.trainers import select
 from tandem.training.trainers.topology import check_launch
 
@@ -39,13 +45,13 @@ def run_sft(run: SFTOptionSet) -> None:
     with open_session(run.train, run, "examples") as session, gpu.memory_told(run):
         if session is None:
             return
-        tokenizer = load_tokenizer(run.model)
+        tokenizer = load_tokenizer(run.model, day=session.day)
         splits = _splits(run, tokenizer)
+        examples = {name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()}
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
         _check_experts(run.train, policy)
-        session.start(splits["train_dataset"])
-        examples = {name: _examples(rows) for name, rows in splits.items()}
+        session.start(splits["train_dataset"], token_hash(examples))
         session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
 
 
@@ -58,14 +64,14 @@ def run_dpo(run: DPOOptionSet) -> None:
     with open_session(run.train, run, "pairs") as session, gpu.memory_told(run):
         if session is None:
             return
-        tokenizer = load_tokenizer(run.model)
+        tokenizer = load_tokenizer(run.model, day=session.day)
         rendered = _splits(run, tokenizer)
         splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
         _check_experts(run.train, policy)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
-        session.start(rendered["train_dataset"])
+        session.start(rendered["train_dataset"], token_hash(splits))
         logs_dir = session.folder / "logs"
         session.train(builders.dpo_trainer(run, policy, reference, tokenizer, arguments, logs_dir, splits))
 
@@ -87,7 +93,7 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
         return
     arguments = _arguments(run.train, run.model)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
-    tokenizer = load_tokenizer(run.model)
+    tokenizer = load_tokenizer(run.model, day=day_of(run_in(run.train.output_dir, defaults(*run))))
     splits = {
         name: _tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
         for name, rows in _splits(run, tokenizer).items()
@@ -173,19 +179,32 @@ def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase
 
 
 def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    rows = [render(pair, text.use_chat_template) for pair in pairs]
-    if text.max_prompt_length is None:
-        return rows
-    return [row | {"prompt": trim_prompt(row["prompt"], tokenizer, text.max_prompt_length)} for row in rows]
+    def one(pair: Row) -> Row:
+        row = render(pair, text.use_chat_template)
+        if text.max_prompt_length is None:
+            return row
+        return row | {"prompt": trim_prompt(row["prompt"], tokenizer, text.max_prompt_length, keywords_of(row))}
+
+    return all_placed(pairs, one)
 
 
-def _examples(rows: list[Row]) -> Dataset:
-    """Prompt + chosen, for SFT."""
-    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+def _tokenized_examples(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Prompt + chosen, for SFT: `input_ids`, and `labels` that are `IGNORED_LABEL` at what is not the answer's own."""
+    examples = []
+    for pair in tokenize_rows([row | {"rejected": row["chosen"]} for row in rows], tokenizer):
+        ids = pair["prompt_ids"] + pair["chosen_ids"]
+        mask = completion_mask(pair, "chosen")
+        labels = [token if own else IGNORED_LABEL for token, own in zip(ids, mask, strict=True)]
+        examples.append({"input_ids": ids, "labels": labels})
+    return Dataset.from_list(examples)
 
 
 def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    pairs = [tokenize_pair(row, tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
+    tokenized = tokenize_rows(rows, tokenizer)
+    pairs: list[Row] = [pair | {"pair_id": row["pair_id"]} for pair, row in zip(tokenized, rows, strict=True)]
+    same = sum(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs)
+    if same:
+        logger.warning("%d of %d pairs have the same tokens on both sides, which train nothing", same, len(pairs))
     fitting = [pair for pair in pairs if len(pair["prompt_ids"]) < max_length]
     if len(fitting) < len(pairs):
         logger.warning(

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from tandem import contract
 from tandem.errors import UserError
 from tandem.options.fields import opt
-from tandem.options.rules import Options
+from tandem.options.model import TemplateOptions
 from tandem.servers.address import checked_url, default_url
 
 _NOT_VLLM = "engine=transformers|openai"
 
 
 @dataclasses.dataclass
-class GenerationOptions(Options):
+class GenerationOptions(TemplateOptions):
     """Generation engine."""
 
     engine: str = opt(
@@ -56,6 +56,9 @@ class GenerationOptions(Options):
             self.base_url = checked_url(url)
 
     def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.engine == "openai" and not self.is_own:
+            yield "--chat_template and its like have no effect with --engine openai: the server has the template"
         if self.engine == "openai" and self._given_url is None:
             yield "--engine openai needs --base_url or $OPENAI_BASE_URL: the server, as http://127.0.0.1:8000/v1"
         if self.engine == "openai" and (url := self._given_url) is not None:

@@ -16,13 +16,13 @@ class TransformersEngine:
     def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:
         self._batch_size = options.batch_size or BATCH_SIZE
         self._dtype = weights_dtype(options)
-        self._sampling = sampling
+        self._sampling, self._template = sampling, options
         self._scorer: Scorer | None = None
 
     def load(self, model: str) -> None:
         """See `Engine`."""
         self._scorer = None  # before the next one comes into memory
-        self._scorer = load_scorer(model, self._dtype, batch_size=self._batch_size)
+        self._scorer = load_scorer(model, self._dtype, batch_size=self._batch_size, template=self._template)
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
         """See `Engine`. Batches are fixed by `prompts`, and each has a seed of its own."""

@@ -49,7 +49,7 @@ class VllmEngine:
         """See `Engine`. A model that the last one was an adapter on, or the other way round, is there already."""
         from vllm.lora.request import LoRARequest
 
-        self._tokenizer = load_tokenizer(ModelOptions(model_name_or_path=model))
+        self._tokenizer = load_tokenizer(ModelOptions(model_name_or_path=model), self._options)
         base, revision, self._lora = model, None, None
         if is_adapter(model):
             base, revision = base_of_adapter(model), revision_of_base(model)

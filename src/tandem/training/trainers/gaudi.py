@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.utils import CONFIG_NAME
 
-from tandem.data.texts import tokenize_pair
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.modes import disable_dropout
@@ -356,7 +355,7 @@ def sft_trainer(
             tokenizer.pad_token_id, max_length, size=arguments["per_device_train_batch_size"]
         ),
         gaudi=run.gaudi,
-        **{name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()},
+        **splits,
     )
 
 
@@ -400,13 +399,3 @@ def dpo_trainer(
         logs_dir=logs_dir,
         **splits,
     )
-
-
-def _tokenized_examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    examples = []
-    for row in rows:
-        pair = tokenize_pair({**row, "chosen": row["completion"], "rejected": row["completion"]}, tokenizer)
-        ids = pair["prompt_ids"] + pair["chosen_ids"]
-        labels = [IGNORED_LABEL] * len(pair["prompt_ids"]) + pair["chosen_ids"]
-        examples.append({"input_ids": ids, "labels": labels})
-    return Dataset.from_list(examples)

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 
+from tandem.data.tokenized import SIDES
 from tandem.engine.modes import evaluating
 from tandem.engine.pairs import PairCollator
 from tandem.engine.precision import computed_in
@@ -139,8 +140,12 @@ class PairTrainer(CompleteCheckpoints):
         keys = []
         for pair in dataset:
             prompt = pair["prompt_ids"]
-            rows = [(prompt + pair[side])[:longest] for side in ("chosen_ids", "rejected_ids")]
-            scored = [len(row) - len(prompt) for row in rows]
+            rows = [(prompt + pair[f"{side}_ids"])[:longest] for side in SIDES]
+            masks = [pair.get(f"{side}_mask") or [1] for side in SIDES]
+            scored = [
+                len(row) - len(prompt) if all(mask) else mask[: len(row) - len(prompt)]
+                for row, mask in zip(rows, masks, strict=True)
+            ]
             keys.append(pair_key(self._precompute_model_hash, rows, scored, dtype, self.ld_alpha))
         return keys
 

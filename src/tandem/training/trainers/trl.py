@@ -126,7 +126,8 @@ class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "pair_id"]))
+        ours = ("pair_id", "chosen_mask", "rejected_mask")
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ours]))
 
     # Loss and metrics
 

@@ -1,0 +1,122 @@
+"""Messages → text by a tokenizer's chat template, with what a template refuses or leaves out told in a sentence."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from tandem.data.messages import REASONING, Message
+from tandem.data.rows import Row, leaves
+from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError)
+_SHOWN = 60  # characters of a text in a message
+
+
+class TemplateFault(UserError):
+    """What a chat template makes of a pair that must not be trained or asked; who knows file and row adds them.
+
+    Attributes:
+        said: without what to do about it.
+    """
+
+    def __init__(self, said: str, remedy: str) -> None:
+        super().__init__(f"{said}; {remedy}")
+        self.said = said
+
+
+def keywords_of(row: Row) -> dict[str, Any]:
+    """What a row has for its chat template beside messages, as TRL 1.16 hands it on: `tools` and keywords."""
+    return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+
+
+def templated(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    asks: bool = False,
+) -> str:
+    """A conversation as text; with `asks`, with what the template puts before an answer at its end.
+
+    Raises:
+        TemplateFault: the template refuses it.
+    """
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            _as_named_by(tokenizer, messages), tokenize=False, add_generation_prompt=asks, **(keywords or {})
+        )
+    except _REFUSALS as error:
+        raise TemplateFault(f"the chat template refuses it: {_first_line(error)}", _remedy(messages)) from error
+    return str(text)
+
+
+def _remedy(messages: Sequence[Message]) -> str:
+    if messages and messages[0]["role"] == "system":
+        return "--system_prompt fold puts the system message into the first user turn, drop leaves it out"
+    return "give a template that takes it with --chat_template"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _as_named_by(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[Message]:
+    """Reasoning under the name that the template reads: `reasoning_content` or `thinking`."""
+    named = [name for message in messages for name in REASONING if name in message]
+    if not named:
+        return list(messages)
+    template = str(tokenizer.chat_template)
+    known = [name for name in REASONING if name in template]
+    if not known or all(name in known for name in named):
+        return list(messages)
+    return [
+        {known[0] if name in REASONING and name not in known else name: part for name, part in message.items()}
+        for message in messages
+    ]
+
+
+def lost_parts(row: Row, side: str, text: str, template: str = "") -> Iterator[str]:
+    """What of a row's prompt and of one answer is not in `text`, as it was rendered: in words, with its beginning.
+
+    Reasoning of earlier turns may be left out, as it is when the model is asked. So may numbers of calls, the name of a
+    tool beside its result, and a system message that `--system_prompt drop` leaves out.
+    """
+    prompt, answer = row["prompt"], row[side]
+    for message in prompt:
+        content = message["content"].rpartition("</think>")[2]
+        if message["role"] == "system" and DROPPED in template:
+            continue
+        yield from _missing(text, f"{message['role']} message", content)
+        yield from _lost_calls(text, message)
+    for message in answer:
+        yield from _missing(text, f"{message['role']} message of {side}", message["content"])
+        for name in REASONING:
+            yield from _missing(text, f"{name} of {side}", message.get(name, ""))
+        yield from _lost_calls(text, message)
+    for tool in row.get("tools") or ():
+        yield from _missing(text, "tool", str(tool.get("function", tool).get("name", "")))
+
+
+DROPPED = "tandem: the system message is dropped"
+
+
+def _lost_calls(text: str, message: Message) -> Iterator[str]:
+    if message["role"] != "tool":
+        yield from _missing(text, f"name of a {message['role']} message", message.get("name", ""))
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        for part in (function["name"], *leaves(function["arguments"])):
+            yield from _missing(text, "tool call", part)
+
+
+def _missing(text: str, what: str, part: str) -> Iterator[str]:
+    part = part.strip()
+    if not part or part in text:
+        return
+    if not any(json.dumps(part, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (True, False)):
+        yield f"the {what} ({part[:_SHOWN]!r})"
