@@ -94,3 +94,12 @@ def test_kills_leave_no_trace(folder: Path):
             process.wait()
     assert subprocess.run([PIPELINE], env=environment(folder), capture_output=True).returncode == 0
     assert outputs(folder / "run") == outputs(folder / "whole")
+
+
+def test_every_stage_of_two_rounds_passes_preflight(folder: Path):
+    """The options of all stages are read before the first begins; the data of none, as there are no pairs yet."""
+    text = PIPELINE.read_text().replace('"$(dirname "${BASH_SOURCE[0]}")/lib.sh"', f'"{ROOT}/pipelines/lib.sh"')
+    assert text.count("\nlog_to ") == 1
+    text = text.replace("\nlog_to ", "\nexit 0\nlog_to ")
+    done = subprocess.run(["bash", "-c", text], env=environment(folder), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

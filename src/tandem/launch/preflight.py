@@ -39,10 +39,11 @@ def main(argv: list[str]) -> None:
                 values = {name: value for name, (value, _) in options_of_command(command).items()}
             data = {field.name: values[field.name] for field in dataclasses.fields(DataOptions) if field.name in values}
             # The first stage will read the data; those of a stage that reads them otherwise are tried here
-            if data and read and data not in read:
+            if "dataset_name" not in data:
+                continue  # it reads none; an option of its own may have a name that the reader's have too
+            if read and data not in read:
                 load_splits(DataOptions(**data))
-            if data:
-                read.append(data)
+            read.append(data)
         except UserError as problem:
             problems.append(f"stage {name}: {problem}")
     refuse(problems)
