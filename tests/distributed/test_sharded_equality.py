@@ -225,11 +225,11 @@ def test_evaluated_and_resumed(
 def test_an_adapter_trains_on(
     script: Callable[[str], ModuleType], alone: dict[str, Path], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ):
-    """Its reference is the adapter it began with, a second one on the same sharded base."""
+    """Its reference is the policy as it begins, its adapter on."""
     begun = alone["lora"]
     script("dpo").main(flags(begun, tiny_data, tmp_path / "one", tmp_path / "own_cache", 1, ""))
     run("fsdp", 2, ["dpo.py", *flags(begun, tiny_data, tmp_path / "two", tmp_path / "cache", 2, "")])
-    check_equal(tmp_path / "one", tmp_path / "two")
+    check_equal(tmp_path / "one", tmp_path / "two", nats=2e-5)  # the last bit of a log-prob beyond -128
     check_saved(tmp_path / "one", tmp_path / "two", tiny_model)
 
 
