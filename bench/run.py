@@ -83,8 +83,8 @@ COLUMNS = (
 )
 
 
-def measure(setting: Setting, side: str, model: str) -> dict[str, Any]:
-    data = setting.data if setting.data.exists() else sample_path("train")
+def measure(setting: Setting, side: str, model: str, given: Path | None) -> dict[str, Any]:
+    data = next((file for file in (given, setting.data) if file and file.exists()), sample_path("train"))
     flags = f"{SIDES[side]} {setting.flags} --pairs {setting.pairs}"
     command = [sys.executable, str(HERE / "worker.py"), *shlex.split(flags), "--model", model, "--data", str(data)]
     # On the machine's own terms: no test runner's or launcher's thread count
@@ -142,11 +142,14 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="with --device cuda: the main ratios, each run once")
     parser.add_argument("--repeats", type=int, help="runs of each side; unset: 2, with --short 1")
     parser.add_argument("--model", default=None, help="model folder; unset: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, help="file of pairs for every setting; unset: each has its own")
     parser.add_argument("--raw", type=Path, help="file for one JSON line a run")
     options = parser.parse_args()
     if options.short and (options.device != "cuda" or options.settings):
         parser.error("--short goes with --device cuda, and has settings of its own")
     settings = CUDA | SHORT if options.device == "cuda" else CPU
+    if options.data and not options.data.exists():
+        parser.error(f"--data {options.data}: no such file")
     unknown = set(options.settings or ()) - set(settings)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: not a setting of --device {options.device}")
@@ -157,7 +160,7 @@ def main() -> None:
         model = str(folder)
     chosen = options.settings or list(SHORT if options.short else CUDA if options.device == "cuda" else ())
     chosen = chosen or default_settings()
-    for file in {settings[name].data for name in chosen if not settings[name].data.exists()}:
+    for file in {settings[name].data for name in chosen if not (options.data or settings[name].data).exists()}:
         print(f"{file} is not here: the sample set, whose pairs are shorter, stands in for it\n")
     print(f"|{COLUMNS}|\n" + "|---" * (COLUMNS.count("|") + 1) + "|", flush=True)
     for name in chosen:
@@ -165,7 +168,7 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in setting.sides}
         for _ in range(options.repeats or (1 if options.short else 2)):
             for side in setting.sides:
-                runs[side].append(measure(setting, side, model))
+                runs[side].append(measure(setting, side, model, options.data))
                 if options.raw:
                     with options.raw.open("a") as file:
                         file.write(json.dumps({"setting": name, "side": side} | runs[side][-1]) + "\n")

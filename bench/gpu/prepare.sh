@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pack what a GPU machine without network needs to try Tandem: MODEL=… bash bench/gpu/prepare.sh FOLDER, in the project's
 # root. FOLDER (about 30 MB) gets wheels for Python 3.12 on a machine that has torch with CUDA 13.0, the project at HEAD,
-# a tokenizer (MODEL, a model's folder) and PAIRS, a file of preference pairs. Then, there, part by part:
+# a tokenizer (MODEL, a model's folder) and PAIRS, a .jsonl of preference pairs. Then, there, part by part:
 # bash FOLDER/p/bench/gpu/smoke.sh 1
 set -Eeuo pipefail
 out=${1:?usage: MODEL=… bash bench/gpu/prepare.sh FOLDER}
@@ -25,5 +25,5 @@ os.replace(wheel + ".new", wheel)
 P
 cp "$model"/{tokenizer.json,tokenizer_config.json} "$out/tok/"
 [ ! -f "$model/chat_template.jinja" ] || cp "$model/chat_template.jinja" "$out/tok/"
-[ -z "$pairs" ] || cp "$pairs" "$out/"
+[ -z "$pairs" ] || cp "$pairs" "$out/pairs.jsonl"
 du -sh "$out"

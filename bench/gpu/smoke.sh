@@ -25,7 +25,11 @@ step() {
   [ "$rc" = 0 ] || failed=1
 }
 tests() { step "$1" "$2" python3 -m pytest -q -o addopts= --import-mode=importlib -p no:cacheprovider "${@:3}"; }
-ratios() { step "$1" "$2" python3 bench/run.py --device cuda --settings "$1" --repeats 1 --model "$packed/tok"; }
+own=()
+[ ! -f "$packed/pairs.jsonl" ] || own=(--data "$packed/pairs.jsonl")
+ratios() {
+  step "$1" "$2" python3 bench/run.py --device cuda --settings "$1" --repeats 1 --model "$packed/tok" "${own[@]}"
+}
 case $part in
   1)
     step versions 40 python3 -c "import torch, transformers, trl, peft, accelerate, triton
