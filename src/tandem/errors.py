@@ -46,6 +46,8 @@ def one_line(text: str) -> str:
 def script_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` and turn a `TandemExit` into one line on stderr and its exit code."""
     try:
+        if sys.platform == "win32":
+            raise UserError("Tandem does not run on Windows; use WSL 2 (docs/troubleshooting.md)")
         main(sys.argv[1:])
     except TandemExit as stop:
         print(f"{type(stop).__name__}: {one_line(str(stop))}", file=sys.stderr)

@@ -523,7 +523,8 @@ def stand_in(name: str, monkeypatch: pytest.MonkeyPatch) -> MagicMock:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("data_parallel_size", 2), ("tensor_parallel_size", 2), ("enforce_eager", True)]
+    ("name", "value"),
+    [("data_parallel_size", 2), ("tensor_parallel_size", 2), ("enforce_eager", True), ("gpu_memory_utilization", 0.5)],
 )
 def test_options_reach_vllm(name: str, value: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     """`answers/backends/test_vllm.py` is about the real one, where it is installed."""
@@ -742,7 +743,8 @@ PROOFS: dict[str, dict[str, str]] = {
         "dtype": "answers/test_generate.py::test_the_type_of_the_weights",
         "base_url": "answers/backends/test_openai.py::test_kill_and_go_on",
         **dict.fromkeys(
-            ("tensor_parallel_size", "data_parallel_size", "enforce_eager"), f"{HERE}::test_options_reach_vllm"
+            ("tensor_parallel_size", "data_parallel_size", "enforce_eager", "gpu_memory_utilization"),
+            f"{HERE}::test_options_reach_vllm",
         ),
     },
     "CompareOptions": {

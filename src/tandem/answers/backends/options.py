@@ -46,6 +46,9 @@ class GenerationOptions(TemplateOptions):
         low=1,
         unless=_NOT_VLLM,
     )
+    gpu_memory_utilization: float = opt(
+        0.9, "vllm: share of a GPU's memory that it takes", above=0, high=1, unless=_NOT_VLLM
+    )
     enforce_eager: bool = opt(
         False, "vllm: compile nothing; starts much sooner and answers more slowly", unless=_NOT_VLLM
     )

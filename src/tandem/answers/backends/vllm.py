@@ -80,6 +80,7 @@ class VllmEngine:
             max_model_len=self._sampling.max_prompt_length + self._sampling.max_new_tokens,
             tensor_parallel_size=options.tensor_parallel_size,
             data_parallel_size=options.data_parallel_size,
+            gpu_memory_utilization=options.gpu_memory_utilization,
             enforce_eager=options.enforce_eager,
             seed=self._sampling.seed,
             generation_config="vllm",  # not the model's own: its filters would change the distribution
