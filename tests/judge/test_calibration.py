@@ -1,10 +1,13 @@
 """When a judge may be believed, and what it may then be said to have found."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.special import expit
 from sklearn.metrics import cohen_kappa_score
 
+from tandem.data.held_out import chosen_answers
 from tandem.judge import calibration, statistics
 from tandem.judge.requests import Comparison
 
@@ -208,3 +211,25 @@ def test_where_all_is_won_by_the_longer_answer_length_may_be_the_reason():
     # won though shorter on most prompts: not by length
     got = conclude(result_of(votes_from([WIN] * 100), np.arange(100) - 60.0))
     assert got["winner"] == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shown"),
+    [
+        (" First. ", "First."),
+        ([{"role": "assistant", "content": "First.\n"}], "First."),
+        (
+            [
+                {"role": "assistant", "content": "First."},
+                {"role": "user", "content": "More?"},
+                {"role": "assistant", "content": "Second."},
+            ],
+            "First.\n\nMore?\n\nSecond.",
+        ),
+    ],
+)
+def test_calibration_and_against_chosen_judge_the_same_text(chosen: Any, shown: str):
+    row = {"pair_id": "1", "prompt": "Say it.", "chosen": chosen, "rejected": "No."}
+    (labelled,) = calibration.labelled_comparisons([row], 1, seed=0)
+    assert labelled.answer_2 == shown
+    assert list(chosen_answers([row]).values()) == [shown]

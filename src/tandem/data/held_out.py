@@ -17,11 +17,15 @@ def held_out_prompts(pairs: Sequence[Mapping[str, Any]], limit: int | None) -> l
     return list(prompts.values())[:limit]
 
 
+def judged_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of an answer that is text, or messages, as a judge is shown it: of several turns all."""
+    turns = [answer] if isinstance(answer, str) else [message["content"] or "" for message in answer]
+    return "\n\n".join(turns).strip()
+
+
 def chosen_answers(pairs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The answer that people chose, by prompt id; of a prompt that occurs twice, the first."""
     chosen: dict[str, str] = {}
     for pair in pairs:
-        answer = pair["chosen"]
-        text = answer if isinstance(answer, str) else answer[0]["content"]
-        chosen.setdefault(prompt_id(as_messages(pair["prompt"])), text.strip())
+        chosen.setdefault(prompt_id(as_messages(pair["prompt"])), judged_text(pair["chosen"]))
     return chosen

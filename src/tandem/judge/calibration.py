@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.data.formats import as_messages
+from tandem.data.held_out import judged_text
 from tandem.intervals import LEVEL, Array, Estimate, estimate, length_terciles, wilson
 from tandem.judge import statistics
 from tandem.judge.requests import Comparison
@@ -20,13 +21,8 @@ def labelled_comparisons(rows: Sequence[Mapping[str, Any]], limit: int, seed: in
 
 
 def _labelled(row: Mapping[str, Any]) -> Comparison:
-    rejected, chosen = (answer_text(row[side]) for side in ("rejected", "chosen"))
+    rejected, chosen = (judged_text(row[side]) for side in ("rejected", "chosen"))
     return Comparison(row["pair_id"], as_messages(row["prompt"]), rejected, chosen, "rejected", "chosen")
-
-
-def answer_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of an answer that is text, or messages."""
-    return answer if isinstance(answer, str) else "\n\n".join(message["content"] or "" for message in answer)
 
 
 def self_comparisons(comparisons: Sequence[Comparison], limit: int) -> list[Comparison]:

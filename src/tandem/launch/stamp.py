@@ -104,8 +104,13 @@ def stamp(stage: Stage, hashes: Hashes) -> Stamp:
     return {
         "command": _command(stage, hashes),
         "options": {name: stage.portable(value) for name, (value, _) in options.items()},
+        "given": _given(options),
         "inputs": inputs,
     }
+
+
+def _given(options: dict[str, tuple[Any, bool]]) -> list[str]:
+    return [name for name, (_, is_default) in options.items() if not is_default]
 
 
 def _check(stage: Stage, hashes: Hashes) -> None:
@@ -119,7 +124,7 @@ def _check(stage: Stage, hashes: Hashes) -> None:
         return  # without reading the options, which takes longer
     before = done if known else _of_older_version(stage)
     now = stamp(stage, hashes)
-    changed = _changes(before, now, {name for name, (_, is_default) in _options(stage).items() if is_default})
+    changed = _changes(before, now)
     if changed:
         raise UserError(
             f"stage {stage.name} was done with other settings in {stage.run} ({'; '.join(changed)}): "
@@ -184,20 +189,22 @@ def _sources(mixture: Path) -> list[str]:
     return [str(mixture.parent / Path(name).expanduser()) for name in names if isinstance(name, str)]
 
 
-def _changes(before: Stamp, now: Stamp, at_default: set[str]) -> list[str]:
-    """What differs, in words. An option that came later than the stage was done at its default."""
+def _changes(before: Stamp, now: Stamp) -> list[str]:
+    """What differs, in words. An option that was given neither then nor now is the same, though its default may be
+    another since, or the option have come later."""
     if not now["options"]:
         return [] if before["command"] == now["command"] else ["its command was another"]
     from tandem.training.settings import FREE_ON_RESUME
 
+    given = set(now["given"]) | set(before["given"] if "given" in before else before["options"])
     found = []
     for name, value in now["options"].items():
-        was = before["options"].get(name, value if name in at_default else None)
+        was = before["options"].get(name)
         content, content_was = now["inputs"].get(name), before["inputs"].get(name)
         if content and content_was:  # wherever it lies
             if content != content_was:
                 found.append(f"{name} {value} has another content")
-        elif was != value and name not in FREE_ON_RESUME and not name.startswith("alarm_"):
+        elif name in given and was != value and name not in FREE_ON_RESUME and not name.startswith("alarm_"):
             found.append(f"{name} was {was}, is {value}")
     return found
 
@@ -234,7 +241,7 @@ def _of_older_version(stage: Stage) -> Stamp:
             f"set another OUTPUT_DIR, or remove {stage.run}/{stage.output}"
         ) from None
     values = {name: stage.portable(value) for name, (value, _) in options.items()}
-    return {"command": {}, "options": values | _saved(stage, old), "inputs": {}}
+    return {"command": {}, "options": values | _saved(stage, old), "given": _given(options), "inputs": {}}
 
 
 def _saved(stage: Stage, old: Stage) -> Stamp:
