@@ -423,3 +423,20 @@ def test_text_has_contrast_in_light_and_dark() -> None:
         for ink, paper in on_page + others:
             low, high = sorted((luminance(ink), luminance(paper)))
             assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
+
+
+def test_the_page_leaves_out_where_a_model_lies(tmp_path: Path) -> None:
+    run = read_run(sample_run.write_whole_run(tmp_path / "run", prompts=4))
+    top = page.render(run).partition('<section id="training">')[0].partition("</style>")[2]
+    assert "SmolLM2-135M-Instruct, trained on sample" in top
+    assert "/models/" not in top and "/data/" not in top
+
+
+def test_paper_has_every_column_and_every_prompt(tmp_path: Path) -> None:
+    whole = page.render(read_run(sample_run.write_whole_run(tmp_path / "run", prompts=4)))
+    printed = whole.partition("@media print {")[2].partition("</style>")[0]
+    assert (
+        ".scroll { overflow: visible; }" in printed
+        and ".pair.short .answer .text, pre { max-height: none; }" in printed
+    )
+    assert 'addEventListener("beforeprint"' in whole

@@ -66,12 +66,17 @@ METRICS = {
     "preference_accuracy": Metric(
         "Preference accuracy", "pairs whose chosen answer has the higher implicit reward", is_share=True
     ),
-    "mean_margin": Metric("Mean margin", "chosen over rejected, against the reference, nats"),
-    "median_margin": Metric("Median margin", "nats"),
+    "mean_margin": Metric(
+        "Mean margin", "log-odds of chosen over rejected against the reference, in nats: 0.7 doubles the odds"
+    ),
+    "median_margin": Metric("Median margin", "half of the pairs have more, nats"),
     "ranking_accuracy": Metric(
         "Ranking accuracy", "pairs whose chosen answer is the likelier one, by itself", is_share=True
     ),
-    "perplexity_chosen": Metric("Perplexity of chosen", "over all tokens of the chosen answers"),
+    "perplexity_chosen": Metric(
+        "Perplexity of chosen",
+        "as many tokens were equally likely, on average, at each place of a chosen answer; 1 is certainty",
+    ),
     "kl_per_token": Metric("KL per token", "from the reference, on the model's own answers, nats"),
     "kl_per_sequence": Metric("KL per answer", "the same, over whole answers, nats"),
 }
@@ -148,6 +153,7 @@ def environment(*, autoescape: bool) -> jinja2.Environment:
         "difference": show_difference,
         "duration": duration,
         "model_name": model_name,
+        "public": public,
     }
     return templates
 
@@ -216,6 +222,12 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def public(value: Any) -> str:
+    """A model or a data set as the page may show it: of a path on this machine, its last part."""
+    text = str(value)
+    return Path(text).name if text.startswith(("/", "./", "../", "~")) else text
 
 
 def model_name(label: str) -> str:

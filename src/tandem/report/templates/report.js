@@ -136,6 +136,20 @@
     status.focus({ preventScroll: true });
   }
 
+  // On paper there is no pager: all that is chosen is there, and nothing is folded away
+  const unfolded = [];
+  window.addEventListener("beforeprint", () => {
+    list.replaceChildren(...found.map(drawPair));
+    for (const fold of document.querySelectorAll("details:not([open])")) {
+      fold.open = true;
+      unfolded.push(fold);
+    }
+  });
+  window.addEventListener("afterprint", () => {
+    unfolded.splice(0).forEach((fold) => { fold.open = false; });
+    draw();
+  });
+
   data.rows.forEach((row, index) => { row.number = index + 1; });
   for (const button of buttons) {
     button.addEventListener("click", () => {
