@@ -64,8 +64,8 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     "an abbreviation": dpo("--learning 1", "command line: unknown option learning; did you mean learning_rate?"),
     "a typo": dpo("--lora_rank 8", "command line: unknown option lora_rank; did you mean lora_r?"),
     "an option of TRL's": dpo(
-        "--padding_free",
-        "command line: unknown option padding_free; TRL has it, but Tandem has not reviewed it and does not pass it on",
+        "--push_to_hub",
+        "command line: push_to_hub is not an option here; upload the finished model with scripts/upload_hf.py",
     ),
     "a negative number with an exponent": dpo(
         "--learning_rate -1e-5", "--learning_rate must not be negative, got -1e-05"
@@ -76,13 +76,13 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     ),
     "a typo in YAML": yaml(b"beta: 0.1\nbata: 0.2\n", FROM + "unknown option bata; did you mean beta?"),
     "an option of TRL's in YAML": yaml(
-        b"padding_free: true\n",
-        FROM + "unknown option padding_free; TRL has it, but Tandem has not reviewed it and does not pass it on",
+        b"push_to_hub: true\n",
+        FROM + "push_to_hub is not an option here; upload the finished model with scripts/upload_hf.py",
     ),
     "an option of another script's": BadConfig(
         "sft",
         HERE,
-        FROM + "unknown option beta; TRL has it, but Tandem has not reviewed it and does not pass it on",
+        FROM + "beta is not an option here; it is one of scripts/dpo.py",
         b"beta: 0.1\n",
     ),
     "an option twice in YAML": yaml(b"beta: 0.1\nbeta: 0.2\n", FROM + "option beta appears twice"),

@@ -141,6 +141,7 @@ MAIN = Contract(
         Borrowed(_TRAINER, "_determine_best_metric", _CHECKPOINTS, _RESUMED, takes=("self", "metrics", "trial")),
         Borrowed(_TRAINER, "_finalize_training", _CHECKPOINTS, _RESUMED),
         Borrowed(_TRAINER, "_save", _SHARDING, _TWO_PROCESSES),
+        Borrowed("transformers.TrainingArguments", "_n_gpu", _SHARDING, "tests/training/trainers/test_sharding.py"),
         Borrowed(_TRAINER, "_prepare_for_training", _SHARDING, _TWO_PROCESSES),
         Borrowed(_TRAINER, "create_accelerator_and_postprocess", _SHARDING, _TWO_PROCESSES),
         Borrowed("transformers.trainer", "safe_globals", _CHECKPOINTS, "tests/test_bad_input.py"),

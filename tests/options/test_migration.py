@@ -11,7 +11,6 @@ from tandem.errors import UserError
 from tandem.options.fields import options_of
 from tandem.options.migration import COUNTERPARTS
 from tandem.options.parsing import parse
-from tandem.options.training import explain_unknown
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, check, classes
 
 OWN = {option.name for run in (SFTOptionSet, DPOOptionSet) for cls in classes(run) for option in options_of(cls)}
@@ -25,7 +24,6 @@ def dpo(*argv: str):
         [*LEAST, *argv],
         classes(DPOOptionSet),
         prog="dpo.py",
-        explain_unknown=explain_unknown,
         check=check,
         foreign=COUNTERPARTS,
     )
@@ -84,8 +82,8 @@ def test_it_is_said_once_for_all_processes(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--push_to_hub"], "push_to_hub is not an option of Tandem; upload the finished model"),
-        (["--rpo_alpha", "1"], "rpo_alpha is not an option of Tandem; RPO is --loss_type sigmoid sft"),
+        (["--push_to_hub"], "push_to_hub is not an option here; upload the finished model"),
+        (["--rpo_alpha", "1"], "rpo_alpha is not an option here; RPO is --loss_type sigmoid sft"),
         (["--overwrite_output_dir"], "--resume_from_checkpoint no starts over"),
         (["--precompute_ref_log_probs", "false"], "the reference is always scored first"),
         (["--save_only_model", "true"], "checkpoints are there to resume from"),

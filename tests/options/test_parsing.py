@@ -216,11 +216,6 @@ def test_yaml_that_is_not_text(tmp_path: Path):
     assert "cannot be read: Is a directory" in refusal("--config", str(tmp_path))
 
 
-def test_why_an_option_is_unknown_can_be_explained():
-    with pytest.raises(UserError, match="unknown option packing; TRL has it"):
-        parse(["--packing"], (Colours,), prog="p", explain_unknown=lambda name: "TRL has it")
-
-
 def test_help_is_grouped_and_shows_defaults(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         read("--help")

@@ -23,9 +23,7 @@ from tandem.options.training import (
     SFTOptions,
     TrainOptions,
     check_training,
-    explain_unknown,
 )
-from tandem.options.trl_names import TRL_OPTIONS
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, check, classes
 
 
@@ -281,18 +279,6 @@ def test_sft_differs_from_training_in_its_learning_rate_only():
 
     assert defaults(SFTOptions) == defaults(TrainOptions)
     assert SFTOptions("out").learning_rate == 2e-5
-
-
-def test_unknown_options_that_trl_has_are_named_as_such():
-    assert "TRL has it" in str(explain_unknown("padding_free"))
-    assert explain_unknown("no_such_option") is None
-
-
-def test_the_list_of_what_trl_has_is_that_of_the_installed_trl():
-    import trl
-
-    configs = (trl.DPOConfig, trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments)
-    assert {name for config in configs for name in config.__dataclass_fields__} == TRL_OPTIONS
 
 
 def test_no_option_is_in_two_groups():

@@ -1,10 +1,9 @@
 """Train a policy on preference pairs with DPO, from a model or an SFT adapter."""
 
 from tandem import contract
-from tandem.options.migration import COUNTERPARTS
 from tandem.options.parsing import parse
-from tandem.options.training import PlanOptions, explain_unknown
-from tandem.training.option_sets import DPOOptionSet, check, classes
+from tandem.options.training import PlanOptions
+from tandem.training.option_sets import DPOOptionSet, check, classes, foreign
 
 
 def main(argv: list[str]) -> None:
@@ -13,9 +12,8 @@ def main(argv: list[str]) -> None:
         (*classes(DPOOptionSet), PlanOptions),
         prog="dpo.py",
         description=__doc__,
-        explain_unknown=explain_unknown,
         check=check,
-        foreign=COUNTERPARTS,
+        foreign=foreign(DPOOptionSet),
     )
     run = DPOOptionSet(*options)
     contract.check()

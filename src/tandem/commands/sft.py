@@ -1,10 +1,9 @@
 """Fine-tune a model on the chosen answers, the step before DPO."""
 
 from tandem import contract
-from tandem.options.migration import COUNTERPARTS
 from tandem.options.parsing import parse
-from tandem.options.training import PlanOptions, explain_unknown
-from tandem.training.option_sets import SFTOptionSet, check, classes
+from tandem.options.training import PlanOptions
+from tandem.training.option_sets import SFTOptionSet, check, classes, foreign
 
 
 def main(argv: list[str]) -> None:
@@ -13,9 +12,8 @@ def main(argv: list[str]) -> None:
         (*classes(SFTOptionSet), PlanOptions),
         prog="sft.py",
         description=__doc__,
-        explain_unknown=explain_unknown,
         check=check,
-        foreign=COUNTERPARTS,
+        foreign=foreign(SFTOptionSet),
     )
     run = SFTOptionSet(*options)
     contract.check()

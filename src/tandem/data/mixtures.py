@@ -71,7 +71,7 @@ def _source(options: DataOptions, entry: Any, where: str) -> Source:
     values = {}
     for name, value in entry.items():
         if name not in known:
-            raise unknown_option(str(name), list(known), where, _of_the_whole)
+            raise unknown_option(str(name), list(known), where, _of_the_whole(str(name)))
         values[name] = convert(known[name], value, where)
     if "dataset_name" not in values:
         raise UserError(f"{where}: dataset_name is missing")

@@ -108,7 +108,9 @@ def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array,
         np.array([len(one.answer_2) - len(one.answer_1) for one in scored], dtype=np.float64),
         np.array([one.identical for one in scored], dtype=bool),
         len(votes) - len(whole),
-        np.array([[one.non_answer_1 is not None, one.non_answer_2 is not None] for one in scored]).reshape(-1, 2),
+        np.array([[one.non_answer_1 is not None, one.non_answer_2 is not None] for one in scored], dtype=bool).reshape(
+            -1, 2
+        ),
     )
 
 

@@ -20,9 +20,9 @@ from tandem.errors import AlarmStop, Preempted, TandemExit, UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.parsing import parse
 from tandem.options.rules import Options
-from tandem.options.training import TrainOptions, explain_unknown
+from tandem.options.training import TrainOptions
 from tandem.runs import RUN, checkpoints, is_complete
-from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes, foreign
 
 _RUNS = {"sft.py": SFTOptionSet, "dpo.py": DPOOptionSet}
 _DESCRIPTION = "Train under Ray: ray_launch.py RAY OPTIONS… scripts/dpo.py ITS OPTIONS…, or scripts/sft.py"
@@ -89,9 +89,7 @@ class _Job:
     def run(self) -> Any:
         """The script's options: an instance of `kind`."""
         name = Path(self.script).name
-        return self.kind(
-            *parse(self.argv, classes(self.kind), prog=name, description="", explain_unknown=explain_unknown)
-        )
+        return self.kind(*parse(self.argv, classes(self.kind), prog=name, description="", foreign=foreign(self.kind)))
 
 
 def _run(options: RayOptions, job: _Job, train: TrainOptions) -> None:

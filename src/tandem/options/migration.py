@@ -269,7 +269,7 @@ def translated(
     if isinstance(value, list) and len(value) < 2:  # of the command line: a flag alone, or one value
         value = value[0] if value else "true"
     if not counterpart.takes(value):
-        raise UserError(f"{source}: {name} is not an option of Tandem; {counterpart.told}")
+        raise UserError(f"{source}: {name} is not an option here; {counterpart.told}")
     if counterpart.to is None:
         _say(f"{source}: {name} is not needed: {counterpart.told}")
         return "", value

@@ -213,16 +213,11 @@ def read_yaml(path: str, what: str = "--config") -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def unknown_option(name: str, known: Sequence[str], where: str, explain: Callable[[str], str | None]) -> UserError:
-    """The error for an option nobody knows, with the nearest known name."""
-    reason = explain(name)
+def unknown_option(name: str, known: Sequence[str], where: str, reason: str | None = None) -> UserError:
+    """The error for an option nobody knows, with the `reason`, or else the nearest known name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; {reason}" if reason else f"; did you mean {near[0]}?" if near else " (see --help)"
     return UserError(f"{where}: unknown option {name}{hint}")
-
-
-def _no_explanation(name: str) -> str | None:
-    return None
 
 
 def _no_check(*instances: Any) -> None:
@@ -235,7 +230,6 @@ def parse(
     *,
     prog: str,
     description: str = "",
-    explain_unknown: Callable[[str], str | None] = _no_explanation,
     check: Callable[..., None] = _no_check,
     foreign: Mapping[str, Counterpart] = {},
 ) -> tuple[Any, ...]:
@@ -245,7 +239,6 @@ def parse(
         argv: the command line, without the program's name.
         classes: their options together are the program's.
         prog, description: for `--help`.
-        explain_unknown: why an option of this name is not known, where there is something to say.
         foreign: options of other programs that are taken under another name, dropped or refused, each with a line.
         check: raises a `UserError` on instances that do not go together; it must bear values that a class refuses.
 
@@ -260,7 +253,7 @@ def parse(
     namespace, extra = parser.parse_known_args(list(argv))
     given = vars(namespace)
     known = {option.name: option for cls in classes for option in options_of(cls)}
-    problems = _stray_arguments(extra, list(known), explain_unknown)
+    problems = _stray_arguments(extra, list(known))
     misspelt = bool(problems)
     config_file = given.pop("config", None)
     print_config = given.pop("print_config", False)
@@ -277,7 +270,7 @@ def parse(
                 sources[name] = source
                 if name not in known:
                     misspelt = True
-                    raise unknown_option(name, list(known), source, explain_unknown)
+                    raise unknown_option(name, list(known), source)
                 values[name] = convert(known[name], value, source)
             except UserError as problem:
                 unusable.add(name)
@@ -354,14 +347,14 @@ def _print_config(instances: Sequence[Any], sources: dict[str, str]) -> None:
     print(*_environment(), sep="\n")
 
 
-def _stray_arguments(extra: Sequence[str], known: Sequence[str], explain: Callable[[str], str | None]) -> list[str]:
+def _stray_arguments(extra: Sequence[str], known: Sequence[str]) -> list[str]:
     """What is wrong with the arguments that argparse did not know; values behind an unknown option go with it."""
     problems = []
     behind_unknown = False
     for argument in extra:
         if argument.startswith("-"):
             name = argument.split("=")[0].lstrip("-")
-            problems.append(str(unknown_option(name, known, "command line", explain)))
+            problems.append(str(unknown_option(name, known, "command line")))
             behind_unknown = True
         elif not behind_unknown:
             problems.append(f"command line: unexpected argument {argument} (options start with --)")

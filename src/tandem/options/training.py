@@ -1,7 +1,7 @@
 """Options of training: the run itself, the engine, Gaudi, the plan, and what does not go together across classes.
 
 Only what Tandem has reviewed is here. An option of TRL or transformers that is not is refused by name rather than
-passed on: `explain_unknown` says so.
+passed on: `options.migration` says what stands for it.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.rules import Options
-from tandem.options.trl_names import TRL_OPTIONS
 
 LAYOUTS = ("shared", "packed", "padded")
 SCHEDULES = (
@@ -269,13 +268,6 @@ class PlanOptions(Options):
     device_memory_gib: float | None = opt(
         None, "with --plan: memory of a device in GiB; unset: this machine's", above=0, needs="plan"
     )
-
-
-def explain_unknown(name: str) -> str | None:
-    """Why an option is unknown, if TRL or transformers has it."""
-    if name in TRL_OPTIONS:
-        return "TRL has it, but Tandem has not reviewed it and does not pass it on"
-    return None
 
 
 def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, dpo: DPOOptions | None = None) -> None:

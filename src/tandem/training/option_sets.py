@@ -10,8 +10,9 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import may_hold_out
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
-from tandem.options.fields import refuse
+from tandem.options.fields import names_of, refuse
 from tandem.options.losses import DPOOptions
+from tandem.options.migration import COUNTERPARTS, Counterpart
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions, check_training
 
@@ -44,6 +45,13 @@ class DPOOptionSet(NamedTuple):
 def classes(run: type[SFTOptionSet] | type[DPOOptionSet]) -> tuple[type, ...]:
     """The option classes of a run, for `config.parse`, in the order in which `run` takes their instances."""
     return tuple(typing.get_type_hints(run).values())
+
+
+def foreign(run: type[SFTOptionSet] | type[DPOOptionSet]) -> dict[str, Counterpart]:
+    """What becomes of options that a run has not: those of other programs, and those of the other stage."""
+    other, script = (DPOOptionSet, "dpo.py") if run is SFTOptionSet else (SFTOptionSet, "sft.py")
+    theirs, own = ({name for cls in classes(each) for name in names_of(cls)} for each in (other, run))
+    return COUNTERPARTS | dict.fromkeys(theirs - own, Counterpart(told=f"it is one of scripts/{script}"))
 
 
 def check(*options: Any) -> None:
