@@ -24,7 +24,7 @@ from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, TrainOptions
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
-from tandem.training.stages import _arguments
+from tandem.training.stages import _arguments, _tokenized_examples
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ def build(trainer: str, case: Case) -> Any:
     arguments = _arguments(train, model) | {"disable_tqdm": True}
     if case.loss_type == "sft":
         rendered = [render(row, True) for row in rows]
-        data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rendered])
+        data = _tokenized_examples(rendered, tokenizer)
         sft = SFTOptionSet(model, lora, text, data_options, train, GaudiOptions())
         return _builders(trainer).sft_trainer(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
     dpo = DPOOptions(beta=case.beta, loss_type=[case.loss_type], **of_loss)

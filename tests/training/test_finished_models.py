@@ -51,7 +51,7 @@ def test_a_card_may_be_edited(
         card.write("\nWhat it is for.\n")
     (out / "train.log").write_text("")
     assert is_complete(out)
-    assert "would push to me/model" in upload(UploadOptions("me/model", str(out), dry_run=True))
+    assert "would push to me/model" in upload(UploadOptions("me/model", str(out), base_model="me/base", dry_run=True))
     merge(MergeOptions(str(out), str(tmp_path / "merged")))
     capsys.readouterr()
     train(out, seed=42)
@@ -74,7 +74,7 @@ def test_a_changed_file_is_named_and_not_trained_over(
     before = sha256_file(out / "adapter_model.safetensors")
     change(out / "adapter_config.json")
     with pytest.raises(UserError, match=f"--folder {out}: it is not what was trained or merged there: {says}; put the"):
-        upload(UploadOptions("me/model", str(out), dry_run=True))
+        upload(UploadOptions("me/model", str(out), base_model="me/base", dry_run=True))
     with pytest.raises(UserError, match=f"{out} holds a finished model, but {says}: put that right, choose another"):
         train(out)
     assert sha256_file(out / "adapter_model.safetensors") == before

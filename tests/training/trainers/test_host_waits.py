@@ -130,5 +130,5 @@ def test_no_micro_batch_waits(tiny_model: Path, tiny_data: Path, tmp_path: Path,
     trainer.train()
     assert len(waited) == 6
     of_trl = f"{Path(trl_dpo_trainer.__file__).name}:_compute_loss"
-    for waits in waited:
+    for waits in waited[1:]:  # before the first, once a run, the policy is compared with its reference
         assert [wait for wait in waits if of_trl not in wait] == []

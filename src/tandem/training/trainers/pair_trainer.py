@@ -24,7 +24,7 @@ from tandem.training.trainers.reference import check_gap, gap, starts_as_its_bas
 
 
 class PairTrainer(CompleteCheckpoints):
-    """Mixin over a DPO trainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
+    """Mixin over a DPO trainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     The reference's log-probs are read from the cache, or computed before training and kept there. The monitor is fed
     with every pair, and its state and the trainer's counters are in every checkpoint.

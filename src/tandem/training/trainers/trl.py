@@ -38,7 +38,7 @@ from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_refe
 
 
 class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
-    """TRL's DPOTrainer on tokenized pairs (`data.texts.tokenize_pair`) with their `pair_id`.
+    """TRL's DPOTrainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
     computed before training and kept there, so that no reference model is in memory while the policy trains.
