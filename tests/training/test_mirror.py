@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +68,12 @@ def run_id(folder: Path) -> str:
 
 
 def lose_machine(tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "vm")
+    for _ in range(50):  # what a process that was stopped in the midst of a save had handed on may still be written
+        shutil.rmtree(tmp_path / "vm", ignore_errors=True)
+        if not (tmp_path / "vm").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{tmp_path}/vm is still written to")
 
 
 def steps(out: Path) -> list[int]:

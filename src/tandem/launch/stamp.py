@@ -12,6 +12,7 @@ RUN and ROOT may move: paths in them are kept relative.
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -52,8 +53,11 @@ class Stage:
 
     @property
     def script(self) -> int | None:
-        """Where in `words` the script is; None in a command without one."""
-        return next((index for index, word in enumerate(self.words) if word.endswith(".py")), None)
+        """Where in `words` the script of Tandem's is; None in a command without one.
+
+        Another program is never loaded to ask for its options: that would run it.
+        """
+        return next((index for index, word in enumerate(self.words) if _is_ours(Path(word))), None)
 
     def portable(self, value: Any) -> Any:
         """`value` with paths in the run folder and the checkout relative to them."""
@@ -74,6 +78,11 @@ class Stage:
             return value
         head, slash, rest = value.partition("/")
         return {"$RUN": self.run, "$ROOT": self.root}.get(head, head) + slash + rest
+
+
+def _is_ours(script: Path) -> bool:
+    ours = script.suffix == ".py" and script.parent.name == "scripts" and script.stem.isidentifier()
+    return ours and importlib.util.find_spec(f"tandem.commands.{script.stem}") is not None
 
 
 def main(argv: list[str]) -> None:
