@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.files import SUFFIXES
@@ -58,6 +58,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow,
 
 @settings(unhurried, max_examples=300)
 @given(inputs)
+@example(data=b'\x01\x00{"prompt": "q", "chosen": {"from": []}, "rejected": "b", "system": "s"}\n')
 def test_any_file(tmp_path: Path, data: bytes):
     read(data, tmp_path)
 

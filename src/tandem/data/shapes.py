@@ -139,6 +139,5 @@ def _in_notation(turn: Row, keys: tuple[str, str], others: tuple[str, str]) -> R
         return turn
     names = dict(zip(others, keys, strict=True))
     renamed = {names.get(name, name): value for name, value in turn.items()}
-    if keys[0] == "role" and renamed["role"] in _ROLES:
-        renamed["role"] = _ROLES[renamed["role"]]
-    return renamed
+    role = renamed.get("role")
+    return renamed | {"role": _ROLES.get(role, role)} if isinstance(role, str) else renamed
