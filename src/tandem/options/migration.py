@@ -158,7 +158,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         _not_there("trackio writes to this machine; its own command uploads"),
     ),
-    "chat_template_path": _not_there("the tokenizer's own chat template is used"),
+    "chat_template_path": _not_there("--chat_template FILE takes a Jinja file"),
     "save_only_model": _not_there(_FULL_RESUME),
     "push_to_hub": _not_there(_UPLOAD),
     "push_to_hub_model_id": _not_there(_UPLOAD),
