@@ -35,10 +35,14 @@ data=(--dataset_name "$PROMPTS")
 
 # scorer_options SCORER: the options of score.py that it stands for
 scorers=()
+alone=() # options of scores of single answers: a judge that compares has nothing to compare them with
 add_scorer() {
   case $1 in
     reward:?*) scorers+=(--reward_models "${1#reward:}") ;;
-    judge:?*) scorers+=(--judge_model "${1#judge:}" ${JUDGE_BASE_URL:+--judge_base_url "$JUDGE_BASE_URL"}) ;;
+    judge:?*)
+      scorers+=(--judge_model "${1#judge:}" ${JUDGE_BASE_URL:+--judge_base_url "$JUDGE_BASE_URL"})
+      alone=(--judge_mode rubric)
+      ;;
     function:?*:?*) scorers+=(--score_function "${1#function:}") ;;
     *) die "a scorer is reward:MODEL, judge:MODEL or function:FILE.py:NAME, not $1" ;;
   esac
@@ -57,8 +61,8 @@ held_out() {
     python "$ROOT/scripts/sample.py" --config "$(config held_out)" "${data[@]}" --held_out --num_samples 1 \
     --models "policy=$2" --output_dir "$RUN/$own"
   stage "held_out_score_$1" "$own/scores.jsonl" \
-    python "$ROOT/scripts/score.py" --config "$(config score)" "${scorers[@]}" --samples "$RUN/$own/samples.jsonl" \
-    --output_dir "$RUN/$own"
+    python "$ROOT/scripts/score.py" --config "$(config score)" "${scorers[@]}" "${alone[@]}" \
+    --samples "$RUN/$own/samples.jsonl" --output_dir "$RUN/$own"
 }
 
 # pairs_of ROUND: what DPO trains on; before there are any, preflight looks at nothing but the options
