@@ -19,7 +19,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 
 DISTRIBUTION = "tandem-dpo"  # `tandem` on PyPI is a stranger's
 UNTESTED = "TANDEM_UNTESTED_VERSIONS"
@@ -54,7 +54,7 @@ class Borrowed:
         try:
             owner = _resolve(self.owner)
         except (ImportError, AttributeError) as error:
-            return f"{self.owner} is not there ({_first_line(error)})"
+            return f"{self.owner} is not there ({first_line(error)})"
         if not hasattr(owner, self.name):
             return None if self.name in _mentioned(owner) else f"{self.owner} has no {self.name}"
         value = getattr(owner, self.name)
@@ -331,7 +331,3 @@ def _names_in(code: CodeType | None) -> set[str]:
         if isinstance(constant, CodeType):
             names |= _names_in(constant)
     return names
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

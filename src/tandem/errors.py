@@ -43,6 +43,11 @@ def one_line(text: str) -> str:
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another package's says, which may be many lines long."""
+    return str(error).strip().split("\n")[0]
+
+
 def script_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` and turn a `TandemExit` into one line on stderr and its exit code."""
     try:

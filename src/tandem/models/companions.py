@@ -6,6 +6,7 @@ transformers saves none of them with a model that was loaded for text, and what 
 import shutil
 from pathlib import Path
 
+from tandem.errors import first_line
 from tandem.log import logger
 from tandem.runs import is_of_a_run
 
@@ -65,6 +66,7 @@ def _fetched(name: str, revision: str | None) -> Path | None:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_OF_THE_HUB)))
     except Exception as error:  # the network's, the Hub's and the cache's own, of many kinds
-        first = str(error).strip().split("\n")[0]
-        logger.warning("%s: its processor's settings and licence, if any, were not fetched: %s", name, first)
+        logger.warning(
+            "%s: its processor's settings and licence, if any, were not fetched: %s", name, first_line(error)
+        )
         return None

@@ -3,14 +3,15 @@
 Imports no torch.
 """
 
-import importlib.util
 import os
 from typing import Any
+
+from tandem import contract
 
 
 def has_optimum_habana() -> bool:
     """Whether this is the environment of requirements-gaudi.txt."""
-    return importlib.util.find_spec("optimum") is not None and importlib.util.find_spec("optimum.habana") is not None
+    return contract.installed() is contract.GAUDI
 
 
 def is_lazy() -> bool:

@@ -18,7 +18,7 @@ from tandem import contract
 from tandem.data.adapt import adapt_template
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.devices import gpu_without_bf16
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.models.adapters import merged, rounded
 from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, is_adapter
@@ -56,7 +56,7 @@ def _adapter_config(folder: str) -> dict[str, Any]:
     try:
         return dict(json.loads((Path(folder) / "adapter_config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: adapter_config.json cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{folder}: adapter_config.json cannot be read: {first_line(error)}") from error
 
 
 def stored_dtype(name: str, revision: str | None = None) -> str:
@@ -70,7 +70,7 @@ def stored_dtype(name: str, revision: str | None = None) -> str:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: its config cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{name}: its config cannot be read: {first_line(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
     return str(dtype or torch.float32).removeprefix("torch.")
 
@@ -93,7 +93,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no tokenizer can be loaded: {_first_line(error)}") from error
+        raise UserError(f"{name}: no tokenizer can be loaded: {first_line(error)}") from error
     template = template or options
     if tokenizer.chat_template is not None and template.chat_template is None:
         _try_template(name, tokenizer)
@@ -112,7 +112,7 @@ def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except (TemplateError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{name}: its chat template cannot render a user's turn: {_first_line(error)}") from error
+        raise UserError(f"{name}: its chat template cannot render a user's turn: {first_line(error)}") from error
 
 
 def load_model(
@@ -164,7 +164,7 @@ def load_model(
             **keywords,
         )
     except _LOADING_ERRORS as error:
-        raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from error
+        raise UserError(f"{name}: cannot be loaded as a model: {first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
     return model
@@ -231,7 +231,7 @@ def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False)
         with adapters_of_whole_layers():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except _LOADING_ERRORS as error:
-        why = f"cannot be loaded as an adapter of {base.name_or_path}: {_first_line(error)}"
+        why = f"cannot be loaded as an adapter of {base.name_or_path}: {first_line(error)}"
         raise UserError(f"{folder}: {why}") from error
 
 
@@ -392,7 +392,3 @@ def _four_bits() -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if gpu_without_bf16() else torch.bfloat16,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

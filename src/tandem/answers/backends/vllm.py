@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from tandem.answers.backends.base import Answer, Draw, encode, read_answer, weights_dtype
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.models.load import base_of_adapter, commit_of, load_tokenizer, revision_of_base
 from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.models.scorer import end_ids
@@ -90,7 +90,7 @@ class VllmEngine:
         try:
             return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"{base}: vLLM cannot serve it: {_first_line(error)}") from error
+            raise UserError(f"{base}: vLLM cannot serve it: {first_line(error)}") from error
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
         """See `Engine`."""
@@ -218,7 +218,3 @@ def _configured_ends(base: str, revision: str | None) -> int | list[int] | None:
     except OSError:  # it ships none
         configured = AutoConfig.from_pretrained(base, revision=revision).eos_token_id
     return configured
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
