@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt, refuse
-from tandem.options.parsing import parse, resolved, to_yaml
+from tandem.options.parsing import parse, resolved
+from tandem.options.yaml_text import to_yaml
 
 
 @dataclasses.dataclass

@@ -21,8 +21,9 @@ from tandem.monitor.margins import MarginsLog
 from tandem.monitor.tail import TailConfig, TailState, update
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
-from tandem.options.parsing import resolved, to_yaml
+from tandem.options.parsing import resolved
 from tandem.options.training import SFTOptions, TrainOptions
+from tandem.options.yaml_text import to_yaml
 from tandem.runs import write_json
 
 HOSTILE = (

@@ -17,7 +17,7 @@ from tandem.data.files import SUFFIXES, is_data_file
 from tandem.data.formats import kind_of
 from tandem.data.split_names import TRAIN, is_held_out, split_of
 from tandem.errors import UserError
-from tandem.options.parsing import TextLoader
+from tandem.options.yaml_text import TextLoader
 from tandem.ranks import tell_once
 
 Splits = dict[str, list[Path]]

@@ -15,7 +15,8 @@ from tandem.data.formats import Row, kind_of
 from tandem.data.options import SOURCE_OPTIONS, DataOptions
 from tandem.errors import UserError
 from tandem.options.fields import opt, options_of
-from tandem.options.parsing import TextLoader, convert, unknown_option
+from tandem.options.parsing import convert, unknown_option
+from tandem.options.yaml_text import TextLoader
 
 
 @dataclasses.dataclass(frozen=True)

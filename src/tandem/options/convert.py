@@ -14,8 +14,9 @@ import yaml
 from tandem.errors import UserError, one_line
 from tandem.options.fields import REQUIRED, Option, opt
 from tandem.options.migration import COUNTERPARTS
-from tandem.options.parsing import convert, read_yaml
+from tandem.options.parsing import convert
 from tandem.options.rules import Options
+from tandem.options.yaml_text import read_yaml
 
 # What other programs call Tandem's options, where TRL does not; by the last part of a key, or the last two
 _ALIASES = {

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that a wrong command line is answered at once
 """
 
 import argparse
+import dataclasses
 import difflib
 import json
 import math
@@ -15,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from tandem.credentials import hide, holds_secret, names_secret
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, Option, names_of, options_of, refuse, shown
 from tandem.options.migration import Counterpart, translated
 from tandem.options.rules import broken_rules
+from tandem.options.yaml_text import read_yaml, to_yaml, yaml_line
 from tandem.runs import write_atomic
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
@@ -168,56 +168,47 @@ def _argparse_keywords(option: Option) -> dict[str, Any]:
     return keywords
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML without objects, and without YAML's silence about a key that is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"option {name} appears twice")
-        return super().construct_mapping(node, deep)
-
-
-class TextLoader(StrictLoader):
-    """YAML in which a plain value is the text that is written there, for `convert` to read by its option's type; only
-    null is nothing. YAML 1.1 would make 42798 of the revision 0123456, and 45000 of the name 12:30:00."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML declares it so
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-        for first, resolvers in StrictLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def read_yaml(path: str, what: str = "--config") -> dict[str, Any]:
-    """The mapping in a YAML file, its plain values as text.
-
-    Args:
-        what: what the file is, for the errors.
-
-    Raises:
-        UserError: it cannot be read, or is no mapping.
-    """
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=TextLoader)
-    except UserError as error:
-        raise UserError(f"{what} {path}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{what} {path}: not YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{what} {path}: must be a mapping of options, not a {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
-
-
 def unknown_option(name: str, known: Sequence[str], where: str, reason: str | None = None) -> UserError:
     """The error for an option nobody knows, with the `reason`, or else the nearest known name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; {reason}" if reason else f"; did you mean {near[0]}?" if near else " (see --help)"
     return UserError(f"{where}: unknown option {name}{hint}")
+
+
+@dataclasses.dataclass
+class _Read:
+    """What a config file and a command line say of the `known` options, and what is wrong with it.
+
+    Attributes:
+        misspelt: whether there is an option that nobody knows.
+        values: by option, of its type; a later source wins.
+        sources: by option, where its value is from.
+        unusable: options with a value that is refused.
+        problems: why, and what nobody knows.
+    """
+
+    known: Mapping[str, Option]
+    misspelt: bool
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    unusable: set[str] = dataclasses.field(default_factory=set)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def take(self, source: str, given: Mapping[str, Any], foreign: Mapping[str, Counterpart]) -> None:
+        """Read the values that `source` gives."""
+        for name, value in given.items():
+            try:
+                name, value = translated(name, value, given, self.known, foreign, source)
+                if not name:
+                    continue
+                self.sources[name] = source
+                if name not in self.known:
+                    self.misspelt = True
+                    raise unknown_option(name, list(self.known), source)
+                self.values[name] = convert(self.known[name], value, source)
+            except UserError as problem:
+                self.unusable.add(name)
+                self.problems.append(str(problem))
 
 
 def _no_check(*instances: Any) -> None:
@@ -254,35 +245,21 @@ def parse(
     given = vars(namespace)
     known = {option.name: option for cls in classes for option in options_of(cls)}
     problems = _stray_arguments(extra, list(known))
-    misspelt = bool(problems)
     config_file = given.pop("config", None)
     print_config = given.pop("print_config", False)
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    unusable: set[str] = set()
-    from_yaml = read_yaml(config_file) if config_file else {}
-    for source, mapping in ((f"--config {config_file}", from_yaml), ("command line", given)):
-        for name, value in mapping.items():
-            try:
-                name, value = translated(name, value, mapping, known, foreign, source)
-                if not name:
-                    continue
-                sources[name] = source
-                if name not in known:
-                    misspelt = True
-                    raise unknown_option(name, list(known), source)
-                values[name] = convert(known[name], value, source)
-            except UserError as problem:
-                unusable.add(name)
-                problems.append(str(problem))
-    missing = [option for option in known.values() if option.default is REQUIRED and option.name not in values]
-    if not misspelt:  # else what is missing may be what is misspelt
-        problems += [f"--{option.name} is required: {option.help}" for option in missing if option.name not in unusable]
-    unusable |= {option.name for option in missing}
-    instances, refusals = _checked(classes, values, unusable, check)
+    read = _Read(known, misspelt=bool(problems))
+    read.take(f"--config {config_file}", read_yaml(config_file) if config_file else {}, foreign)
+    read.take("command line", given, foreign)
+    problems += read.problems
+    missing = [option for option in known.values() if option.default is REQUIRED and option.name not in read.values]
+    if not read.misspelt:  # else what is missing may be what is misspelt
+        missed = [option for option in missing if option.name not in read.unusable]
+        problems += [f"--{option.name} is required: {option.help}" for option in missed]
+    unusable = read.unusable | {option.name for option in missing}
+    instances, refusals = _checked(classes, read.values, unusable, check)
     refuse([*problems, *refusals])
     if print_config:
-        _print_config(instances, sources)
+        _print_config(instances, read.sources)
         raise SystemExit(0)
     return tuple(instances)
 
@@ -343,7 +320,7 @@ def _told(check: Callable[[], None]) -> list[str]:
 def _print_config(instances: Sequence[Any], sources: dict[str, str]) -> None:
     """Every option with its value and its source, and the environment that is read beside them."""
     for name, value in resolved(*instances).items():
-        print(f"{_yaml_line(name, value)}  # {sources.get(name, 'default')}")
+        print(f"{yaml_line(name, value)}  # {sources.get(name, 'default')}")
     print(*_environment(), sep="\n")
 
 
@@ -393,26 +370,3 @@ def defaults(*instances: Any) -> dict[str, Any]:
 def save(path: str | Path, *instances: Any) -> None:
     """Write the options of `instances` to a YAML file that replays the run as `--config`."""
     write_atomic(path, to_yaml(resolved(*instances)))
-
-
-def to_yaml(values: dict[str, Any]) -> str:
-    """`values` as a YAML document that `parse` reads back to the same options."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _yaml_line(name: str, value: Any) -> str:
-    """`name: value` of a YAML document, in one line whatever the value."""
-    braced = yaml.dump({name: value}, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return braced.strip()[1:-1]
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML in which a line break that only Unicode knows is read back as what it was: escaped."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if set(text) & set("\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)

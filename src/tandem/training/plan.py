@@ -26,8 +26,8 @@ from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
 from tandem.options.fields import flags_of
 from tandem.options.model import is_adapter
-from tandem.options.parsing import StrictLoader
 from tandem.options.training import PlanOptions, check_training
+from tandem.options.yaml_text import StrictLoader
 from tandem.training.gpu import economies
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.rehearsal import Batch, Rehearsal, Usage, build

@@ -20,8 +20,9 @@ from tandem.errors import Preempted, UserError
 from tandem.log import log_to, logger
 from tandem.models.companions import carry
 from tandem.options.model import is_adapter
-from tandem.options.parsing import defaults, resolved, to_yaml
+from tandem.options.parsing import defaults, resolved
 from tandem.options.training import TrainOptions
+from tandem.options.yaml_text import to_yaml
 from tandem.ranks import count, end_with_launcher, is_first
 from tandem.runs import (
     CONFIG,
