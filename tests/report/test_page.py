@@ -16,7 +16,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.judge.verdicts import outcome
-from tandem.report import page
+from tandem.report import numbers, page
 from tandem.report.collect import OUTCOMES, read_run
 from tandem.report.page import ReportOptions, write_report
 from tandem.runs import append_jsonl
@@ -391,14 +391,14 @@ def test_weak_judge_is_called_a_demonstration(tmp_path: Path) -> None:
     ],
 )
 def test_number(value: float, shown: str) -> None:
-    assert page.number(value) == shown
+    assert numbers.number(value) == shown
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(9, "9 s"), (75, "1 min 15 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")]
 )
 def test_duration(seconds: int, shown: str) -> None:
-    assert page.duration(seconds) == shown
+    assert numbers.duration(seconds) == shown
 
 
 def luminance(colour: str) -> float:

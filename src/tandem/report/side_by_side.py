@@ -6,7 +6,8 @@ from typing import Any
 from markupsafe import Markup
 
 from tandem.judge.calibration import REASONS
-from tandem.report.page import environment, source, statistics_rows
+from tandem.report.page import environment, source
+from tandem.report.tables import statistics_rows
 
 
 def render_side_by_side(results: Mapping[str, Any]) -> str:

@@ -141,8 +141,10 @@ def _weights(folder: Path) -> list[str]:
 
 def model_card(options: UploadOptions) -> str:
     """The README.md of the repository: results, the judge's calibration, the data's fingerprint."""
-    from tandem.report import page
     from tandem.report.collect import Run, read_run
+    from tandem.report.page import environment
+    from tandem.report.tables import data_table, metrics_table
+    from tandem.report.verdict import headline, judgement
 
     run = read_run(options.run_dir) if options.run_dir else Run(Path(options.folder))
     # Training began with the first stage's model; DPO began with the SFT model
@@ -150,16 +152,16 @@ def model_card(options: UploadOptions) -> str:
     if base is None and is_adapter(options.folder):
         base = json.loads(_adapter_config(Path(options.folder), None))["base_model_name_or_path"]
     config = run.stages["dpo"].config if "dpo" in run.stages else {}
-    metrics, judgement = page.metrics_table(run), page.judgement(run)
+    metrics, judged = metrics_table(run), judgement(run)
     if metrics and run.results:
         metrics |= {
             "n_pairs": run.results["n_pairs"],
             "reference": _public(run.results.get("reference", "the reference")),
         }
-    if judgement:
-        judgement |= {"model": _public(judgement["model"])}
+    if judged:
+        judged |= {"model": _public(judged["model"])}
     versions: dict[str, str] = next((stage.run.get("versions", {}) for stage in reversed(run.stages.values())), {})
-    templates = page.environment(autoescape=False)
+    templates = environment(autoescape=False)
     templates.filters["cell"] = _cell
     body = templates.get_template("card.md.jinja").render(
         title=options.repo_id.split("/")[1],
@@ -170,9 +172,9 @@ def model_card(options: UploadOptions) -> str:
             if value is not None
         ],
         metrics=metrics,
-        headline=page.headline(run),
-        judgement=judgement,
-        data=page.data_table(run),
+        headline=headline(run),
+        judgement=judged,
+        data=data_table(run),
         repo_id=options.repo_id,
         adapter=is_adapter(options.folder),
     )

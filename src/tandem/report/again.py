@@ -1,0 +1,65 @@
+"""Command lines that run a reported run once more."""
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+from tandem.report.collect import Json, Run
+
+_SETTING = re.compile(r"[A-Z_]+=")  # as `stage` of pipelines/lib.sh puts before a command
+
+
+_SCRIPT = re.compile(r"(.*/)scripts/\w+\.py")
+
+
+def commands(run: Run) -> Json:
+    """Command lines that run the same again in a new folder: of the whole `pipeline`, and of single training `stages`.
+
+    The pipeline's are those that its stages ran with, from the root of a checkout.
+    """
+    folder = run.folder.resolve()
+    again = folder.with_name(f"{folder.name}_again")
+    return {
+        "pipeline": _pipeline_again(run),
+        "stages": [
+            f"python scripts/{name}.py --config {_quoted(folder / name / 'config.yaml')} "
+            f"--output_dir {_quoted(again / name)}"
+            for name, stage in run.stages.items()
+            if stage.config_yaml is not None
+        ],
+    }
+
+
+def _pipeline_again(run: Run) -> list[str]:
+    """The stages' commands, after the shell variables that they were written down with."""
+    settings: dict[str, str] = {}
+    lines = []
+    for words in run.commands.values():
+        command = list(itertools.dropwhile(_SETTING.match, words))
+        settings |= dict(word.split("=", 1) for word in words[: len(words) - len(command)])
+        lines.append(command)
+    if "RUN" not in settings:
+        return []
+    folder = settings["RUN"]
+    root = next((found[1] for line in lines for word in line if (found := _SCRIPT.fullmatch(word))), "")
+
+    def moved(word: str) -> str:
+        if word == folder or word.startswith(f"{folder}/"):
+            word = word.replace(folder, f"{folder}_again", 1)
+        return shlex.quote(word.removeprefix(root))
+
+    return [
+        *(f"git checkout {sha}" for sha in [_commit(run)] if sha),
+        "source pipelines/lib.sh",
+        *(f"{name}={moved(value)}" for name, value in settings.items()),
+        *(" ".join(map(moved, line)) for line in lines),
+    ]
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _commit(run: Run) -> str | None:
+    return next((shlex.quote(sha) for stage in run.stages.values() if (sha := stage.run.get("git_sha"))), None)
