@@ -16,8 +16,9 @@ from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions
+from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
-from tandem.training.plan import Hardware, _Plan, plan_run, read_hardware
+from tandem.training.plan import Plan, plan_run
 from tandem.training.rehearsal import Usage
 from tandem.training.stages import training_data
 from tests import tiny
@@ -51,12 +52,12 @@ def planned(script: Callable[[str], ModuleType], arguments: list[str], capsys: p
 
 
 @pytest.fixture
-def plan(arguments: list[str]) -> Callable[..., _Plan]:
+def plan(arguments: list[str]) -> Callable[..., Plan]:
     """`plan(DPOOptionSet, "--layout", "packed", …)`: the figures behind the text, on one device of the CPU kind."""
 
-    def make(kind: Any, *argv: str, hardware: Hardware = ALONE) -> _Plan:
+    def make(kind: Any, *argv: str, hardware: Hardware = ALONE) -> Plan:
         run = kind(*parse([*arguments, *argv], classes(kind), prog="plan"))
-        return _Plan(run, hardware, training_data(run, load_tokenizer(run.model)), libraries=0)
+        return Plan(run, hardware, training_data(run, load_tokenizer(run.model)), libraries=0)
 
     return make
 
@@ -94,7 +95,7 @@ def test_lora_trains_a_share(planned: Planned):
 )
 def test_the_run_forwards_as_many_tokens_as_planned(
     planned: Planned,
-    plan: Callable[..., _Plan],
+    plan: Callable[..., Plan],
     script: Callable[[str], ModuleType],
     arguments: list[str],
     tmp_path: Path,
@@ -126,12 +127,12 @@ def test_the_run_forwards_as_many_tokens_as_planned(
 
     figures = plan(SFTOptionSet if name == "sft" else DPOOptionSet, *flags)
     # An epoch has 3 + 3 + 2 micro-batches, and half a second one is two steps of 3
-    assert [len(batches) for batches in figures.batches] == [3, 3, 2, 3, 3]
-    assert forwarded == [figures.tokens(batch) for batches in figures.batches for batch in batches]
+    assert [len(batches) for batches in figures.schedule.batches] == [3, 3, 2, 3, 3]
+    assert forwarded == [figures.schedule.tokens(batch) for batches in figures.schedule.batches for batch in batches]
     assert figure(planned(name, *flags), r"tokens forwarded in training: ([\d,]+)") == sum(forwarded)
 
 
-def test_the_reference_pass_comes_before_gradients(plan: Callable[..., _Plan], tiny_model: Path, tmp_path: Path):
+def test_the_reference_pass_comes_before_gradients(plan: Callable[..., Plan], tiny_model: Path, tmp_path: Path):
     """Two wide models take more than one with an adapter's gradients; no weights are there to be read."""
     wide = tmp_path / "wide"
     shutil.copytree(tiny_model, wide, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -159,7 +160,7 @@ def test_the_reference_pass_comes_before_gradients(plan: Callable[..., _Plan], t
         ),
     ],
 )
-def test_what_is_cut_over_eight_devices(plan: Callable[..., _Plan], hardware: Any, expected: dict[str, int]):
+def test_what_is_cut_over_eight_devices(plan: Callable[..., Plan], hardware: Any, expected: dict[str, int]):
     eight = dataclasses.replace(ALONE, device="cuda", processes=8, **hardware)
     usage = Usage(weights=800, gradients=800, optimizer=1600, activations=5000)
     peak = plan(DPOOptionSet, hardware=eight).on_device(usage)
@@ -173,7 +174,7 @@ def test_what_is_cut_over_eight_devices(plan: Callable[..., _Plan], hardware: An
     }
 
 
-def test_four_bits_are_saved_in_the_linear_layers(plan: Callable[..., _Plan]):
+def test_four_bits_are_saved_in_the_linear_layers(plan: Callable[..., Plan]):
     linear = 2 * sum(inputs * outputs for inputs, outputs in ADAPTED)
     figures = plan(DPOOptionSet, "--use_peft", "true", "--load_in_4bit", "true")
     # 4 bits, and 32 / 64 bits in 8-bit constants with their own of 32 / 256: 0.127 bits a weight
@@ -187,7 +188,7 @@ def test_what_does_not_fit_gets_the_cheapest_change(planned: Planned):
     assert "WILL NOT FIT: 0.0 GiB are there; smaller batches, gradient checkpointing and LoRA are not enough" in text
 
 
-def test_the_cheapest_change_is_the_first_that_fits(plan: Callable[..., _Plan]):
+def test_the_cheapest_change_is_the_first_that_fits(plan: Callable[..., Plan]):
     figures = plan(DPOOptionSet, "--layout", "padded")
     shared = figures.changed({"layout": "shared"})
     assert shared.peak.total < figures.peak.total
@@ -200,7 +201,7 @@ def test_the_cheapest_change_is_the_first_that_fits(plan: Callable[..., _Plan]):
     assert "are not enough" in figures.remedy(1000)
 
 
-def test_checkpoints_leave_the_heap_its_holes(plan: Callable[..., _Plan]):
+def test_checkpoints_leave_the_heap_its_holes(plan: Callable[..., Plan]):
     """On the CPU: the allocator's part is 0.27 of what would be kept without them; on an accelerator there is none."""
     without, with_them = (plan(DPOOptionSet, "--gradient_checkpointing", value).peak for value in ("false", "true"))
     assert without.allocator == pytest.approx(0.27 * without.activations, abs=1)
@@ -209,7 +210,7 @@ def test_checkpoints_leave_the_heap_its_holes(plan: Callable[..., _Plan]):
     assert plan(DPOOptionSet, hardware=dataclasses.replace(ALONE, device="cuda")).peak.allocator == 0
 
 
-def test_ways_out_by_what_they_cost(plan: Callable[..., _Plan]):
+def test_ways_out_by_what_they_cost(plan: Callable[..., Plan]):
     two = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
     checkpoints, peft = {"gradient_checkpointing": True}, {"use_peft": True}
@@ -228,15 +229,15 @@ def test_ways_out_by_what_they_cost(plan: Callable[..., _Plan]):
     # A global batch size stays what it is
     batch = {"per_device_train_batch_size": 2}
     assert next(plan(DPOOptionSet, "--global_batch_size", "12").ways_out()) == batch
-    assert plan(DPOOptionSet, "--global_batch_size", "12").changed(batch).accumulation == 6
+    assert plan(DPOOptionSet, "--global_batch_size", "12").changed(batch).schedule.accumulation == 6
 
 
-def test_debug_is_four_steps(plan: Callable[..., _Plan]):
+def test_debug_is_four_steps(plan: Callable[..., Plan]):
     figures = plan(DPOOptionSet, "--debug", "true")
-    assert figures.steps == len(figures.batches) == 4
+    assert figures.schedule.steps == len(figures.schedule.batches) == 4
 
 
-def test_an_odd_batch_is_not_halved(plan: Callable[..., _Plan]):
+def test_an_odd_batch_is_not_halved(plan: Callable[..., Plan]):
     way = next(plan(DPOOptionSet, "--per_device_train_batch_size", "3").ways_out())
     assert way == {"gradient_checkpointing": True}
 
@@ -247,7 +248,7 @@ def test_what_no_plan_counts_is_refused(arguments: list[str]):
         plan_run(run, PlanOptions(plan=True))
 
 
-def test_the_probe_reckons_with_all_layers(plan: Callable[..., _Plan], monkeypatch: pytest.MonkeyPatch):
+def test_the_probe_reckons_with_all_layers(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch):
     """Steps of 10 + 2 s a layer, and forwards of 5 + 1 s: two layers take 14 and 7."""
     figures = plan(DPOOptionSet)
 

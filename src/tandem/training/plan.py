@@ -8,29 +8,25 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Self
 
-import psutil
 import torch
-import yaml
 from datasets import Dataset
 from torch import nn
 
-from tandem.data.tokenized import common_length
-from tandem.devices import fast_bf16, has_accelerator
-from tandem.engine.layout import Layout
+from tandem.devices import fast_bf16
 from tandem.errors import UserError
 from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
 from tandem.options.fields import flags_of
 from tandem.options.model import is_adapter
 from tandem.options.training import PlanOptions, check_training
-from tandem.options.yaml_text import StrictLoader
 from tandem.training.gpu import economies
+from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
-from tandem.training.rehearsal import Batch, Rehearsal, Usage, build
+from tandem.training.rehearsal import Rehearsal, Usage, build
+from tandem.training.schedule import Schedule
 from tandem.training.stages import training_data
 
 # Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
@@ -42,27 +38,6 @@ _HEAP_ALL, _HEAP_LORA = 1.27, 1.5
 _PROBED_LAYERS = (1, 5)
 _PROBE_REPEATS = 3
 _PROBE_LIMIT = 2 * GIB
-
-
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """Where the run goes.
-
-    Attributes:
-        device: `cpu` or the accelerator's type.
-        processes: data-parallel processes.
-        sharded: which of weights, gradients and optimizer are cut over the processes.
-        copies_gradients: whether DDP holds a second copy of the gradients, for communication.
-        limit: memory of one device in bytes, None where it is not known.
-        is_here: whether this machine is the one.
-    """
-
-    device: str
-    processes: int
-    sharded: frozenset[str]
-    copies_gradients: bool
-    limit: int | None
-    is_here: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,43 +57,6 @@ class Peak:
         return sum(dataclasses.astuple(self))
 
 
-def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
-    """The hardware of an accelerate config file, or of this process without one.
-
-    Raises:
-        UserError: the file cannot be read, or is not an accelerate config.
-    """
-    config: dict[str, Any] = {}
-    if options.accelerate_config is not None:
-        try:
-            config = yaml.load(Path(options.accelerate_config).read_text(encoding="utf-8"), Loader=StrictLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--accelerate_config {options.accelerate_config}: cannot be read: {error}") from error
-        if not isinstance(config, dict) or "distributed_type" not in config:
-            raise UserError(f"--accelerate_config {options.accelerate_config}: not a config of accelerate")
-    kind = str(config.get("distributed_type", "NO"))
-    on_cpu = use_cpu or bool(config.get("use_cpu")) or (not config and not has_accelerator())
-    stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
-    sharded = {"weights", "gradients", "optimizer"} if kind == "FSDP" or stage == 3 else set()
-    sharded |= {"optimizer"} if stage >= 1 else set()
-    sharded |= {"gradients"} if stage >= 2 else set()
-    is_here = on_cpu or has_accelerator()
-    accelerator = torch.accelerator.current_accelerator() if has_accelerator() else None
-    limit = None if options.device_memory_gib is None else int(options.device_memory_gib * GIB)
-    if limit is None and on_cpu:
-        limit = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    elif limit is None and torch.cuda.is_available():
-        limit = torch.cuda.mem_get_info()[1]
-    return Hardware(
-        device="cpu" if on_cpu else accelerator.type if accelerator else "cuda",
-        processes=int(config.get("num_processes") or 1),
-        sharded=frozenset(sharded),
-        copies_gradients=kind.startswith("MULTI_"),
-        limit=limit,
-        is_here=is_here,
-    )
-
-
 def plan_run(run: SFTOptionSet | DPOOptionSet, options: PlanOptions) -> str:
     """The plan of a run as text, a line for each figure.
 
@@ -132,11 +70,11 @@ def plan_run(run: SFTOptionSet | DPOOptionSet, options: PlanOptions) -> str:
     data = training_data(run, load_tokenizer(run.model))
     # The run has the same interpreter, libraries and data; elsewhere a round guess at the device's context
     libraries = read_memory(torch.device("cpu")).allocated if hardware.device == "cpu" else GIB // 2
-    return "\n".join(_Plan(run, hardware, data, libraries).lines())
+    return "\n".join(Plan(run, hardware, data, libraries).lines())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """One run's figures; changed copies of it are the candidates where it does not fit.
 
     Attributes:
@@ -157,74 +95,9 @@ class _Plan:
         }
         return dataclasses.replace(self, run=self.run._replace(**parts))
 
-    # Steps and tokens
-
     @functools.cached_property
-    def accumulation(self) -> int:
-        """Micro-batches of a process in an optimizer step."""
-        return self.run.train.accumulation(self.hardware.processes)
-
-    @functools.cached_property
-    def steps_per_epoch(self) -> int:
-        at_a_time = self.run.train.per_device_train_batch_size * self.hardware.processes
-        return math.ceil(math.ceil(len(self.data) / at_a_time) / self.accumulation)
-
-    @functools.cached_property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        train = self.run.train
-        if train.debug:
-            return 4
-        if train.max_steps != -1:
-            return train.max_steps
-        return math.ceil(train.num_train_epochs * self.steps_per_epoch)
-
-    @functools.cached_property
-    def batches(self) -> list[list[list[int]]]:
-        """The pairs of each micro-batch of each optimizer step, of all processes, as the sampler deals them."""
-        train = self.run.train
-        size, in_a_step = train.per_device_train_batch_size, self.accumulation * self.hardware.processes
-        steps: list[list[list[int]]] = []
-        for epoch in range(math.ceil(self.steps / self.steps_per_epoch)):
-            # As accelerate's SeedableRandomSampler does
-            generator = torch.Generator().manual_seed(train.seed + epoch)
-            order = torch.randperm(len(self.data), generator=generator)
-            steps += _cut(_cut(order.tolist(), size), in_a_step)
-        return steps[: self.steps]
-
-    @property
-    def layout(self) -> Layout:
-        return self.run.engine.layout if isinstance(self.run, DPOOptionSet) else "padded"
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        return ("chosen_ids", "rejected_ids") if isinstance(self.run, DPOOptionSet) else ("chosen_ids",)
-
-    @functools.cached_property
-    def lengths(self) -> list[tuple[list[int], int]]:
-        """For each pair the lengths of its rows in tokens, and of the beginning that they share."""
-        longest, found = self.run.text.max_length, []
-        for pair in self.data:
-            prompt, answers = len(pair["prompt_ids"]), [pair[side] for side in self.sides]
-            rows = [min(prompt + len(answer), longest) for answer in answers]
-            found.append((rows, min(prompt + common_length(answers[0], answers[-1]), *rows)))
-        return found
-
-    def tokens(self, batch: Iterable[int]) -> int:
-        """Tokens that the backbone forwards for a batch, padding among them."""
-        lengths = [self.lengths[index] for index in batch]
-        rows = [row for of_pair, _ in lengths for row in of_pair]
-        if self.layout == "padded":
-            return len(rows) * max(rows)
-        return sum(rows) - (sum(shared for _, shared in lengths) if self.layout == "shared" else 0)
-
-    def batch(self, indices: Iterable[int]) -> Batch:
-        pairs = [self.data[index] for index in indices]
-        rows = [(pair["prompt_ids"] + pair[side], len(pair["prompt_ids"])) for side in self.sides for pair in pairs]
-        return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout)
-
-    def largest(self, batches: Iterable[list[int]]) -> Batch:
-        return self.batch(max(batches, key=self.tokens))
+    def schedule(self) -> Schedule:
+        return Schedule(self.run, self.hardware, self.data)
 
     # The model
 
@@ -253,14 +126,14 @@ class _Plan:
     def peak(self) -> Peak:
         """Peak memory of the run on one device."""
         step = self.rehearse(self.model)
-        first, *later = self.batches
-        micro_batches = min(self.accumulation, 2)
+        first, *later = self.schedule.batches
+        micro_batches = min(self.schedule.accumulation, 2)
         # The first step makes the optimizer's state, so it has none while it needs its activations
-        usages = [step.count_step(self.largest(first), micro_batches=micro_batches, has_state=False)]
+        largest = self.schedule.largest
+        usages = [step.count_step(largest(first), micro_batches=micro_batches, has_state=False)]
         if later:
-            usages.append(
-                step.count_step(self.largest(itertools.chain(*later)), micro_batches=micro_batches, has_state=True)
-            )
+            later_largest = largest(itertools.chain(*later))
+            usages.append(step.count_step(later_largest, micro_batches=micro_batches, has_state=True))
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             usages.append(self.reference_usage(step))
         peak = max(map(self.on_device, usages), key=lambda peak: peak.total)
@@ -270,8 +143,8 @@ class _Plan:
 
     def reference_usage(self, step: Rehearsal) -> Usage:
         """Of the pass that scores the reference before training: pairs of like length together, the longest last."""
-        by_length = sorted(range(len(self.data)), key=lambda index: self.tokens([index]))
-        usage = step.count_forward(self.batch(by_length[-self.run.train.per_device_train_batch_size :]))
+        by_length = sorted(range(len(self.data)), key=lambda index: self.schedule.tokens([index]))
+        usage = step.count_forward(self.schedule.batch(by_length[-self.run.train.per_device_train_batch_size :]))
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.reference_model:  # counted as large as the policy
             usage["reference"] = usage["weights"]
         return usage
@@ -327,9 +200,9 @@ class _Plan:
         """
         if not self.hardware.is_here or self.run.lora.load_in_4bit:
             return None
-        batches = list(itertools.chain(*self.batches))
-        mean = sum(map(self.tokens, batches)) / len(batches)
-        batch = self.batch(min(batches, key=lambda batch: abs(self.tokens(batch) - mean)))
+        batches = list(itertools.chain(*self.schedule.batches))
+        mean = sum(map(self.schedule.tokens, batches)) / len(batches)
+        batch = self.schedule.batch(min(batches, key=lambda batch: abs(self.schedule.tokens(batch) - mean)))
         all_layers = self.model.config.get_text_config().num_hidden_layers
         few, more = (min(layers, all_layers) for layers in _PROBED_LAYERS)
         timings = []
@@ -353,13 +226,14 @@ class _Plan:
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         yield f"parameters: {count:,}; trained: {trained:,} ({trained / count:.2%})"
         limit, processes = self.hardware.limit, self.hardware.processes
-        size, unit = self.run.train.per_device_train_batch_size, "pairs" if len(self.sides) == 2 else "examples"
-        where = f"{processes} x {self.hardware.device}, batch {size}, layout {self.layout}"
+        size, schedule = self.run.train.per_device_train_batch_size, self.schedule
+        unit = "pairs" if len(schedule.sides) == 2 else "examples"
+        where = f"{processes} x {self.hardware.device}, batch {size}, layout {schedule.layout}"
         yield f"peak memory per device ({where}): {self.peak.total / GIB:.2f} GiB"
         for name, part in dataclasses.asdict(self.peak).items():
             yield f"  {name}: {part / GIB:.2f} GiB"
-        yield f"steps: {self.steps} of {size} x {self.accumulation} x {processes} {unit}"
-        yield f"tokens forwarded in training: {sum(map(self.tokens, itertools.chain(*self.batches))):,}"
+        yield f"steps: {schedule.steps} of {size} x {schedule.accumulation} x {processes} {unit}"
+        yield f"tokens forwarded in training: {sum(map(schedule.tokens, itertools.chain(*schedule.batches))):,}"
         yield self.time_line()
         if limit is None:
             yield "memory of the device is not known: give --device_memory_gib to see whether this fits"
@@ -372,7 +246,7 @@ class _Plan:
         if (seconds := self.seconds()) is None:
             return "time: not measured, since the run's device is not here or the model is too large for a probe"
         step, forward = seconds
-        micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.batches)
+        micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.schedule.batches)
         line = f"time: {_duration(step * micro_batches)} of training"
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             batches = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
@@ -391,16 +265,11 @@ class _Plan:
     def ways_out(self) -> Iterator[dict[str, Any]]:
         """Changes of options, each alone and with all before it."""
         together: dict[str, Any] = {}
-        for change in economies(self.run, self.accumulation):
+        for change in economies(self.run, self.schedule.accumulation):
             yield change
             together |= change
             if together != change:
                 yield dict(together)
-
-
-def _cut(items: list[Any], size: int) -> list[list[Any]]:
-    """Pieces of `size`, the last of which may be shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _size(model: nn.Module) -> int:
