@@ -1,4 +1,4 @@
-"""Sizes of the code in src and scripts, and what is larger than the house allows; `python -m tests.sizes` prints both."""
+"""`python -m tests.sizes`: how large the code in src and scripts is, and what is larger than the house allows."""
 
 import ast
 import sys
