@@ -37,10 +37,11 @@ from tandem.options.training import EngineOptions, GaudiOptions
 from tandem.runs import write_json
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
+from tandem.training.trainers.held_out import MeansOverRows
 from tandem.training.trainers.pair_trainer import CompleteCheckpoints, PairTrainer
 
 
-class _OnGaudi(CompleteCheckpoints):
+class _OnGaudi(MeansOverRows, CompleteCheckpoints):
     """Mixin over GaudiTrainer: transformers' own order of the data, and batches of one shape."""
 
     model: Any
@@ -184,9 +185,11 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
+        inputs["pair_weights"] = inputs["pair_weights"] * self._is_own(inputs["pair_weights"])
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics, _ = self._loss_and_metrics(*self._logps(model, inputs), inputs)
-        self.store_metrics({f"eval_{name}": value for name, value in metrics.items()}, "eval")
+        for name, value in {"loss": loss, **metrics}.items():
+            self._means.add(name, value, inputs["pair_weights"].sum())
         return loss, None, None
 
     def _loss_and_metrics(
@@ -251,9 +254,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         return int(self.accelerator.gather(self._tokens[None]).sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None, **_: Any) -> None:
-        if any(name.startswith("eval_") for name in logs):
-            logs.update(self._averages("eval"))
-        else:
+        if not any(name.startswith("eval_") for name in logs):
             logs.update(self._averages("train"))
             logs["num_tokens"] = self._num_tokens()
             if self._grad_norm is not None:
@@ -325,8 +326,12 @@ class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
+        own = self._is_own(inputs["labels"])
+        inputs["labels"] = inputs["labels"].masked_fill(own[:, None] == 0, IGNORED_LABEL)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs), None, None
+            loss = self.compute_loss(model, inputs)
+        self._means.add("loss", loss, (inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
+        return loss, None, None
 
 
 def start_processes(arguments: Mapping[str, Any]) -> None:

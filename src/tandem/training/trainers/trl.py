@@ -32,12 +32,13 @@ from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
 from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.training.trainers.deferred import DeferredGather, Promise
+from tandem.training.trainers.held_out import EachExampleOnce, EachPairOnce
 from tandem.training.trainers.pair_trainer import PairTrainer
 from tandem.training.trainers.reference import without_trls_copy
 from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
 
 
-class TandemDPOTrainer(ContinuedLogs, PairTrainer, Sharded, DPOTrainer):
+class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Sharded, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -252,7 +253,7 @@ def _weights_hashed_by(function: Any) -> Iterator[None]:
         trl_dpo_trainer.hash_module = original
 
 
-class TandemSFTTrainer(ContinuedLogs, CompleteCheckpoints, Sharded, SFTTrainer):
+class TandemSFTTrainer(ContinuedLogs, EachExampleOnce, CompleteCheckpoints, Sharded, SFTTrainer):
     """TRL's SFTTrainer, which also logs the memory of every rank."""
 
     unit = "examples"
