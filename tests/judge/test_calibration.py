@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.metrics import cohen_kappa_score
 
 from tandem.data.held_out import chosen_answers
-from tandem.judge import calibration, statistics
+from tandem.judge import calibration, conclusions, statistics
 from tandem.judge.requests import Comparison
 
 LOSS, TIE, WIN = 0, 1, 2
@@ -35,7 +35,7 @@ GOOD = agreement(votes_from([WIN] * 90 + [LOSS] * 10))
 
 
 def conclude(result, labelled=GOOD, max_flip_rate=0.4):
-    return calibration.conclude(result, labelled, "base", "dpo", max_flip_rate)
+    return conclusions.conclude(result, labelled, ("base", "dpo"), max_flip_rate)
 
 
 def fair_votes(n, share):

@@ -6,7 +6,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.judge.asking import PILOT
-from tandem.judge.calibration import distrust
+from tandem.judge.conclusions import distrust
 from tandem.judge.run import judge
 from tandem.runs import read_jsonl
 from tests.judge.fault_server import FaultServer
@@ -148,7 +148,7 @@ def test_lost_verdicts_are_told_with_their_reasons(server, tmp_path, capsys):
     server.instead = lambda body, reply: cut_off(body, reply) if "Question 3 of base" in str(body) else None
     summary = run(server, tmp_path, self_pairs=0)
     assert summary["accounting"]["main"]["incomplete"] == 2
-    assert "no verdict on 2 calls: 2 incomplete (max_output_tokens, all of it reasoning)" in capsys.readouterr().err
+    assert "verdicts were lost: 2 incomplete (max_output_tokens, all of it reasoning)." in summary["conclusion"]
     assert sum(judged(body) and "Question 3 of base" in str(body) for body in server.requests) == 2
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tandem.judge import calibration, statistics
+from tandem.judge import conclusions, statistics
 from tandem.judge.comparisons import load_comparisons
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Judge
@@ -78,7 +78,7 @@ def test_up_to_five_in_a_hundred_are_not_in_the_headline():
     }
     for count, told in ((5, 0), (6, 2)):
         sides = {"side_1": {"n": 100, "reasons": {}}, "side_2": {"n": 100, "reasons": {"cut_off": count}}}
-        assert len(calibration.spoiled(result | {"non_answers": sides}, "base", "dpo")) == told
+        assert len(conclusions.non_answers(result | {"non_answers": sides}, "base", "dpo")) == told
 
 
 def test_an_unclosed_block_is_an_empty_answer(tmp_path):

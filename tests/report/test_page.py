@@ -170,6 +170,51 @@ def test_every_reason_against_a_winner_is_told(copy: Path) -> None:
     assert "Besides: the lead of DPO may be one of length alone." in text
 
 
+NONE = {"value": None, "low": None, "high": None, "n": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "Nothing says that this judge can decide anything. What"),
+        ({"n_missing": 60}, "can decide anything: tried, it gave no verdict. What"),
+        ({"n_identical": 60}, "both answers are the same in all 60 labelled pairs with a verdict"),
+        ({"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 60}}, "This judge is too weak to decide anything."),
+        (
+            {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 60}, "order_flip_rate": NONE | {"value": 0.7}},
+            "This judge goes by the order of the answers too often to decide anything.",
+        ),
+    ],
+)
+def test_what_is_said_of_a_judge_has_its_own_cause(copy: Path, change: Any, told: str) -> None:
+    """Nothing is worded from a number that is missing: not tried is not tried in vain is not too weak."""
+
+    def as_if(judge: Any) -> None:
+        parts = dict.fromkeys(judge["calibration"]["labelled"]["accuracy_by_length"], NONE)
+        untried = {"n_missing": 0, "n_identical": 0, "accuracy": NONE, "accuracy_by_length": parts}
+        judge["calibration"]["labelled"] |= untried | {"cohen_kappa": None} | change
+
+    edit(copy / "judge_summary.json", as_if)
+    text = report_of(copy).text
+    assert told in text
+    others = {"too weak to decide", "by the order of the answers too often", "it gave no verdict", "was not tried on"}
+    wrong = [other for other in others if other in text and other not in told]
+    assert wrong == (["was not tried on"] if not change else [])
+    assert ("Cohen's" in text) is False
+
+
+def test_a_table_without_a_number_is_a_sentence(copy: Path) -> None:
+    edit(copy / "judge_summary.json", lambda judge: judge["result"].update(n_scored=0))
+    text = report_of(copy).text
+    assert "What it said No prompt of 40 has a verdict in both orders." in text
+    assert "Win rate, both orders agreeing" not in text
+
+
+def test_a_file_that_is_there_is_not_said_to_be_missing(copy: Path) -> None:
+    (copy / "dpo_pipeline_sanity.log").write_text("== sft\n")
+    assert "No times of the stages: nothing of them in dpo_pipeline_sanity.log" in report_of(copy).text
+
+
 def test_rows_agree_with_the_summary(whole: Path) -> None:
     """The page counts prompt by prompt from the log, the summary in arrays: they must agree."""
     run = read_run(whole)

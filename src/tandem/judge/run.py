@@ -15,7 +15,7 @@ from tandem.judge.admission import Admission
 from tandem.judge.asking import ask_all, worst_cost
 from tandem.judge.backends.batch import BatchBackend
 from tandem.judge.backends.server import ServerBackend, client_of, enforces_schema
-from tandem.judge.log import VerdictLog, guessed_tokens, lost
+from tandem.judge.log import VerdictLog, guessed_tokens
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.summary import Plan, summarise, winners
@@ -52,7 +52,6 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
     with locked(options.folder):
         log = VerdictLog(options)
         judge, plan, asked = asyncio.run(_have_judged(options, comparisons, labelled, log))
-        _say_lost(plan, log)
         summary = summarise(options, judge, plan, log, asked)
         write_json(options.folder / "winners.json", winners(plan["main"], log))
         write_json(options.folder / "usage.json", log.usage())
@@ -158,13 +157,6 @@ async def _probed(options: JudgeOptions, client: AsyncClient, known: Mapping[str
             file=sys.stderr,
         )
     return _judge_of(options, enforced)
-
-
-def _say_lost(plan: Plan, log: VerdictLog) -> None:
-    ends = lost({call.key: call for part in plan.values() for call in part}.values(), log)
-    if ends:
-        reasons = "; ".join(f"{count} {status} ({reason})" for status, reason, count in ends[:5])
-        tqdm.write(f"judge: no verdict on {sum(count for _, _, count in ends)} calls: {reasons}", file=sys.stderr)
 
 
 def _dry_run(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tandem.intervals import Array
-from tandem.judge import calibration, statistics, verdicts
-from tandem.judge.log import VerdictLog
+from tandem.judge import calibration, conclusions, statistics, verdicts
+from tandem.judge.log import VerdictLog, lost
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge, Kind, text_digest
 from tandem.judge.verdicts import ORDERS
@@ -26,8 +26,15 @@ def summarise(
     result = statistics.summarise(main, length, identical, missing, seed=options.seed, spoiled=spoiled)
     result["non_answers"] = non_answers(plan["main"])
     first = plan["main"][0].comparison
+    gone = [
+        {"kind": kind, "status": status, "reason": reason, "count": count}
+        for kind, calls in plan.items()
+        for status, reason, count in lost(calls, log)
+    ]
+    besides = conclusions.lost_verdicts(gone, sum(map(len, plan.values())))
+    labels = (first.label_1, first.label_2)
     return {
-        **calibration.conclude(result, labelled, first.label_1, first.label_2, options.max_flip_rate),
+        **conclusions.conclude(result, labelled, labels, options.max_flip_rate, besides),
         "judge": {
             "model": judge.model,
             "base_url": judge.base_url,
@@ -46,6 +53,7 @@ def summarise(
         },
         "result": result,
         "accounting": {kind: _accounting(calls, log) for kind, calls in plan.items()},
+        "lost": gone,
         "tokens_of_verdicts": _tokens_of_verdicts(plan, log),
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from tandem.judge.calibration import REASONS
+from tandem.judge.conclusions import REASONS
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 from tandem.report.again import commands

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tandem.judge.calibration import REASONS
+from tandem.judge.conclusions import REASONS
 from tandem.report.page import environment, source
 from tandem.report.tables import statistics_rows
 

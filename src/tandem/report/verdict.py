@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from tandem.judge.calibration import distrust, untried
+from tandem.judge.conclusions import WEAKNESS, distrust, untried
 from tandem.report.collect import Json, Run, as_written
 from tandem.report.numbers import model_name, number, percent, show_interval, show_p
 
@@ -11,9 +11,10 @@ CALLS = {"labelled": "Labelled pairs", "self": "Answers against themselves", "ma
 
 
 def headline(run: Run) -> Json:
-    """The verdict: `tag`, `sentence`, `calibration`, `distrust`, `besides` and `measured`.
+    """The verdict: `tag`, `sentence`, `calibration`, `weakness`, `besides` and `measured`.
 
-    `distrust` are reasons not to trust the judge, `besides` those against a winner that the sentence does not give.
+    `weakness` is what a judge that is not believed is said to be, `besides` are the reasons against a winner that the
+    sentence does not give.
     """
     measured = _measured(run)
     if run.judge is None:
@@ -22,20 +23,19 @@ def headline(run: Run) -> Json:
             "tone": "open",
             "sentence": "No judge has compared these models, so nothing here says which one answers better.",
             "calibration": None,
-            "distrust": [],
-            "was_tried": False,
+            "weakness": None,
             "besides": [],
             "measured": measured,
         }
     with as_written(run.folder / "judge_summary.json"):
         calibration, winner = run.judge["calibration"], run.judge["winner"]
+        against = distrust(calibration["labelled"], run.judge["result"], calibration["max_flip_rate"])
         return {
             "tag": f"{model_name(winner)} wins" if winner else "No winner named",
             "tone": "decided" if winner else "open",
             "sentence": _with_names(run.judge["conclusion"], run.judge["labels"].values()),
             "calibration": _calibration(run.judge),
-            "distrust": distrust(calibration["labelled"], run.judge["result"], calibration["max_flip_rate"]),
-            "was_tried": calibration["labelled"]["accuracy"]["value"] is not None,
+            "weakness": WEAKNESS[against[0].cause] if against else None,
             "besides": [_with_names(reason, run.judge["labels"].values()) for reason in run.judge["why"][1:]],
             "measured": measured,
         }
@@ -50,8 +50,8 @@ def _with_names(sentence: str, labels: Iterable[str]) -> str:
 def _calibration(judge: Json) -> str:
     labelled, result = judge["calibration"]["labelled"], judge["result"]
     accuracy, flips, first = labelled["accuracy"], result["order_flip_rate"], result["first_position_rate"]
-    if accuracy["value"] is None:
-        parts = [untried(labelled).capitalize()]
+    if (why := untried(labelled)) is not None:
+        parts = [why.words[0].upper() + why.words[1:]]
     else:
         parts = [
             f"On {accuracy['n']} pairs labelled by people the judge agrees with them in {percent(accuracy['value'])} "
@@ -118,14 +118,17 @@ def judgement(run: Run) -> Json | None:
             ("Changes sides with the order", "on the same pairs", labelled["order_flip_rate"]),
             ("Calls an answer equal to itself", "should be 100%", calibration["self_vs_self"]["tie_rate"]),
         ]
+        why = untried(labelled)
         return {
             "model": run.judge["judge"]["model"],
             "schema_enforced": run.judge["judge"]["schema_enforced"],
             "policy": model_name(run.judge["labels"]["side_2"]),
             "other": model_name(run.judge["labels"]["side_1"]),
             "n_prompts": result["n_prompts"],
-            "said": said,
-            "trust": trust,
+            "said": said if result["n_scored"] else [],
+            "said_nothing": f"No prompt of {result['n_prompts']} has a verdict in both orders.",
+            "trust": trust if why is None else [row for row in trust if row[2]["n"]],
+            "untried": None if why is None else f"No numbers: {why.words}.",
             "kappa": labelled["cohen_kappa"],
             "endings": list(run.judge["accounting"]["main"]),
             "accounting": [(CALLS[kind], list(ends.values())) for kind, ends in run.judge["accounting"].items()],
