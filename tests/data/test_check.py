@@ -5,10 +5,10 @@ from types import ModuleType
 
 import pytest
 
-from tandem.data.check import findings_to_markdown, run_check, to_markdown
+from tandem.data.check import findings_to_markdown, run_check, to_markdown, write_fixed
 from tandem.data.lint import lint
 from tandem.data.options import CheckOptions, DataOptions
-from tandem.data.sources import load_splits
+from tandem.data.sources import load_pairs, load_splits
 from tandem.errors import UserError
 from tandem.options.model import TextOptions
 from tests import tiny
@@ -142,3 +142,13 @@ def test_mended_data_of_several_kinds_can_be_read(tmp_path: Path):
     run_check(options, TextOptions(), {"train": rows})
     train, _ = load_splits(DataOptions(str(tmp_path / "mended")))
     assert [row["chosen"][0]["content"] for row in train] == ["a", "yes"]
+
+
+def test_mended_data_keep_what_is_beside_a_pair(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    beside = {"tools": [{"name": "t"}], "chat_template_kwargs": {"k": 1}, "score_chosen": 2.0, "score_rejected": 1.0}
+    file.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"} | beside) + "\n")
+    pairs = load_pairs(DataOptions(str(file)), "train")
+    write_fixed(tmp_path / "fixed", {"train": pairs}, {"train": pairs})
+    again = load_pairs(DataOptions(str(tmp_path / "fixed")), "train")
+    assert all(again[0][name] == pairs[0][name] for name in ("pair_id", "tools", "chat_template_kwargs", "scores"))

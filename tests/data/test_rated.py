@@ -73,7 +73,8 @@ def test_ultrafeedback(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert pair["rejected"] == [{"role": "assistant", "content": "Answer 2."}]
     assert pair["scores"] == [8.5, 3.0]
     told = capsys.readouterr().err
-    assert f"{tmp_path}/rated.jsonl (train): 1 pair of 1 prompt with rated answers: 1 pair from 1 prompt\n" in told
+    place = f"{tmp_path}/rated.jsonl (train)"
+    assert f"{place}: 1 pair of 1 prompt with rated answers: 1 pair from 1 prompt; 2 answers in no pair\n" in told
     unread = set(balances[0].unread)
     assert {f"completions[].{name}" for name in ("annotations", "custom_system_prompt", "critique", "model")} <= unread
     assert "score_chosen" not in unread and "score_chosen" in balances[0].read

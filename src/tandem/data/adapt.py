@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.data.rendering import DROPPED
+from tandem.data.unrendered import DROPPED
 from tandem.errors import UserError
 from tandem.options.model import TemplateOptions
 

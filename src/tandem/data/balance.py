@@ -1,10 +1,10 @@
 """The closing balance of a reading: which columns and keys of a data set were read, and which were not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, shorten
+from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, listed, shorten
 
 # Columns that say something about a pair and are no part of it, by the names they have in data sets people train on
 _ABOUT = {
@@ -15,7 +15,7 @@ _ABOUT = {
     "chosen-model", "rejected-model", "judge", "annotator", "annotators", "worker", "row", "in", "status",
     "messages", "generations", "generation_models", "raw_generation_responses", "order", "generation_model",
 }  # fmt: skip
-_SHOWN = 40  # names in one line; a hostile file can have any number
+_A_LINE = 8  # names: a line that is longer than 1,000 characters would be cut
 
 
 @dataclass
@@ -89,11 +89,16 @@ class Balance:
         told = f"{shorten(name)}: {unread.kind} in {unread.count} of {self.rows} rows"
         return told + (f", {unread.why}" if unread.why else "")
 
-    def __str__(self) -> str:
-        read = f"{self.place}: {self.rows} rows; read: {_listed(sorted(map(shorten, self.read)))}"
-        unread = _listed([self.describe(name) for name in self.unread], "; ")
-        changed = _listed([f"{what} in {count}" for what, count in self.changed.items()])
-        return read + (f"; NOT read: {unread}" if unread else "") + (f"; {changed}" if changed else "")
+    def lines(self) -> Iterator[str]:
+        """The balance in words; names that one line has no room for are in further ones."""
+        read = f"{self.place}: {self.rows} rows; read: {listed(sorted(map(shorten, self.read)))}"
+        changed = listed([f"{what} in {count}" for what, count in self.changed.items()])
+        unread = [self.describe(name) for name in self.unread]
+        for start in range(0, max(1, len(unread)), _A_LINE):
+            names = "; ".join(unread[start : start + _A_LINE])
+            told = (f"; NOT read: {names}" if names else "") + (f"; {changed}" if changed else "")
+            yield (f"{self.place}" if start else read) + told
+            changed = ""
 
     def to_json(self) -> dict[str, Any]:
         """As in data_report.json."""
@@ -106,8 +111,3 @@ class Balance:
             },
             "changed": self.changed,
         }
-
-
-def _listed(names: list[str], between: str = ", ") -> str:
-    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return between.join(names[:_SHOWN] + more)

@@ -149,6 +149,13 @@ def write_fixed(folder: Path, splits: Mapping[str, Sequence[Row]], fixed: Mappin
         file = folder / _FILES.get(split, f"{split}.jsonl")
         if len({isinstance(pair["prompt"], str) for pair in pairs}) > 1:  # a mixture; a file has one format
             pairs = [render(pair, use_chat_template=True) for pair in pairs]
-        lines = (json.dumps({part: pair[part] for part in ("prompt", "chosen", "rejected")}) for pair in pairs)
-        write_atomic(file, "".join(line + "\n" for line in lines))
+        write_atomic(file, "".join(json.dumps(_as_row(pair)) + "\n" for pair in pairs))
         print(f"{file}: {len(pairs)} of {len(splits[split])} pairs")
+
+
+def _as_row(pair: Row) -> Row:
+    """The columns that are read to `pair` again."""
+    parts = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    row = {part: pair[part] for part in parts if part in pair}
+    scores = zip(("score_chosen", "score_rejected"), pair.get("scores", ()), strict=False)
+    return row | dict(scores)

@@ -51,6 +51,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "closed_twice": ("warning", "pairs have an answer that the tokenizer ends a second time"),
     "system_cut": ("note", "prompts lose their whole system message at --max_prompt_length"),
     "prompt_cut": ("note", "prompts lose their beginning at --max_prompt_length"),
+    "template_leaves_out": (
+        "note",
+        "pairs have what the chat template leaves out on purpose, as reasoning of earlier turns",
+    ),
     "identical": ("warning", "pairs have chosen equal to rejected: they give no gradient"),
     "identical_tokens": (
         "warning",

@@ -1,20 +1,18 @@
-"""Messages → text by a tokenizer's chat template, with what a template refuses or leaves out told in a sentence."""
+"""Messages → text by a tokenizer's chat template, with what a template refuses told in a sentence."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from tandem.data.messages import REASONING, Message
-from tandem.data.rows import Row, leaves
+from tandem.data.rows import Row
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError)
-_SHOWN = 60  # characters of a text in a message
 
 
 class TemplateFault(UserError):
@@ -78,45 +76,3 @@ def _as_named_by(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messag
         {known[0] if name in REASONING and name not in known else name: part for name, part in message.items()}
         for message in messages
     ]
-
-
-def lost_parts(row: Row, side: str, text: str, template: str = "") -> Iterator[str]:
-    """What of a row's prompt and of one answer is not in `text`, as it was rendered: in words, with its beginning.
-
-    Reasoning of earlier turns may be left out, as it is when the model is asked. So may numbers of calls, the name of a
-    tool beside its result, and a system message that `--system_prompt drop` leaves out.
-    """
-    prompt, answer = row["prompt"], row[side]
-    for message in prompt:
-        content = message["content"].rpartition("</think>")[2]
-        if message["role"] == "system" and DROPPED in template:
-            continue
-        yield from _missing(text, f"{message['role']} message", content)
-        yield from _lost_calls(text, message)
-    for message in answer:
-        yield from _missing(text, f"{message['role']} message of {side}", message["content"])
-        for name in REASONING:
-            yield from _missing(text, f"{name} of {side}", message.get(name, ""))
-        yield from _lost_calls(text, message)
-    for tool in row.get("tools") or ():
-        yield from _missing(text, "tool", str(tool.get("function", tool).get("name", "")))
-
-
-DROPPED = "tandem: the system message is dropped"
-
-
-def _lost_calls(text: str, message: Message) -> Iterator[str]:
-    if message["role"] != "tool":
-        yield from _missing(text, f"name of a {message['role']} message", message.get("name", ""))
-    for call in message.get("tool_calls", ()):
-        function = call.get("function", call)
-        for part in (function["name"], *leaves(function["arguments"])):
-            yield from _missing(text, "tool call", part)
-
-
-def _missing(text: str, what: str, part: str) -> Iterator[str]:
-    part = part.strip()
-    if not part or part in text:
-        return
-    if not any(json.dumps(part, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (True, False)):
-        yield f"the {what} ({part[:_SHOWN]!r})"

@@ -5,6 +5,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
+_LISTED = 40
 _NAMES_SHOWN, _NAME_LENGTH = 12, 40  # of columns in a message; a hostile file can have any number of any length
 
 
@@ -83,6 +84,12 @@ def columns_of(row: Row) -> str:
     """The names of `row`'s columns, for messages."""
     names = [str(name)[:_NAME_LENGTH] for name in list(row)[:_NAMES_SHOWN]]
     return ", ".join([*names, f"and {len(row) - len(names)} more"] if len(row) > len(names) else names) or "none"
+
+
+def listed(names: list[str], between: str = ", ") -> str:
+    """Names in one line, of which a hostile file can have any number."""
+    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return between.join(names[:_LISTED] + more)
 
 
 def shorten(name: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.data.columns import PROMPTS
-from tandem.data.rows import Row, RowError, has_value
+from tandem.data.rows import Row, RowError, has_value, leaves
 
 # Columns whose names are taken in any case and with blanks around them
 _KNOWN = {
@@ -70,6 +70,17 @@ def _with_prompt(row: Row) -> Row:
 
 
 def _as_prompt(row: Row, column: str) -> Row:
+    """`row` with a column of messages as its prompt.
+
+    Raises:
+        RowError: there is a prompt already, which says something else.
+    """
+    contents = {str(text).strip() for turn in row[column] for text in leaves(turn)}
+    if any(text.strip() not in contents for text in leaves(row.get("prompt")) if text.strip()):
+        raise RowError(
+            f"columns 'prompt' and {column!r} could both be the prompt: name it with --prompt_key, or leave one out "
+            "with --ignore_columns"
+        )
     return {("prompt" if name == column else name): value for name, value in row.items() if name != "prompt"}
 
 

@@ -83,7 +83,8 @@ def load_pairs(
     if balances is not None:
         balances.append(balance)
     if (balance.unread or balance.changed) and is_first():
-        print(one_line(str(balance)), file=sys.stderr)
+        for line in balance.lines():
+            print(one_line(line), file=sys.stderr)
     return pairs
 
 

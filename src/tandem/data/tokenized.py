@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tandem.data.messages import Message
-from tandem.data.rendering import TemplateFault, keywords_of, lost_parts, templated
-from tandem.data.rows import Row
+from tandem.data.rendering import TemplateFault, keywords_of, templated
+from tandem.data.rows import Row, listed
+from tandem.data.unrendered import left_out, lost_parts
 from tandem.errors import UserError
+from tandem.ranks import tell_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,12 +100,15 @@ def pair_texts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str
     return templated(row["prompt"], tokenizer, keywords, asks=True), chosen, rejected
 
 
-def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+def tokenize_pair(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", unrendered: set[str] | None = None
+) -> dict[str, list[int]]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of a rendered row.
 
     The prompt's ids are those that the model is asked with, and the answers' those that follow: as TRL 1.16's
     DPOTrainer makes them wherever it does not warn. Plain text gets the end-of-sequence token, a template brings its
     own. Where an answer has turns of others inside, `chosen_mask` and `rejected_mask` are 1 at the answer's own tokens.
+    Names of what the template leaves out on purpose are added to `unrendered`.
 
     Raises:
         TemplateFault: the template refuses the row, leaves out a part of it, or renders the prompt otherwise once the
@@ -114,6 +120,8 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, l
     pair = {"prompt_ids": prompt}
     for side, whole in zip(SIDES, wholes, strict=True):
         check_rendered(row, side, prompt_text, whole, tokenizer)
+        if unrendered is not None:
+            unrendered |= left_out(row, side, whole, _template(tokenizer))
         ids = list(tokenizer(whole)["input_ids"]) if is_text else plain_ids(whole, tokenizer)
         joint = Joint(prompt_text, whole, prompt, ids)
         pair[f"{side}_ids"] = joint.answer_ids(tokenizer)
@@ -208,12 +216,23 @@ def _token_index(
 
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, list[int]]]:
-    """`tokenize_pair` of each; all have masks where one has.
+    """`tokenize_pair` of each; all have masks where one has. A line on stderr names what the template leaves out.
 
     Raises:
         UserError: the template's fault with the first row that has one, and how many have.
     """
-    pairs = all_placed(rows, lambda row: tokenize_pair(row, tokenizer))
+    counts: Counter[str] = Counter()
+
+    def tokenized(row: Row) -> dict[str, list[int]]:
+        unrendered: set[str] = set()
+        pair = tokenize_pair(row, tokenizer, unrendered)
+        counts.update(unrendered)
+        return pair
+
+    pairs = all_placed(rows, tokenized)
+    if counts:
+        names = listed([f"{name} in {count}" for name, count in counts.most_common()])
+        tell_once(f"the chat template leaves out, of {len(pairs)} pairs: {names}")
     if any(_MASKS[0] in pair for pair in pairs):
         for pair in pairs:
             for side in SIDES:

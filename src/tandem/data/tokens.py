@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tandem.data.formats import Message, Row
-from tandem.data.rendering import TemplateFault, keywords_of, lost_parts, templated
+from tandem.data.rendering import TemplateFault, keywords_of, templated
 from tandem.data.texts import render, trim_prompt
 from tandem.data.tokenized import Joint, common_length, own_tokens, pair_texts, text_ids
+from tandem.data.unrendered import left_out, lost_parts
 from tandem.options.model import TextOptions
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def check_seen(
         if not isinstance(seen.row["prompt"], str) and "template_prompt_differs" not in found:
             for lost in lost_parts(seen.row, side, whole, str(tokenizer.chat_template)):
                 found.setdefault("template_drops", lost)
+            if names := left_out(seen.row, side, whole, str(tokenizer.chat_template)):
+                found.setdefault("template_leaves_out", ", ".join(sorted(names)))
     if seen.merged:
         found["boundary_merges"] = seen.merged
     if seen.chosen_ids == seen.rejected_ids and seen.row["chosen"] != seen.row["rejected"]:
