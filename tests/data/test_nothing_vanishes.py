@@ -376,4 +376,4 @@ def test_it_is_so_with_thousands_of_others(rows: list[Json], template: str, tmp_
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_as_data_sets_have_them_are_trained(shape: str, tmp_path: Path):
-    assert examine([SHAPES[shape](Words())], SHIPPED["qwen3"], tmp_path) == "trained"
+    assert examine([SHAPES[shape](Words())], SHIPPED["qwen3_training"], tmp_path) == "trained"
