@@ -18,7 +18,7 @@ from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.models import habana
 from tandem.models.load import load_model, load_tokenizer
-from tandem.monitor.callback import Monitor
+from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions

@@ -16,7 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from tandem.errors import AlarmStop
-from tandem.monitor.callback import Monitor
+from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 
 GLOBAL_MICRO_BATCH = 4
@@ -65,7 +65,10 @@ def run(
             monitor.end_step(epoch)
             states.append(monitor.state.to_dict())
             if monitor.step == resume_after:
-                monitor.save(folder, torch.nn.Linear(1, 1))
+                monitor.before_save(torch.nn.Linear(1, 1))
+                state = {"stateful_callbacks": {"MonitorCallback": {"attributes": monitor.exported()}}}
+                if accelerator.is_main_process:
+                    (folder / "trainer_state.json").write_text(json.dumps(state))
                 accelerator.wait_for_everyone()
                 monitor = new_monitor()
                 monitor.load(folder)
@@ -80,7 +83,7 @@ def feed(monitor: Monitor, pair_ids: list[str], bad: bool = False) -> None:
     if bad:
         margins[0] = math.nan
     batch = {"input_ids": torch.arange(len(pair_ids))}
-    monitor.add(pair_ids, margins, margins - 10, -margins - 10, margins.mean(), tokens=7, batch=lambda: batch)
+    monitor.add(pair_ids, margins, (margins - 10, -margins - 10), margins.mean(), tokens=7, batch=lambda: batch)
 
 
 def stop(folder: Path, accelerator: Accelerator) -> None:

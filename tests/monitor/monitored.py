@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tandem.monitor.callback import Monitor, MonitorCallback
+from tandem.monitor.callback import MonitorCallback
+from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 
 VOCABULARY = 64
@@ -130,8 +131,7 @@ class MonitoredTrainer(DPOTrainer):
             self.monitor.add(
                 pair_ids,
                 (chosen - rejected) - (ref_chosen - ref_rejected),
-                chosen,
-                rejected,
+                (chosen, rejected),
                 loss,
                 kl=0.25 * ((chosen - ref_chosen) ** 2 + (rejected - ref_rejected) ** 2),
                 tokens=inputs["attention_mask"].sum(),
@@ -155,7 +155,7 @@ class MonitoredTrainer(DPOTrainer):
         """TRL writes one with every checkpoint, which takes longer than the rest of these runs."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.monitor.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.model)
+        self.monitor.before_save(self.model)
         super()._save_checkpoint(model, trial)
 
     def resume(self, checkpoint: Path) -> None:

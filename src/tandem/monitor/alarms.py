@@ -1,6 +1,6 @@
 """Collapse alarms: what fires, on numbers that are the same on all ranks, so that all ranks agree.
 
-Nothing here acts: `tandem.monitor.callback` warns, or saves and stops. An alarm about a streak fires once when the
+Nothing here acts: `tandem.monitor.monitor` warns, or saves and stops. An alarm about a streak fires once when the
 streak gets long enough, and again only after it was broken; one about a bound fires when the bound is crossed.
 """
 

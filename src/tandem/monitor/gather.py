@@ -27,6 +27,31 @@ class MicroBatch:
     batch: Callable[[], Mapping[str, Any]] | None
     """The model's inputs, asked for only if an alarm saves them."""
 
+    @classmethod
+    def of(
+        cls,
+        pair_ids: Sequence[str],
+        margins: torch.Tensor,
+        logps: tuple[torch.Tensor, torch.Tensor],
+        loss: torch.Tensor,
+        tokens: int | torch.Tensor,
+        kl: torch.Tensor | None,
+        batch: Callable[[], Mapping[str, Any]] | None,
+    ) -> "MicroBatch":
+        """See `Monitor.add`."""
+        if margins.shape != (len(pair_ids),):
+            raise ValueError(f"{len(pair_ids)} pair ids for margins of shape {tuple(margins.shape)}")
+        # Filled on the device: to copy a number there would wait for it
+        estimate = torch.full_like(margins, torch.nan) if kl is None else kl.expand_as(margins)
+        count = tokens if isinstance(tokens, torch.Tensor) else torch.full_like(loss, tokens, dtype=torch.float32)
+        return cls(
+            pair_ids=list(pair_ids),
+            values=torch.stack([row.detach().float() for row in (margins, *logps, estimate)]),
+            loss=loss.detach().float().reshape(()),
+            tokens=count.detach().float().reshape(()),
+            batch=batch,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Share:

@@ -17,7 +17,8 @@ from tandem.engine.pairs import PairCollator
 from tandem.engine.precision import computed_in
 from tandem.engine.ref_cache import RefCache, pair_key
 from tandem.log import logger
-from tandem.monitor.callback import Monitor, MonitorCallback
+from tandem.monitor.callback import MonitorCallback
+from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.training.trainers.checkpoints import CompleteCheckpoints
 from tandem.training.trainers.reference import check_gap, gap, starts_as_its_base
@@ -188,8 +189,7 @@ class PairTrainer(CompleteCheckpoints):
         self.monitor.add(
             pair_ids,
             chosen_ratio - rejected_ratio if rewards is None else (rewards[0] - rewards[1]) / self.beta,
-            chosen,
-            rejected,
+            (chosen, rejected),
             loss,
             tokens=inputs["attention_mask"].sum(),
             # Schulman's k2 estimator of KL, http://joschu.net/blog/kl-approx.html, on the pair's answers: they are
@@ -201,7 +201,7 @@ class PairTrainer(CompleteCheckpoints):
             self.monitor.collect(int(self.state.epoch or 0))  # its backward steps the optimizer as well
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.monitor.save(self.checkpoint_folder(), self.model)
+        self.monitor.before_save(self.model)
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:

@@ -1,0 +1,338 @@
+"""The monitor as the trainer sees it: fed per micro-batch, read per optimizer step.
+
+    trainer                              here
+    compute_loss, training mode     ->   Monitor.add             keeps device tensors, waits for nothing
+    _get_grad_norm                  ->   Monitor.add_grad_norm   the same
+    on_pre_optimizer_step           ->   Monitor.collect         the step's one gather; stops on what is not finite
+    on_step_end                     ->   Monitor.end_step        tail state, logs, β of the next step
+    log, training mode              ->   Monitor.interval_logs   tail/* and system/*; the alarms about logs
+    _save_checkpoint                ->   Monitor.before_save     stops where the weights are not finite
+    TrainerState, written           ->   Monitor.exported        with transformers' own state, by `MonitorCallback`
+    train, resumed                  ->   Monitor.load
+
+Every rank computes the same state from the same gathered array, so τ and β are equal on all ranks without a
+broadcast; rank 0 alone writes the logs.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+
+from tandem.errors import AlarmStop, UserError
+from tandem.monitor import gather, memory
+from tandem.monitor.alarm_log import AlarmLog
+from tandem.monitor.alarms import Alarm, AlarmState, check_finite, check_grad_norm, check_log
+from tandem.monitor.interval import Interval
+from tandem.monitor.margins import MarginsLog
+from tandem.monitor.options import MonitorOptions
+from tandem.monitor.saved import saved_state
+from tandem.monitor.tail import TailState, update
+from tandem.runs import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Margins, tail, alarms and memory of one training run.
+
+    Args:
+        options: checked options.
+        logs_dir: the run's logs folder; margins go to `margins/`, alarms to `alarms.jsonl` and `alarms/`.
+        accelerator: the trainer's.
+        beta: β of the first step.
+        save_checkpoint: saves a checkpoint of the weights as they are, on all ranks, and calls `before_save` for it.
+        epoch_pairs: pairs the sampler deals in one epoch over all ranks, which is the length of the training set;
+            None if it has none. Tells padding of the last batch from pairs.
+        ranks_per_batch: neighbouring ranks that get the same pairs (tensor parallelism).
+
+    Raises:
+        UserError: `beta` is outside of the control's range.
+    """
+
+    def __init__(
+        self,
+        options: MonitorOptions,
+        logs_dir: str | Path,
+        accelerator: Accelerator,
+        beta: float,
+        *,
+        save_checkpoint: Callable[[], None],
+        epoch_pairs: int | None = None,
+        ranks_per_batch: int = 1,
+    ) -> None:
+        options.check_beta(beta)
+        self.options = options
+        self.config = options.tail_config()
+        self.step = 0  # the last optimizer step that ended
+        self.state = TailState(beta=beta)
+        self._logs_dir = Path(logs_dir)
+        self._margins_log = MarginsLog(self._logs_dir / "margins")
+        self.alarms = AlarmLog(self._logs_dir, accelerator, ranks_per_batch)
+        self._accelerator = accelerator
+        self._save_checkpoint = save_checkpoint
+        self._epoch_pairs = epoch_pairs
+        self._ranks_per_batch = ranks_per_batch
+        self._first_beta = beta
+        self._saved_step: int | None = None
+        self._epoch = 0
+        self._epoch_rows = 0
+        self._alarm_state = AlarmState()
+        self._interval = Interval()
+        self._record: dict[str, Any] | None = None
+        self._throughput = memory.Throughput()
+        self._imbalance: str | None = None
+        self._micro_batches: list[gather.MicroBatch] = []
+        self._grad_norm: float | torch.Tensor | None = None
+        self._collected: tuple[gather.Step, gather.Share, float | None] | None = None
+
+    @property
+    def beta(self) -> float:
+        """β for the next loss."""
+        return self.state.beta
+
+    def add(
+        self,
+        pair_ids: list[str],
+        margins: torch.Tensor,
+        logps: tuple[torch.Tensor, torch.Tensor],
+        loss: torch.Tensor,
+        *,
+        tokens: int | torch.Tensor = 0,
+        kl: torch.Tensor | None = None,
+        batch: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Take one micro-batch of B pairs in training. Does not wait for the device.
+
+        Args:
+            margins: (B,) in nats, not scaled by β.
+            logps: (B,) each, log π of the chosen and of the rejected answers, nats per answer.
+            loss: () the micro-batch's loss.
+            tokens: how many tokens were forwarded on this rank.
+            kl: (B,) or () estimate of KL(π‖π_ref), nats per answer.
+            batch: gives the model's inputs, should an alarm save them.
+
+        Raises:
+            ValueError: the number of pair ids is not that of the margins.
+        """
+        self._micro_batches.append(gather.MicroBatch.of(pair_ids, margins, logps, loss, tokens, kl, batch))
+
+    def add_grad_norm(self, grad_norm: float | torch.Tensor | None) -> None:
+        """Take the gradient norm before clipping. Does not wait for the device; collective if it is a DTensor."""
+        self._grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+
+    def collect(self, epoch: int) -> None:
+        """Bring the step's pairs together and look for what is not finite. Collective; twice in a step is once.
+
+        Must come before the weights move: under DeepSpeed, whose backward also steps, before the last backward.
+
+        Args:
+            epoch: whole epochs done before this step.
+
+        Raises:
+            AlarmStop: something is not finite and `--alarm_nonfinite` is stop. The optimizer has not stepped, the
+                batch is saved, and so is a checkpoint of the weights before this step, unless there is one.
+        """
+        if self._collected is not None:
+            return
+        share = gather.to_host(self._micro_batches, self._grad_norm)
+        shares = gather.gather_shares(share)[:: self._ranks_per_batch]
+        dealt = gather.assemble(shares)
+        grad_norm = gather.grad_norm_of(shares)
+        scaled = self._accelerator.scaler is not None
+        alarm = check_finite(
+            dealt, [s.losses for s in shares], None if scaled else grad_norm, self.options.alarm_nonfinite
+        )
+        if alarm is not None:
+            batches = self.alarms.save_batches(alarm, self.step + 1, self._micro_batches)
+            self._sound(alarm, batches, step=self.step + 1)
+            if alarm.action == "stop":
+                self._stop_before_step(alarm)
+        if epoch != self._epoch:
+            self._epoch, self._epoch_rows = epoch, 0
+        step = gather.without_repeats(dealt, self._epoch_rows, self._epoch_pairs)
+        self._epoch_rows += len(dealt.pair_ids)
+        self._collected = step, share, grad_norm
+        self._micro_batches, self._grad_norm = [], None
+
+    def end_step(self, epoch: int) -> None:
+        """The optimizer has stepped: move the tail state, write the logs, set the next β."""
+        self.collect(epoch)
+        assert self._collected is not None
+        step, share, grad_norm = self._collected
+        self._collected = None
+        self.step += 1
+        self._throughput.step(sum(map(len, share.pair_ids)), share.tokens)
+        if step.finite.any():
+            self._move_tail(step)
+        if grad_norm is not None and math.isfinite(grad_norm):
+            spike = check_grad_norm(self._alarm_state, grad_norm, self.options)
+            if spike is not None:
+                self._sound(spike)
+
+    def _move_tail(self, step: gather.Step) -> None:
+        margins, chosen, _, kl = step.values[:, step.finite].astype(np.float64)
+        self.state, tail = update(self.state, margins, self.config)
+        if self._accelerator.is_main_process:
+            self._record = self._margins_log.write_step(self._epoch + 1, self.step, step.pair_ids, step.margins, tail)
+            if tail.warmup_ended and tail.tau is not None:
+                self._margins_log.write_warmup_end(self._epoch + 1, self.step, tail.tau, self.config.delta)
+        self._interval.add(margins, chosen, kl)
+        if tail.warmup_ended:
+            self._interval.tau0 = tail.tau
+
+    def interval_logs(self) -> dict[str, float]:
+        """What the trackers get: `tail/*` of the latest step and `system/rank_k/*` since the log before. Collective.
+
+        Checks the alarms about logs, so it must be called once per training log, on all ranks. Empty on other ranks
+        than 0, and if no step ended since the call before.
+        """
+        interval, self._interval = self._interval, Interval()
+        if not interval.pairs:
+            return {}
+        usage = memory.Usage(memory.read_memory(self._accelerator.device), *self._throughput.take())
+        usages = gather_object([usage])
+        alarms = check_log(self._alarm_state, interval.mean_chosen, interval.accuracy, interval.mean_kl, self.options)
+        for alarm in alarms:
+            self._sound(alarm)
+        if not self._accelerator.is_main_process:
+            return {}
+        self._call_out(memory.imbalance(usages))
+        return self._tail_logs(interval.tau0) | memory.by_rank([usage.values() for usage in usages])
+
+    def _tail_logs(self, tau0: float | None) -> dict[str, float]:
+        values = {"failures": self.state.failures, "tau0": tau0} | (self._record or {})
+        names = values.keys() - {"epoch", "step", "npy"}
+        return {f"tail/{name}": float(values[name]) for name in sorted(names) if values[name] is not None}
+
+    def _call_out(self, imbalance: str | None) -> None:
+        if imbalance is not None and self._imbalance is None:
+            logger.warning("The ranks are unbalanced at step %d: %s", self.step, imbalance)
+        self._imbalance = imbalance
+
+    def _sound(self, alarm: Alarm, batches: list[str] | None = None, *, step: int | None = None) -> None:
+        self._margins_log.flush()
+        self.alarms.sound(alarm, self.step if step is None else step, batches)
+
+    def _stop_before_step(self, alarm: Alarm) -> None:
+        if self.step == 0:
+            kept = "no step was taken, so there is nothing to save"
+        elif self._saved_step == self.step:
+            kept = f"the checkpoint of step {self.step} is good"
+        else:
+            try:
+                self._save_checkpoint()
+                kept = f"saved a checkpoint of step {self.step}"
+            except AlarmStop:
+                kept = "the weights are not finite any more, so no checkpoint was saved: the last one is good"
+        raise AlarmStop(f"stopped in step {self.step + 1}: {alarm.message}; {kept}; see {self.alarms.path}")
+
+    def stop(self) -> None:
+        """Finish the logs, and end a training that an alarm has stopped after its step.
+
+        Raises:
+            AlarmStop: if one did.
+        """
+        self._margins_log.flush()
+        alarm = self.alarms.stopped_by
+        if alarm is not None:
+            kept = f"saved a checkpoint of step {self.step}" if self._saved_step == self.step else "saved no checkpoint"
+            raise AlarmStop(f"stopped after step {self.step}: {alarm.message}; {kept}; see {self.alarms.path}")
+
+    def before_save(self, model: torch.nn.Module) -> None:
+        """A checkpoint of the step is about to be written. Collective.
+
+        Raises:
+            AlarmStop: trainable weights are not finite and `--alarm_nonfinite` is stop; nothing was written, so that
+                no checkpoint, and no rotation of older ones, follows.
+        """
+        if not all(gather_object([weights_are_finite(model)])):
+            alarm = Alarm("nonfinite", self.options.alarm_nonfinite, math.nan, "trainable weights are not finite")
+            self._sound(alarm)
+            if alarm.action == "stop":
+                raise AlarmStop(f"stopped after step {self.step}: {alarm.message}; no checkpoint was saved of them")
+        if self._accelerator.is_main_process:
+            self._margins_log.flush()
+        self._saved_step = self.step
+
+    def exported(self) -> dict[str, Any]:
+        """The state as JSON's types, the same on all ranks."""
+        return {
+            "step": self.step,
+            "epoch": self._epoch,
+            "epoch_rows": self._epoch_rows,
+            "started_with": self._started_with(),
+            "tail": self.state.to_dict(),
+            "alarms": self._alarm_state.to_dict(),
+            "interval": dataclasses.asdict(self._interval),
+        }
+
+    def _started_with(self) -> dict[str, float]:
+        """The options whose effect lies in the past once there is a state."""
+        return {
+            "beta": self._first_beta,
+            "tail_delta": self.config.delta,
+            "tail_warmup_steps": self.config.warmup_steps,
+        }
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from the state in a checkpoint's folder; on all ranks, before training.
+
+        Raises:
+            UserError: the folder has no readable state, or it was made with options that cannot change any more.
+        """
+        saved = saved_state(folder)
+        try:
+            state = TailState.from_dict(saved["tail"])
+            alarms = AlarmState.from_dict(saved["alarms"])
+            interval = Interval(**saved["interval"])
+            started_with = saved["started_with"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder}: its tail monitor state is damaged ({error})") from error
+        for name, value in self._started_with().items():
+            if started_with.get(name) != value:
+                raise UserError(
+                    f"--{name} {value} differs from the {started_with.get(name)} that {folder} was trained with: "
+                    "resume with that, or start a new run"
+                )
+        self.state, self._alarm_state, self._interval = state, alarms, interval
+        self.step, self._epoch, self._epoch_rows = saved["step"], saved["epoch"], saved["epoch_rows"]
+        self._saved_step = self.step
+
+    def begin(self, global_step: int) -> None:
+        """Training begins after `global_step` steps: forget what was logged beyond them.
+
+        Raises:
+            RuntimeError: the state is of another step.
+        """
+        if global_step != self.step:
+            raise RuntimeError(f"training begins at step {global_step}, the monitor's state is of step {self.step}")
+        names = gather_object([memory.device_name(self._accelerator.device)])
+        if self._accelerator.is_main_process:
+            self._margins_log.truncate_after(global_step)
+            self.alarms.truncate_after(global_step)
+            write_json(self._logs_dir / "devices.json", dict(enumerate(names)))
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """Time since the last step's end was no training."""
+        self._throughput.resume()
+
+
+def weights_are_finite(model: torch.nn.Module) -> bool:
+    """Whether this rank's trainable weights are all finite; of a sharded parameter it looks at its own shard."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shard = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3 leaves the parameter itself empty
+            local = shard.to_local() if isinstance(shard, DTensor) else shard
+            if not torch.isfinite(local).all():
+                return False
+    return True
