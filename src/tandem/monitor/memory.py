@@ -1,6 +1,7 @@
 """Memory and throughput of this rank's device, and whether the ranks are even."""
 
 import dataclasses
+import logging
 import platform
 import resource
 import sys
@@ -10,9 +11,13 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 GIB = 2**30
 UNEVEN = 1.25  # greatest over mean of a quantity from which on the ranks count as unbalanced
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,23 @@ class Throughput:
         rates = self._pairs / seconds, self._tokens / seconds
         self._seconds, self._pairs, self._tokens = 0.0, 0, 0
         return rates
+
+
+class RankUsage:
+    """What each rank's memory and throughput were since the log before."""
+
+    def __init__(self) -> None:
+        self.throughput = Throughput()
+        self._imbalance: str | None = None
+
+    def gather(self, accelerator: Accelerator, step: int) -> dict[str, float]:
+        """`system/rank_k/*` of all ranks, the same on each. Collective. Rank 0 warns once ranks become unbalanced."""
+        usages = gather_object([Usage(read_memory(accelerator.device), *self.throughput.take())])
+        found = imbalance(usages)
+        if accelerator.is_main_process and found is not None and self._imbalance is None:
+            logger.warning("The ranks are unbalanced at step %d: %s", step, found)
+        self._imbalance = found
+        return by_rank([usage.values() for usage in usages])
 
 
 def by_rank(values: Sequence[dict[str, float]]) -> dict[str, float]:

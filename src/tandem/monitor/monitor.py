@@ -14,7 +14,6 @@ Every rank computes the same state from the same gathered array, so τ and β ar
 broadcast; rank 0 alone writes the logs.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -27,14 +26,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
-from tandem.errors import AlarmStop, UserError
+from tandem.errors import AlarmStop
 from tandem.monitor import gather, memory
 from tandem.monitor.alarm_log import AlarmLog
 from tandem.monitor.alarms import Alarm, AlarmState, check_finite, check_grad_norm, check_log
 from tandem.monitor.interval import Interval
 from tandem.monitor.margins import MarginsLog
 from tandem.monitor.options import MonitorOptions
-from tandem.monitor.saved import saved_state
+from tandem.monitor.saved import MonitorState
 from tandem.monitor.tail import TailState, update
 from tandem.runs import write_json
 
@@ -83,13 +82,11 @@ class Monitor:
         self._ranks_per_batch = ranks_per_batch
         self._first_beta = beta
         self._saved_step: int | None = None
-        self._epoch = 0
-        self._epoch_rows = 0
+        self._epoch, self._epoch_rows = 0, 0
         self._alarm_state = AlarmState()
         self._interval = Interval()
         self._record: dict[str, Any] | None = None
-        self._throughput = memory.Throughput()
-        self._imbalance: str | None = None
+        self._usage = memory.RankUsage()
         self._micro_batches: list[gather.MicroBatch] = []
         self._grad_norm: float | torch.Tensor | None = None
         self._collected: tuple[gather.Step, gather.Share, float | None] | None = None
@@ -170,7 +167,7 @@ class Monitor:
         step, share, grad_norm = self._collected
         self._collected = None
         self.step += 1
-        self._throughput.step(sum(map(len, share.pair_ids)), share.tokens)
+        self._usage.throughput.step(sum(map(len, share.pair_ids)), share.tokens)
         if step.finite.any():
             self._move_tail(step)
         if grad_norm is not None and math.isfinite(grad_norm):
@@ -198,25 +195,14 @@ class Monitor:
         interval, self._interval = self._interval, Interval()
         if not interval.pairs:
             return {}
-        usage = memory.Usage(memory.read_memory(self._accelerator.device), *self._throughput.take())
-        usages = gather_object([usage])
+        usage = self._usage.gather(self._accelerator, self.step)
         alarms = check_log(self._alarm_state, interval.mean_chosen, interval.accuracy, interval.mean_kl, self.options)
         for alarm in alarms:
             self._sound(alarm)
         if not self._accelerator.is_main_process:
             return {}
-        self._call_out(memory.imbalance(usages))
-        return self._tail_logs(interval.tau0) | memory.by_rank([usage.values() for usage in usages])
-
-    def _tail_logs(self, tau0: float | None) -> dict[str, float]:
-        values = {"failures": self.state.failures, "tau0": tau0} | (self._record or {})
-        names = values.keys() - {"epoch", "step", "npy"}
-        return {f"tail/{name}": float(values[name]) for name in sorted(names) if values[name] is not None}
-
-    def _call_out(self, imbalance: str | None) -> None:
-        if imbalance is not None and self._imbalance is None:
-            logger.warning("The ranks are unbalanced at step %d: %s", self.step, imbalance)
-        self._imbalance = imbalance
+        values = {"failures": self.state.failures, "tau0": interval.tau0} | (self._record or {})
+        return tail_logs(values) | usage
 
     def _sound(self, alarm: Alarm, batches: list[str] | None = None, *, step: int | None = None) -> None:
         self._margins_log.flush()
@@ -254,8 +240,8 @@ class Monitor:
             AlarmStop: trainable weights are not finite and `--alarm_nonfinite` is stop; nothing was written, so that
                 no checkpoint, and no rotation of older ones, follows.
         """
-        if not all(gather_object([weights_are_finite(model)])):
-            alarm = Alarm("nonfinite", self.options.alarm_nonfinite, math.nan, "trainable weights are not finite")
+        alarm = check_weights(model, self.options.alarm_nonfinite)
+        if alarm is not None:
             self._sound(alarm)
             if alarm.action == "stop":
                 raise AlarmStop(f"stopped after step {self.step}: {alarm.message}; no checkpoint was saved of them")
@@ -265,23 +251,20 @@ class Monitor:
 
     def exported(self) -> dict[str, Any]:
         """The state as JSON's types, the same on all ranks."""
-        return {
-            "step": self.step,
-            "epoch": self._epoch,
-            "epoch_rows": self._epoch_rows,
-            "started_with": self._started_with(),
-            "tail": self.state.to_dict(),
-            "alarms": self._alarm_state.to_dict(),
-            "interval": dataclasses.asdict(self._interval),
-        }
+        return MonitorState(
+            step=self.step,
+            epoch=self._epoch,
+            epoch_rows=self._epoch_rows,
+            started_with=self._started_with(),
+            tail=self.state,
+            alarms=self._alarm_state,
+            interval=self._interval,
+        ).to_dict()
 
     def _started_with(self) -> dict[str, float]:
         """The options whose effect lies in the past once there is a state."""
-        return {
-            "beta": self._first_beta,
-            "tail_delta": self.config.delta,
-            "tail_warmup_steps": self.config.warmup_steps,
-        }
+        config = self.config
+        return {"beta": self._first_beta, "tail_delta": config.delta, "tail_warmup_steps": config.warmup_steps}
 
     def load(self, folder: str | Path) -> None:
         """Go on from the state in a checkpoint's folder; on all ranks, before training.
@@ -289,22 +272,10 @@ class Monitor:
         Raises:
             UserError: the folder has no readable state, or it was made with options that cannot change any more.
         """
-        saved = saved_state(folder)
-        try:
-            state = TailState.from_dict(saved["tail"])
-            alarms = AlarmState.from_dict(saved["alarms"])
-            interval = Interval(**saved["interval"])
-            started_with = saved["started_with"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder}: its tail monitor state is damaged ({error})") from error
-        for name, value in self._started_with().items():
-            if started_with.get(name) != value:
-                raise UserError(
-                    f"--{name} {value} differs from the {started_with.get(name)} that {folder} was trained with: "
-                    "resume with that, or start a new run"
-                )
-        self.state, self._alarm_state, self._interval = state, alarms, interval
-        self.step, self._epoch, self._epoch_rows = saved["step"], saved["epoch"], saved["epoch_rows"]
+        saved = MonitorState.read(folder)
+        saved.refuse_others(self._started_with(), folder)
+        self.state, self._alarm_state, self._interval = saved.tail, saved.alarms, saved.interval
+        self.step, self._epoch, self._epoch_rows = saved.step, saved.epoch, saved.epoch_rows
         self._saved_step = self.step
 
     def begin(self, global_step: int) -> None:
@@ -324,7 +295,20 @@ class Monitor:
 
     def resume_clock(self) -> None:
         """Time since the last step's end was no training."""
-        self._throughput.resume()
+        self._usage.throughput.resume()
+
+
+def tail_logs(record: Mapping[str, float | None]) -> dict[str, float]:
+    """What the trackers get of a step's record: `tail/*`."""
+    names = record.keys() - {"epoch", "step", "npy"}
+    return {f"tail/{name}": float(value) for name in sorted(names) if (value := record[name]) is not None}
+
+
+def check_weights(model: torch.nn.Module, action: str) -> Alarm | None:
+    """The alarm for trainable weights that are not finite on some rank. Collective."""
+    if all(gather_object([weights_are_finite(model)])):
+        return None
+    return Alarm("nonfinite", action, math.nan, "trainable weights are not finite")
 
 
 def weights_are_finite(model: torch.nn.Module) -> bool:

@@ -1,14 +1,72 @@
-"""Where a checkpoint keeps the monitor's state."""
+"""What a checkpoint keeps of the monitor, and where."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tandem.errors import UserError
+from tandem.monitor.alarms import AlarmState
+from tandem.monitor.interval import Interval
+from tandem.monitor.tail import TailState
 
 STATE_OF = "MonitorCallback"  # transformers files a callback's state under the name of its class
 _TRAINER_STATE = "trainer_state.json"
 _OLDER = "tail_monitor.json"  # a file of its own, until transformers' `ExportableState` took its place
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorState:
+    """A monitor after a step.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch, epoch_rows: whole epochs begun, and rows that this one has dealt.
+        started_with: the options that cannot change any more.
+    """
+
+    step: int
+    epoch: int
+    epoch_rows: int
+    started_with: dict[str, float]
+    tail: TailState
+    alarms: AlarmState
+    interval: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON's types."""
+        return dataclasses.asdict(self) | {"tail": self.tail.to_dict(), "alarms": self.alarms.to_dict()}
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """What a checkpoint's folder keeps.
+
+        Raises:
+            UserError: it has no readable state.
+        """
+        values = saved_state(folder)
+        try:
+            parts = {
+                "tail": TailState.from_dict(values["tail"]),
+                "alarms": AlarmState.from_dict(values["alarms"]),
+                "interval": Interval(**values["interval"]),
+            }
+            return cls(**values | parts)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder}: its tail monitor state is damaged ({error})") from error
+
+    def refuse_others(self, started_with: dict[str, float], folder: str | Path) -> None:
+        """Refuse a run that would go on from this state, of `folder`, with other options than it was started with.
+
+        Raises:
+            UserError: naming one.
+        """
+        for name, value in started_with.items():
+            if self.started_with.get(name) != value:
+                raise UserError(
+                    f"--{name} {value} differs from the {self.started_with.get(name)} that {folder} was trained with: "
+                    "resume with that, or start a new run"
+                )
 
 
 def saved_state(folder: str | Path) -> dict[str, Any]:
