@@ -29,8 +29,8 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ARITHMETIC = (
-    "intervals", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.statistics", "judge.verdicts",
-    "data.select",
+    "intervals", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.corrected", "judge.statistics",
+    "judge.verdicts", "data.select",
 )  # fmt: skip
 FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
 HEAVY = {"torch", "trl", "transformers", "accelerate", "peft", "datasets"}

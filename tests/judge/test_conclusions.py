@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tandem.judge import calibration, conclusions, statistics
+from tandem.judge import calibration, conclusions, correction, statistics
 from tandem.judge.conclusions import SENTENCES, WEAKNESS, Cause, Finding
 
 LOSS, TIE, WIN = 0, 1, 2
@@ -48,6 +48,16 @@ LOST = [
     {"kind": "main", "status": "incomplete", "reason": "max_output_tokens", "count": 29},
     {"kind": "main", "status": "error", "reason": "timed out", "count": 1},
 ]
+
+
+def by_people(share, low, high, n=100, drawn=True, why=None):
+    people = {"value": share, "low": low, "high": high, "n": n} | ({} if why is None else {"why": why})
+    return {"by_people": people, "drawn": drawn}
+
+
+def told(found):
+    return correction.findings(found, "dpo")
+
 
 # cause: (result, labelled, besides), and what its sentence is
 CASES = {
@@ -124,6 +134,30 @@ CASES = {
         GOOD,
         [],
         "dpo leads, but not certainly where its answer is not the longer one (0 decisive prompts; length could not be",
+    ),
+    Cause.PEOPLE_DO_NOT_SAY_SO: (
+        CLEAR | {"corrected": by_people(0.55, 0.46, 0.64)},
+        GOOD,
+        [],
+        "corrected by the labels of people on 100 of the pairs dpo scores 55.0% (95% interval 46.0% to 64.0%), which",
+    ),
+    Cause.PEOPLE: (
+        CLEAR,
+        GOOD,
+        told(by_people(0.8, 0.7, 0.9)),
+        "Corrected by the labels of people on 100 of the pairs dpo scores 80.0% (95% interval 70.0% to 90.0%), a tie",
+    ),
+    Cause.TOO_FEW_LABELS: (
+        CLEAR,
+        GOOD,
+        told(by_people(None, None, None, 7, why="people labelled 7 of the compared pairs; 30 are needed")),
+        "The score is not corrected by the labels of people: people labelled 7 of the compared pairs; 30 are needed.",
+    ),
+    Cause.LABELS_NOT_DRAWN: (
+        CLEAR,
+        GOOD,
+        told(by_people(0.8, 0.7, 0.9, drawn=False)),
+        "the correction holds only if they were drawn at random",
     ),
     Cause.WON: (CLEAR, GOOD, [], "dpo beats base on 85.7% of the 70 decisive prompts (95% interval 75.7% to 92.1%)"),
     Cause.NON_ANSWERS: (

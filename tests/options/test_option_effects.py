@@ -799,6 +799,8 @@ PROOFS: dict[str, dict[str, str]] = {
         "max_cost": "judge/test_run.py::test_max_cost_stops_before_it_is_reached_and_a_higher_one_goes_on",
         "dry_run": "judge/test_run.py::test_a_dry_run_asks_and_writes_nothing_and_bounds_the_cost",
         "batch": "judge/test_run.py::test_batches_give_the_summary_of_single_requests",
+        "human_labels": "judge/test_labels.py::test_a_run_is_corrected_by_labels",
+        "label_pairs": "judge/test_labels.py::test_no_page_is_written_where_none_is_wanted",
     },
     "ConvertOptions": {
         "recipe": "options/test_convert.py::test_a_flat_recipe",

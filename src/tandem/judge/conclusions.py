@@ -36,6 +36,7 @@ class Cause(enum.StrEnum):
     MISSING_MAY_TURN_IT = "missing_may_turn_it"
     LENGTH_MAY_EXPLAIN = "length_may_explain"
     LENGTH_NOT_MODELLED = "length_not_modelled"
+    PEOPLE_DO_NOT_SAY_SO = "people_do_not_say_so"
     # that they show one
     WON = "won"
     # what is to be known besides
@@ -44,6 +45,9 @@ class Cause(enum.StrEnum):
     WHOLE_NONE_DECISIVE = "whole_none_decisive"
     NO_WHOLE_ANSWERS = "no_whole_answers"
     LOST_VERDICTS = "lost_verdicts"
+    PEOPLE = "people"
+    TOO_FEW_LABELS = "too_few_labels"
+    LABELS_NOT_DRAWN = "labels_not_drawn"
 
 
 _INTERVAL = "95% interval {low:.1%} to {high:.1%}"
@@ -70,6 +74,8 @@ SENTENCES = {
     f"({_INTERVAL}): the lead may be one of length alone",
     Cause.LENGTH_NOT_MODELLED: "{leader} leads, but not certainly where its answer is not the longer one "
     "({n} decisive prompts; length could not be modelled: {why})",
+    Cause.PEOPLE_DO_NOT_SAY_SO: "corrected by the labels of people on {n} of the pairs {leader} scores {share:.1%} "
+    f"({_INTERVAL}), which is no lead",
     Cause.WON: "{winner} beats {loser} on {share:.1%} of the {n} decisive prompts "
     f"({_INTERVAL}), out of {{scored}} prompts judged in both orders",
     Cause.NON_ANSWERS: "{label} gave no whole answer on {count} of {n} prompts ({reasons})",
@@ -78,6 +84,11 @@ SENTENCES = {
     Cause.WHOLE_NONE_DECISIVE: "On the {n} prompts that both answered whole, none of them is decisive",
     Cause.NO_WHOLE_ANSWERS: "No prompt with a verdict was answered whole by both",
     Cause.LOST_VERDICTS: "{count} of {n} verdicts were lost: {reasons}",
+    Cause.PEOPLE: "Corrected by the labels of people on {n} of the pairs {label} scores {share:.1%} "
+    f"({_INTERVAL}), a tie as half a win",
+    Cause.TOO_FEW_LABELS: "The score is not corrected by the labels of people: {why}",
+    Cause.LABELS_NOT_DRAWN: "The labelled pairs are not the first of label.html: the correction holds only if they "
+    "were drawn at random",
 }
 # What a page may say of a judge that is not believed for that reason
 WEAKNESS = {
@@ -164,7 +175,7 @@ def doubts(result: Mapping[str, Any], label_1: str, label_2: str) -> list[Findin
     worst = result["bounds"]["missing_as_losses" if leads else "missing_as_wins"]["win_rate"]["value"]
     if (worst > CHANCE) != leads or worst == CHANCE:
         found.append(Finding(Cause.MISSING_MAY_TURN_IT, {"leader": leader, "missing": result["n_missing"]}))
-    return [*found, *_doubts_of_length(result, leader, leads)]
+    return [*found, *_doubts_of_length(result, leader, leads), *_doubts_of_people(result, leader, leads)]
 
 
 def _undecided(result: Mapping[str, Any]) -> Finding:
@@ -188,6 +199,15 @@ def _doubts_of_length(result: Mapping[str, Any], leader: str, leads: bool) -> It
     elif not (controlled["low"] > CHANCE if leads else controlled["high"] < CHANCE):
         share = controlled if leads else _other_side(controlled)
         yield Finding(Cause.LENGTH_MAY_EXPLAIN, {"leader": leader} | _share(share))
+
+
+def _doubts_of_people(result: Mapping[str, Any], leader: str, leads: bool) -> Iterator[Finding]:
+    people = result.get("corrected", {}).get("by_people")
+    if people is None or people["value"] is None:
+        return
+    share = people if leads else _other_side(people)
+    if share["low"] <= CHANCE:
+        yield Finding(Cause.PEOPLE_DO_NOT_SAY_SO, {"leader": leader, "n": people["n"]} | _share(share))
 
 
 def non_answers(result: Mapping[str, Any], label_1: str, label_2: str) -> list[Finding]:

@@ -32,6 +32,12 @@ class JudgeOptions(Options):
         100, "held-out human-labelled pairs the judge is first tried on; 0: no winner is named", low=0
     )
     self_pairs: int = opt(10, "answers judged against themselves, to show a preference for a position", low=0)
+    label_pairs: int = opt(
+        100, "compared pairs that label.html, in the judge's folder, asks people about, blind; 0: no page", low=0
+    )
+    human_labels: str | None = opt(
+        None, "file that label.html saved: the score is corrected for the judge's errors by it"
+    )
     max_flip_rate: float = opt(
         0.4, "name no winner if the judge changes sides with the order more often than this", low=0, high=1
     )
@@ -67,6 +73,8 @@ class JudgeOptions(Options):
             yield "--generations_a and --generations_b need each other"
         if (self.run_dir is None) == (self.generations_a is None):
             yield "--run_dir, or --generations_a and --generations_b, is required: the answers to judge"
+        if self.human_labels is not None and not Path(self.human_labels).is_file():
+            yield f"--human_labels {self.human_labels}: no such file; label.html in the judge's folder saves one"
         if self.run_dir is not None and self.policy == self.against:
             yield f"--policy and --against are both {self.policy}: nothing to compare"
 

@@ -15,6 +15,7 @@ from tandem.judge.admission import Admission
 from tandem.judge.asking import ask_all, worst_cost
 from tandem.judge.backends.batch import BatchBackend
 from tandem.judge.backends.server import ServerBackend, client_of, enforces_schema
+from tandem.judge.labels import read_labels, write_page
 from tandem.judge.log import VerdictLog, guessed_tokens
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
@@ -28,7 +29,8 @@ SERVER_FILE = "server.json"
 def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
     """Have every comparison judged in both orders, after trying the judge on `labelled` ones; returns the summary.
 
-    In `options.folder`: `server.json` (what was found out about the server), `raw.jsonl` (every reply, before it is
+    In `options.folder`: `label.html` (asks people about some of the pairs), `server.json` (what was found out about
+    the server), `raw.jsonl` (every reply, before it is
     read), `verdicts.jsonl` (a line an attempt), `usage.json` (what all attempts cost), `winners.json`
     (who won each
     prompt, with the keys of its verdicts), `batches.jsonl` with --batch.
@@ -47,9 +49,13 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
     ranks.refuse_several("judge")
     if not comparisons:
         raise UserError("there is nothing to judge: no prompt was answered by both models")
+    if options.human_labels is not None:
+        read_labels(options.human_labels, comparisons)  # what is wrong with it is told before anything is paid
     if options.dry_run:
         return _dry_run(options, comparisons, labelled, VerdictLog(options))
     with locked(options.folder):
+        if options.label_pairs:
+            write_page(options.folder, comparisons, options.label_pairs, options.seed)
         log = VerdictLog(options)
         judge, plan, asked = asyncio.run(_have_judged(options, comparisons, labelled, log))
         summary = summarise(options, judge, plan, log, asked)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tandem.intervals import Array
-from tandem.judge import calibration, conclusions, statistics, verdicts
+from tandem.judge import calibration, conclusions, correction, statistics, verdicts
 from tandem.judge.log import VerdictLog, lost
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import PROMPT_VERSION, Call, Comparison, Judge, Kind, text_digest
@@ -25,13 +25,20 @@ def summarise(
     main, length, identical, missing, spoiled = votes["main"]
     result = statistics.summarise(main, length, identical, missing, seed=options.seed, spoiled=spoiled)
     result["non_answers"] = non_answers(plan["main"])
+    trusted = votes["labelled"][0], votes["labelled"][2]
+    result["corrected"] = correction.correct(
+        options, plan["main"], log, (main, identical), trusted, labelled["accuracy"]
+    )
     first = plan["main"][0].comparison
     gone = [
         {"kind": kind, "status": status, "reason": reason, "count": count}
         for kind, calls in plan.items()
         for status, reason, count in lost(calls, log)
     ]
-    besides = conclusions.lost_verdicts(gone, sum(map(len, plan.values())))
+    besides = [
+        *correction.findings(result["corrected"], first.label_2),
+        *conclusions.lost_verdicts(gone, sum(map(len, plan.values()))),
+    ]
     labels = (first.label_1, first.label_2)
     return {
         **conclusions.conclude(result, labelled, labels, options.max_flip_rate, besides),

@@ -101,6 +101,7 @@ def judgement(run: Run) -> Json | None:
                 mean["win_rate"],
             ),
             ("Mean score", "win 1, tie ½, loss 0", result["mean_score"]),
+            *_corrected(result),
             ("Win rate, length controlled", "were both answers equally long", result["length_controlled"]),
             (
                 "If every missing prompt were lost",
@@ -133,6 +134,18 @@ def judgement(run: Run) -> Json | None:
             "endings": list(run.judge["accounting"]["main"]),
             "accounting": [(CALLS[kind], list(ends.values())) for kind, ends in run.judge["accounting"].items()],
         }
+
+
+def _corrected(result: Json) -> list[tuple[str, str, Json]]:
+    """Rows of the score corrected for the judge's errors; a summary of before there was one has none."""
+    found = result.get("corrected")
+    if found is None:
+        return []
+    if found["by_people"] is not None:
+        about = "by people's labels on some of these pairs; prediction-powered inference, ties as halves"
+        alone = "the labels without the judge"
+        return [("Score, corrected", about, found["by_people"]), ("Score by people", alone, found["people_alone"])]
+    return [("Score, corrected", f"if {found['by_error_rates']['assumes']}; ties as halves", found["by_error_rates"])]
 
 
 def spent(run: Run) -> str | None:
