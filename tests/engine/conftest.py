@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from tandem.engine.forward import LayoutReport, pair_engine
+from tandem.engine.choice import LayoutReport
+from tandem.engine.forward import pair_engine
 from tests.engine.tiny_models import PAD, VOCABULARY, random_pairs
 
 
@@ -76,7 +77,7 @@ def build_trainer(tmp_path: Path):
             | settings,
         )
         reports: list[LayoutReport] = []
-        install = pair_engine(engine or "padded", on_report=reports.append, cache_dir=tmp_path / "probe")
+        install = pair_engine(layout=engine or "padded", on_report=reports.append, cache_dir=tmp_path / "probe")
         with install if engine else contextlib.nullcontext():
             trainer = _TokenizedTrainer(
                 model=model,

@@ -190,9 +190,9 @@ def test_the_layout_is_the_engines(
     """`engine/test_equality.py` is about what it does there."""
     layouts = []
 
-    def watched(layout: str, **options: Any) -> Any:
-        layouts.append(layout)
-        return pair_engine(layout, **options)
+    def watched(**asked: Any) -> Any:
+        layouts.append(asked["layout"])
+        return pair_engine(**asked)
 
     monkeypatch.setattr(trl, "pair_engine", watched)
     given = f"--model_name_or_path {tiny_model} --dataset_name {tiny_data} --output_dir {tmp_path}/out --max_steps 1"

@@ -16,6 +16,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -41,6 +42,25 @@ class UnsupportedAttention(Exception):
     """A layer asks for something the packed row cannot express, such as a position bias."""
 
 
+@dataclass(frozen=True)
+class AttentionRule:
+    """How a layer's queries score its keys.
+
+    Attributes:
+        scale: factor of the scores; D ** -0.5 when None.
+        window: a query sees its `window` latest keys, itself included; all of them when None.
+        softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
+        sinks: (H,) logit per head that takes part in the softmax and has no value (gpt-oss).
+        dropout: probability of dropping an attention weight.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+
+
 class PairAttention:
     """The attention of one forward over one plan. Holds the masks its layers share.
 
@@ -54,28 +74,13 @@ class PairAttention:
         self.backend = backend
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **rule: Any) -> Tensor:
         """Attend every sequence of the plan to itself and its prefix, causally.
 
         Args:
             query: (1, H, T, D).
             key, value: (1, H_kv, T, D), H a multiple of H_kv. The value's D may differ.
-            scale: factor of the scores; D ** -0.5 when None.
-            window: a query sees its `window` latest keys, itself included; all of them when None.
-            softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
-            sinks: (H,) logit per head that takes part in the softmax and has no value (gpt-oss).
-            dropout: probability of dropping an attention weight.
+            rule: attributes of `AttentionRule`.
 
         Returns:
             (1, T, H, D_value) in the dtype attended in, which under autocast is autocast's.
@@ -83,6 +88,7 @@ class PairAttention:
         Raises:
             UnsupportedAttention: a forced backend cannot compute this.
         """
+        asked = AttentionRule(**rule)
         device = query.device.type
         # Tensors without values have no autocast, and asking for it is an error
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -90,24 +96,22 @@ class PairAttention:
         # Rotary embedding leaves float32 queries beside half-precision values under autocast, and not every backend
         # below is one that autocast knows
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if window is not None and window >= self.plan.max_k:
-            window = None
+        window = None if asked.window is not None and asked.window >= self.plan.max_k else asked.window
+        scale = query.shape[-1] ** -0.5 if asked.scale is None else asked.scale
+        asked = replace(asked, scale=scale, window=window)
 
         backend = self.backend
         if backend == "auto":
-            backend = _choose_backend(query, value, softcap, sinks, dropout)
+            backend = _choose_backend(query, value, asked)
         if backend == "varlen":
-            if sinks is not None:
+            if asked.sinks is not None:
                 raise UnsupportedAttention("the varlen backend has no attention sinks")
-            return self._varlen(query, key, value, scale, window, softcap, dropout)
+            return self._varlen(query, key, value, asked)
         if backend == "sdpa":
-            if softcap is not None or sinks is not None:
+            if asked.softcap is not None or asked.sinks is not None:
                 raise UnsupportedAttention("the sdpa backend has neither soft-capping nor attention sinks")
-            attend = partial(_sdpa, scale=scale, dropout=dropout)
-        else:
-            attend = partial(_dense, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
-        return self._each_segment(attend, query, key, value, window)
+            return self._each_segment(partial(_sdpa, rule=asked), query, key, value, window)
+        return self._each_segment(partial(_dense, rule=asked), query, key, value, window)
 
     def _each_segment(
         self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None
@@ -139,16 +143,7 @@ class PairAttention:
             self._masks[size] = visible if window is None else visible.triu_(k_length - q_length - window + 1)
         return self._masks[size]
 
-    def _varlen(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        dropout: float,
-    ) -> Tensor:
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         plan, device = self.plan, query.device
         key_index = plan.key_index.to(device)
         # Both kernels align bottom-right where queries are fewer than keys, as flash-attn does since 2.1. A left window
@@ -162,35 +157,33 @@ class PairAttention:
             plan.max_q,
             plan.max_k,
         )
-        window_size = (-1 if window is None else window - 1, 0)
+        window_size = (-1 if rule.window is None else rule.window - 1, 0)
         flash_attn = kernels.flash_attn_varlen()
         if flash_attn is not None:
             output = flash_attn(
                 *arguments,
-                dropout_p=dropout,
-                softmax_scale=scale,
+                dropout_p=rule.dropout,
+                softmax_scale=rule.scale,
                 causal=True,
                 window_size=window_size,
-                softcap=softcap or 0.0,
+                softcap=rule.softcap or 0.0,
                 **({"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}),
             )
             return output[None]
-        if softcap is not None or dropout:
+        if rule.softcap is not None or rule.dropout:
             raise UnsupportedAttention("torch's varlen kernel has neither soft-capping nor dropout; install flash-attn")
         grouped = query.shape[1] != key.shape[1]
-        return kernels.torch_varlen(*arguments, scale=scale, window_size=window_size, grouped=grouped)[None]
+        return kernels.torch_varlen(*arguments, scale=rule.scale, window_size=window_size, grouped=grouped)[None]
 
 
-def _choose_backend(
-    query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, dropout: float
-) -> Backend:
-    loop: Backend = "dense" if softcap is not None or sinks is not None else "sdpa"
+def _choose_backend(query: Tensor, value: Tensor, rule: AttentionRule) -> Backend:
+    loop: Backend = "dense" if rule.softcap is not None or rule.sinks is not None else "sdpa"
     if not query.is_cuda:
         return loop
     reason = kernels.without_flash(query.device, query.dtype, (query.shape[-1], value.shape[-1]))
-    if sinks is not None:
+    if rule.sinks is not None:
         reason = reason or "it has attention sinks"
-    if (softcap is not None or dropout > 0) and kernels.flash_attn_varlen() is None:
+    if (rule.softcap is not None or rule.dropout > 0) and kernels.flash_attn_varlen() is None:
         reason = reason or "soft-capping and dropout need the package flash-attn"
     if not reason:
         return "varlen"
@@ -234,7 +227,7 @@ def _keys(states: Tensor, segments: tuple[Segment, ...]) -> list[Tensor]:
     ]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, rule: AttentionRule) -> Tensor:
     """(1, H, q, D) queries over (1, H_kv, k, D) keys; causal where there is no mask."""
     gqa = query.shape[1] != key.shape[1]
     dims = (query.shape[-1], value.shape[-1])
@@ -242,36 +235,34 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, sca
         groups = query.shape[1] // key.shape[1]
         key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=rule.dropout,
+        is_causal=mask is None,
+        scale=rule.scale,
+        enable_gqa=gqa,
     )
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None,
-    scale: float,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, rule: AttentionRule) -> Tensor:
     """The same as `_sdpa` with soft-capping and sinks, softmax in float32; quadratic in memory."""
+    assert rule.scale is not None
     _, heads, q_length, _ = query.shape
     kv_heads, k_length = key.shape[1:3]
     grouped = query.reshape(1, kv_heads, heads // kv_heads, q_length, -1)
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if mask is None:
         mask = torch.ones(q_length, k_length, dtype=torch.bool, device=query.device).tril()
     scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.float().view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    if rule.sinks is not None:
+        column = rule.sinks.float().view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(-1)[..., :k_length].to(query.dtype)
-    weights = F.dropout(weights, dropout)
+    weights = F.dropout(weights, rule.dropout)
     return (weights @ value[:, :, None]).view(1, heads, q_length, -1)
 
 
@@ -302,19 +293,21 @@ def original_implementation(name: str) -> str:
 def _attention_forward(
     original: str,
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *args: Any,
+    *tensors: Tensor | None,
     pair_attention: PairAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function transformers calls in every attention layer; shapes as in `PairAttention.__call__`."""
+    """The function transformers calls in every attention layer.
+
+    Args:
+        tensors: query, key and value, with shapes as in `PairAttention.__call__`, and the mask.
+    """
     if pair_attention is None:
-        return _original_forward(original, module, query, key, value, attention_mask, *args, **kwargs)
-    if args:
+        return _original_forward(original, module, *tensors, **kwargs)
+    query, key, value, *others = tensors
+    if len(others) > 1:
         raise UnsupportedAttention(f"{type(module).__name__} passes attention arguments by position")
+    assert query is not None and key is not None and value is not None
     if kwargs.get("position_bias") is not None:
         raise UnsupportedAttention(f"{type(module).__name__} adds a position bias to its scores")
     is_causal = kwargs.get("is_causal")

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from accelerate import PartialState
@@ -54,33 +55,40 @@ class LayoutReport:
         return line
 
 
+class LayoutRequest(TypedDict, total=False):
+    """What a model is asked to be forwarded in.
+
+    Attributes:
+        layout: `shared`, `packed`, or `padded` for TRL's own forward. Default: `shared`.
+        backend: of the attention, see `PairAttention`. Default: `auto`.
+        cache_dir: folder of the probe's memory.
+        longest: tokens of the longest row that will come; 0, the default, where that is not known. It has to be, to
+            probe weights that lie on several processes again: these see rows of different lengths, and would not do so
+            together.
+        on_report: called whenever a layout is settled, so again after a probe of longer rows.
+    """
+
+    layout: Layout
+    backend: Backend
+    cache_dir: str | Path
+    longest: int
+    on_report: Callable[[LayoutReport], None] | None
+
+
 class LayoutChoice:
     """The layout of one model, decided at its first batch, and again for rows longer than any that were probed.
 
     Args:
         model: before it is wrapped.
-        layout, backend: what is asked for.
-        cache_dir: folder of the probe's memory.
-        longest: tokens of the longest row that will come, 0 where that is not known. It has to be, to probe weights
-            that lie on several processes again: these see rows of different lengths, and would not do so together.
-        on_report: called whenever a layout is settled.
+        asked: see `LayoutRequest`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layout: Layout,
-        backend: Backend,
-        *,
-        cache_dir: str | Path,
-        longest: int = 0,
-        on_report: Callable[[LayoutReport], None] | None = None,
-    ) -> None:
-        self.layout = layout
-        self.backend = backend
-        self.cache = probe.ProbeCache(cache_dir)
-        self.longest = longest
-        self.on_report = on_report
+    def __init__(self, model: PreTrainedModel, **asked: Unpack[LayoutRequest]) -> None:
+        layout = self.layout = asked.get("layout", "shared")
+        self.backend = asked.get("backend", "auto")
+        self.cache = probe.ProbeCache(asked.get("cache_dir", probe.DEFAULT_CACHE))
+        self.longest = asked.get("longest", 0)
+        self.on_report = asked.get("on_report")
         self.report: LayoutReport | None = None
         self.probed = 0  # tokens of the longest row that the report is about
         self.name = type(model).__name__

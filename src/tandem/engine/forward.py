@@ -10,8 +10,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -20,10 +19,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from tandem.engine import attention, probe
-from tandem.engine.attention import PAIR_ATTENTION, Backend, PairAttention
-from tandem.engine.choice import LayoutChoice, LayoutReport, attention_configs, log_once
-from tandem.engine.layout import PAIR_PLAN, Layout, PairPlan, plan_pairs
+from tandem.engine import attention
+from tandem.engine.attention import PAIR_ATTENTION, PairAttention
+from tandem.engine.choice import LayoutChoice, LayoutRequest, attention_configs, log_once
+from tandem.engine.layout import PAIR_PLAN, PairPlan, plan_pairs
 from tandem.engine.logprobs import LogitTransform, score_tokens
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
@@ -35,12 +34,7 @@ def add_pair_forward(
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
-    *,
-    layout: Layout = "shared",
-    backend: Backend = "auto",
-    on_report: Callable[[LayoutReport], None] | None = None,
-    cache_dir: str | Path = probe.DEFAULT_CACHE,
-    longest: int = 0,
+    **asked: Unpack[LayoutRequest],
 ) -> None:
     """TRL's `add_fused_lm_head`, with the pair engine in front of it.
 
@@ -54,15 +48,11 @@ def add_pair_forward(
     Args:
         model: a causal language model, or a multimodal one that is given text.
         temperature, cast_lm_head_to_fp32, outputs: as in TRL.
-        layout: `shared`, `packed`, or `padded` for TRL's own forward.
-        backend: see `PairAttention`.
-        on_report: called with the layout that is used, when it is settled; again after a probe of longer rows.
-        cache_dir: folder of the probe's memory.
-        longest: tokens of the longest row that will come, 0 where that is not known; see `LayoutChoice`.
+        asked: see `LayoutRequest`.
     """
     add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
     padded_forward = model.forward
-    choice = LayoutChoice(model, layout, backend, cache_dir=cache_dir, longest=longest, on_report=on_report)
+    choice = LayoutChoice(model, **asked)
     engine = _PairEngine(model, padded_forward, choice, temperature, cast_lm_head_to_fp32, outputs)
 
     # Keep the original signature: `generate` validates its model kwargs against it
@@ -77,21 +67,13 @@ def add_pair_forward(
 
 
 @contextlib.contextmanager
-def pair_engine(
-    layout: Layout = "shared",
-    backend: Backend = "auto",
-    on_report: Callable[[LayoutReport], None] | None = None,
-    cache_dir: str | Path = probe.DEFAULT_CACHE,
-    longest: int = 0,
-) -> Iterator[None]:
+def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
     """While this is open, a `DPOTrainer` that is built gets the engine wherever TRL installs its own forward.
 
     That covers policy and reference, and comes before accelerate wraps them: outside its wrapper the reference would
     run without autocast. Arguments as in `add_pair_forward`.
     """
-    installer = functools.partial(
-        add_pair_forward, layout=layout, backend=backend, on_report=on_report, cache_dir=cache_dir, longest=longest
-    )
+    installer = functools.partial(add_pair_forward, **asked)
     original = dpo_trainer.add_fused_lm_head
     dpo_trainer.add_fused_lm_head = installer
     try:
@@ -111,8 +93,7 @@ def forward_plan(
         input_ids, labels: (2B, S) int64, as in `add_pair_forward`.
         outputs: as in `add_pair_forward`.
     """
-    choice = LayoutChoice(model, "shared", "auto", cache_dir=probe.DEFAULT_CACHE)
-    engine = _PairEngine(model, model.forward, choice, 1.0, False, outputs)
+    engine = _PairEngine(model, model.forward, LayoutChoice(model), 1.0, False, outputs)
     return engine.forward(model, plan, input_ids=input_ids, labels=labels)
 
 

@@ -165,12 +165,7 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         ValueError: an odd number of rows, no token at all, a row with a hole, or a label that no real token precedes.
     """
     rows, columns = input_ids.shape
-    if rows % 2:
-        raise ValueError(f"a batch of pairs has an even number of rows, not {rows}")
-    if layout == "padded":
-        raise ValueError("the padded layout has no plan: it is TRL's own forward")
-    if not columns:
-        raise ValueError("the batch has no tokens")
+    _check(rows, columns, layout)
     device = input_ids.device
     if device.type != "cpu":  # all that follows is small
         input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask, labels]).cpu()
@@ -189,21 +184,14 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
 
     if (real != ((column >= starts[..., None]) & (column < (starts + lengths)[..., None]))).any():
         raise ValueError("the attention mask of a row has a hole")
-    scored = labels[:, 1:] != IGNORED_LABEL
-    if (scored & ~(mask[:, 1:] & mask[:, :-1])).any():
-        raise ValueError("a label sits on padding or right behind it, so nothing predicts it")
+    scored = _scored(labels, mask)
     segments, kept_rows = _segments(lengths.flatten().tolist(), shared.tolist())
     if not segments:
         raise ValueError("the batch has no tokens")
 
-    # The rejected row's part of the prefix is dropped, and stands where chosen's is
     first = starts[:, :1]
     in_prefix = (column >= first) & (column < first + shared[:, None])
-    keep = real.clone()
-    keep[:, 1] &= ~in_prefix
-    packed = (keep.flatten().cumsum(0) - 1).view_as(keep)
-    packed[:, 1] = torch.where(in_prefix, packed[:, 0], packed[:, 1])
-
+    keep, packed = _packed(real, in_prefix)
     grid_index = by_pair(torch.arange(rows * columns).view(rows, columns))
     attended = real & torch.tensor(kept_rows).view(pairs, 2, 1)
     packed_of_grid = packed.transpose(0, 1).reshape(rows, columns)
@@ -223,12 +211,41 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
     return PairPlan((rows, columns), segments, len(targets), torch.cat(indices)).to(device)
 
 
+def _check(rows: int, columns: int, layout: Layout) -> None:
+    if rows % 2:
+        raise ValueError(f"a batch of pairs has an even number of rows, not {rows}")
+    if layout == "padded":
+        raise ValueError("the padded layout has no plan: it is TRL's own forward")
+    if not columns:
+        raise ValueError("the batch has no tokens")
+
+
 def _common_prefix(ids: Tensor, real: Tensor, starts: Tensor, column: Tensor) -> Tensor:
     """(B,) number of leading tokens that both rows of a pair have, at the same columns. Takes (B, 2, S) grids."""
     before = column < starts.amax(-1)[:, None]
     same = (ids[:, 0] == ids[:, 1]) & real.all(1)
     length = (same | before).long().cumprod(-1).sum(-1) - starts[:, 0]
     return torch.where((starts[:, 0] == starts[:, 1]) & real.any(-1).all(-1), length, 0)
+
+
+def _scored(labels: Tensor, mask: Tensor) -> Tensor:
+    """(2B, S − 1) which tokens have a log-prob taken, from (2B, S) grids."""
+    scored = labels[:, 1:] != IGNORED_LABEL
+    if (scored & ~(mask[:, 1:] & mask[:, :-1])).any():
+        raise ValueError("a label sits on padding or right behind it, so nothing predicts it")
+    return scored
+
+
+def _packed(real: Tensor, in_prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 2, S) which tokens go into the packed row, and the place there of each real one.
+
+    The rejected row's part of the prefix, (B, S), is dropped, and stands where chosen's is.
+    """
+    keep = real.clone()
+    keep[:, 1] &= ~in_prefix
+    places = (keep.flatten().cumsum(0) - 1).view_as(keep)
+    places[:, 1] = torch.where(in_prefix, places[:, 0], places[:, 1])
+    return keep, places
 
 
 def _segments(lengths: list[int], shared: list[int]) -> tuple[tuple[Segment, ...], list[bool]]:

@@ -109,8 +109,10 @@ def _nonfinite(
     return Alarm("nonfinite", action, value, message, pairs, tuple(dict.fromkeys(sources)))
 
 
-def check_grad_norm(state: AlarmState, norm: float, options: MonitorOptions) -> Alarm | None:
+def check_grad_norm(state: AlarmState, norm: float | None, options: MonitorOptions) -> Alarm | None:
     """Whether a finite gradient norm stands out from the median of the steps before. Updates `state`."""
+    if norm is None or not math.isfinite(norm):
+        return None
     factor = options.alarm_grad_spike_factor
     before = state.grad_norms
     state.grad_norms = [*before, norm][-GRAD_WINDOW:]

@@ -7,12 +7,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+from tandem.runs import write_json
 
 GIB = 2**30
 UNEVEN = 1.25  # greatest over mean of a quantity from which on the ranks count as unbalanced
@@ -111,6 +114,13 @@ class Throughput:
         rates = self._pairs / seconds, self._tokens / seconds
         self._seconds, self._pairs, self._tokens = 0.0, 0, 0
         return rates
+
+
+def write_devices(path: Path, accelerator: Accelerator) -> None:
+    """Write the name of each rank's device as JSON. Collective."""
+    names = gather_object([device_name(accelerator.device)])
+    if accelerator.is_main_process:
+        write_json(path, dict(enumerate(names)))
 
 
 class RankUsage:

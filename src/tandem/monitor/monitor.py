@@ -35,7 +35,6 @@ from tandem.monitor.margins import MarginsLog
 from tandem.monitor.options import MonitorOptions
 from tandem.monitor.saved import MonitorState
 from tandem.monitor.tail import TailState, update
-from tandem.runs import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +72,8 @@ class Monitor:
         self.config = options.tail_config()
         self.step = 0  # the last optimizer step that ended
         self.state = TailState(beta=beta)
-        self._logs_dir = Path(logs_dir)
-        self._margins_log = MarginsLog(self._logs_dir / "margins")
-        self.alarms = AlarmLog(self._logs_dir, accelerator, ranks_per_batch)
+        self._margins_log = MarginsLog(Path(logs_dir) / "margins")
+        self.alarms = AlarmLog(Path(logs_dir), accelerator, ranks_per_batch)
         self._accelerator = accelerator
         self._save_checkpoint = save_checkpoint
         self._epoch_pairs = epoch_pairs
@@ -170,10 +168,8 @@ class Monitor:
         self._usage.throughput.step(sum(map(len, share.pair_ids)), share.tokens)
         if step.finite.any():
             self._move_tail(step)
-        if grad_norm is not None and math.isfinite(grad_norm):
-            spike = check_grad_norm(self._alarm_state, grad_norm, self.options)
-            if spike is not None:
-                self._sound(spike)
+        if spike := check_grad_norm(self._alarm_state, grad_norm, self.options):
+            self._sound(spike)
 
     def _move_tail(self, step: gather.Step) -> None:
         margins, chosen, _, kl = step.values[:, step.finite].astype(np.float64)
@@ -286,11 +282,10 @@ class Monitor:
         """
         if global_step != self.step:
             raise RuntimeError(f"training begins at step {global_step}, the monitor's state is of step {self.step}")
-        names = gather_object([memory.device_name(self._accelerator.device)])
+        memory.write_devices(self.alarms.path.with_name("devices.json"), self._accelerator)
         if self._accelerator.is_main_process:
             self._margins_log.truncate_after(global_step)
             self.alarms.truncate_after(global_step)
-            write_json(self._logs_dir / "devices.json", dict(enumerate(names)))
         self.resume_clock()
 
     def resume_clock(self) -> None:

@@ -74,7 +74,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Sharded, DPOTra
         longest = max(longest_row(pairs, keywords["data_collator"].max_length) for pairs in splits)
         self._added_adapter = keywords.get("peft_config")
         with (
-            pair_engine(engine.layout, longest=longest),
+            pair_engine(layout=engine.layout, longest=longest),
             _weights_hashed_by(self._hash),
             policy_is_reference(ref_model),
             without_trls_copy(keywords["model"]),
