@@ -74,10 +74,8 @@ class Monitor:
         self.state = TailState(beta=beta)
         self._margins_log = MarginsLog(Path(logs_dir) / "margins")
         self.alarms = AlarmLog(Path(logs_dir), accelerator, ranks_per_batch)
-        self._accelerator = accelerator
-        self._save_checkpoint = save_checkpoint
-        self._epoch_pairs = epoch_pairs
-        self._ranks_per_batch = ranks_per_batch
+        self._accelerator, self._save_checkpoint = accelerator, save_checkpoint
+        self._epoch_pairs, self._ranks_per_batch = epoch_pairs, ranks_per_batch
         self._first_beta = beta
         self._saved_step: int | None = None
         self._epoch, self._epoch_rows = 0, 0
