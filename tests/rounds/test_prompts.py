@@ -103,7 +103,7 @@ def test_data_that_hold_nothing_out(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"prompt": 3}, "must be text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no user's turn"),
         ({"messages": ["x"]}, "must be an object"),
-        ({"messages": [{"role": "user"}]}, "of text"),
+        ({"messages": [{"role": "user"}]}, "'content' is missing"),
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "must end with a user"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.errors import UserError
 from tandem.servers.address import parse_address
 from tandem.servers.dialects import NoReply, Request, body_of, read_reply, refused_parameter
 from tandem.servers.endpoint import Endpoint
@@ -157,3 +158,26 @@ def test_the_last_way_is_not_left():
     lmstudio = Endpoint(parse_address("http://h"), ("chat",))
     assert not lmstudio.accept(lmstudio.attempt(REQUEST), '{"error": "Unexpected endpoint or method. (POST /chat)"}')
     assert lmstudio.attempt(REQUEST).url == "http://h/v1/chat/completions"
+
+
+def test_tools_and_calls_go_both_ways():
+    call = {"function": {"name": "weather", "arguments": {"city": "Lima"}}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "21 °C"},
+    ]
+    extras = {"tools": [{"type": "function"}], "chat_template_kwargs": {"enable_thinking": False}}
+    request = Request("m", messages, extras=extras)
+    sent = body_of(request, "chat")
+    assert (sent["tools"], sent["chat_template_kwargs"]) == (extras["tools"], extras["chat_template_kwargs"])
+    function = {"name": "weather", "arguments": '{"city": "Lima"}'}
+    assert sent["messages"][1]["tool_calls"] == [{"id": "call_1_0", "type": "function", "function": function}]
+    assert sent["messages"][2] == {"role": "tool", "content": "21 °C", "tool_call_id": "call_1_0"}
+    for asked in (request, Request("m", messages)):
+        with pytest.raises(UserError, match="asked with by chat completions"):
+            body_of(asked, "responses")
+    reply = read_reply(completion(None, "tool_calls", tool_calls=[{"id": "1", "function": function}]))
+    assert reply.text == '<tool_call>\n{"name": "weather", "arguments": {"city": "Lima"}}\n</tool_call>'
+    broken = read_reply(completion("Let me see.", tool_calls=[{"function": {"name": "f", "arguments": "{"}}, 3]))
+    assert broken.text == 'Let me see.\n<tool_call>\n{"name": "f", "arguments": "{"}\n</tool_call>'

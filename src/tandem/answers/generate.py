@@ -13,6 +13,7 @@ from typing import Any
 from tandem import ranks
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
+from tandem.data.messages import extras_of
 from tandem.data.non_answers import non_answer
 from tandem.digests import model_digest
 from tandem.errors import UserError
@@ -116,7 +117,8 @@ def _write_answers(
         for index, answer in engine.answers(prompts, wanted):
             if not writes:
                 continue
-            identity = {"prompt_id": prompt_id(prompts[index]), "messages": prompts[index]}
+            asked = prompts[index]
+            identity = {"prompt_id": prompt_id(asked), "messages": asked, **extras_of(asked)}
             append_jsonl(file, identity | source | asdict(answer))
             tokens += answer.n_tokens or 0
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)

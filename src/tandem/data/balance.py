@@ -1,10 +1,13 @@
 """The closing balance of a reading: which columns and keys of a data set were read, and which were not."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, listed, shorten
+from tandem.errors import one_line
+from tandem.ranks import is_first
 
 # Columns that say something about a pair and are no part of it, by the names they have in data sets people train on
 _ABOUT = {
@@ -99,6 +102,12 @@ class Balance:
             told = (f"; NOT read: {names}" if names else "") + (f"; {changed}" if changed else "")
             yield (f"{self.place}" if start else read) + told
             changed = ""
+
+    def tell(self) -> None:
+        """Say on stderr what was not read as it is there; by one process."""
+        if (self.unread or self.changed) and is_first():
+            for line in self.lines():
+                print(one_line(line), file=sys.stderr)
 
     def to_json(self) -> dict[str, Any]:
         """As in data_report.json."""

@@ -7,13 +7,14 @@ and `rejected` never repeat the prompt.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tandem.data import columns
 from tandem.data.balance import Balance
+from tandem.data.messages import Asked as Asked
 from tandem.data.messages import Message as Message
-from tandem.data.messages import read_turns, text_of
+from tandem.data.messages import extras_of, read_turns, text_of
 from tandem.data.rows import Row as Row
 from tandem.data.rows import RowError as RowError
 from tandem.data.rows import TrackedRow, columns_of, leaves
@@ -81,9 +82,20 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def asked_of(pair: Mapping[str, Any]) -> Asked:
+    """The prompt of a canonical row, with all that its chat template is told."""
+    place = f"{pair['source']} row {pair['row']}" if "source" in pair else ""
+    return Asked(as_messages(pair["prompt"]), pair, place)
+
+
 def prompt_id(prompt: str | list[Message]) -> str:
-    """Stable id of a prompt: 16 hex digits of a hash of its messages, be they given as text or as a list."""
-    return sha256_json(as_messages(prompt))[:16]
+    """Stable id of a prompt: 16 hex digits of a hash of its messages, be they given as text or as a list.
+
+    The same question with other tools is another one, where `prompt` knows of them (`messages.Asked`).
+    """
+    messages = as_messages(prompt)
+    extras = extras_of(messages)
+    return sha256_json([messages, extras] if extras else messages)[:16]
 
 
 def _string(row: Row, field: str, *, default: str | None = None) -> str:

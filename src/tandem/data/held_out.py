@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tandem.data.formats import Message, as_messages, prompt_id
+from tandem.data.formats import Asked, asked_of, prompt_id
 
 CHOSEN = "chosen"  # the label of the data's own answers, where models have theirs
 
 
-def held_out_prompts(pairs: Sequence[Mapping[str, Any]], limit: int | None) -> list[list[Message]]:
+def held_out_prompts(pairs: Sequence[Mapping[str, Any]], limit: int | None) -> list[Asked]:
     """Distinct prompts of `pairs` as messages, in their order."""
-    prompts: dict[str, list[Message]] = {}
+    prompts: dict[str, Asked] = {}
     for pair in pairs:
-        messages = as_messages(pair["prompt"])
-        prompts.setdefault(prompt_id(messages), messages)
+        asked = asked_of(pair)
+        prompts.setdefault(prompt_id(asked), asked)
     return list(prompts.values())[:limit]
 
 
@@ -27,5 +27,5 @@ def chosen_answers(pairs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The answer that people chose, by prompt id; of a prompt that occurs twice, the first."""
     chosen: dict[str, str] = {}
     for pair in pairs:
-        chosen.setdefault(prompt_id(as_messages(pair["prompt"])), judged_text(pair["chosen"]))
+        chosen.setdefault(prompt_id(asked_of(pair)), judged_text(pair["chosen"]))
     return chosen

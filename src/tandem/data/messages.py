@@ -6,12 +6,33 @@ where the data have them `reasoning_content` (or `thinking`), `tool_calls`, `nam
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tandem.data.rows import RowError, TrackedRow, has_value, kind_of, leaves, shorten
 
 Message = dict[str, Any]
+EXTRAS = ("tools", "chat_template_kwargs")  # what a row has for the chat template beside messages
+
+
+class Asked(list[Message]):
+    """A prompt's messages, with what its row has for the chat template beside them: a list wherever that is all.
+
+    Attributes:
+        extras: `tools` and `chat_template_kwargs`, as a canonical row has them; empty without.
+        place: file and row, for messages; empty where nobody knows.
+    """
+
+    def __init__(self, messages: Iterable[Message], extras: Mapping[str, Any] | None = None, place: str = "") -> None:
+        super().__init__(messages)
+        self.extras = {name: extras[name] for name in EXTRAS if extras.get(name)} if extras else {}
+        self.place = place
+
+
+def extras_of(prompt: list[Message]) -> dict[str, Any]:
+    """What a prompt has for the chat template beside its messages, where it knows of it."""
+    return prompt.extras if isinstance(prompt, Asked) else {}
+
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TEXT_PARTS = ("reasoning_content", "thinking", "name", "tool_call_id")

@@ -25,7 +25,7 @@ from tandem.data.scores import scores_of
 from tandem.data.shapes import known_names, known_shape
 from tandem.data.splits import Located, has_test_split, is_local, read_split
 from tandem.errors import UserError, one_line
-from tandem.ranks import is_first, tell_once
+from tandem.ranks import tell_once
 
 _CRLF = "line ends of Windows (CRLF) made line feeds"
 
@@ -53,7 +53,8 @@ def load_pairs(
     rows = []
     for source, number, row in located:
         try:
-            rows.append((source, number, _arranged(source, number, row, options, balance)))
+            named = arranged(source, number, row, options, balance)
+            rows.append((source, number, known_shape(named, options.data_format)))
         except RowError as error:
             _good((source, number, error), options.max_bad_rows, bad)
     if not rows:
@@ -82,9 +83,7 @@ def load_pairs(
     pairs = _far_apart(options, split, pairs)
     if balances is not None:
         balances.append(balance)
-    if (balance.unread or balance.changed) and is_first():
-        for line in balance.lines():
-            print(one_line(line), file=sys.stderr)
+    balance.tell()
     return pairs
 
 
@@ -242,8 +241,13 @@ def _asked(pair: Row) -> str:
     return prompt_id([{**turn, "content": " ".join(str(turn.get("content", "")).split())} for turn in turns])
 
 
-def _arranged(source: str, number: int, row: Any, options: DataOptions, balance: Balance) -> Row:
-    """`row` under the names that formats know; what the options leave out of it goes to `balance`."""
+def arranged(source: str, number: int, row: Any, options: DataOptions, balance: Balance) -> Row:
+    """`row` under the names that formats know; what the options leave out of it goes to `balance`.
+
+    Raises:
+        UserError: a column that a `--…_key` option names is not there.
+        RowError: lists that Python's own notation wrote as text.
+    """
     row = known_names(row, options.keys)
     for key in options.keys.values():
         if key not in row:
@@ -252,10 +256,10 @@ def _arranged(source: str, number: int, row: Any, options: DataOptions, balance:
     tidy = with_line_feeds(row)
     if tidy != row:
         balance.changed[_CRLF] = balance.changed.get(_CRLF, 0) + 1
-    arranged, aside = arrange(tidy, options.keys, options.data_format, options.ignore_columns)
+    named, aside = arrange(tidy, options.keys, options.data_format, options.ignore_columns)
     for name, (value, why) in aside.items():
         balance.set_aside(name, value, why)
-    return known_shape(arranged, options.data_format)
+    return named
 
 
 def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:

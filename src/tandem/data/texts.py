@@ -6,9 +6,9 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from tandem.data.formats import Message, Row, to_transcript
-from tandem.data.messages import PARTS
-from tandem.data.rendering import TemplateFault, templated
-from tandem.data.tokenized import plain_ids, text_ids
+from tandem.data.messages import PARTS, extras_of
+from tandem.data.rendering import TemplateFault, keywords_of, templated
+from tandem.data.tokenized import check_asked, plain_ids, text_ids
 from tandem.data.tokenized import tokenize_pair as tokenize_pair
 from tandem.errors import UserError
 
@@ -143,6 +143,20 @@ def prompt_ids(
     if isinstance(prompt, str):
         return text_ids(prompt, tokenizer)
     return plain_ids(templated(prompt, tokenizer, keywords, asks=True), tokenizer)
+
+
+def asked_ids(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[int]:
+    """Token ids of a prompt for which an answer is drawn, cut to `max_tokens` (`trim_prompt`).
+
+    Raises:
+        TemplateFault: the chat template refuses it, or leaves out a part of it.
+        UserError: the template alone takes more than `max_tokens`.
+    """
+    keywords = keywords_of(extras_of(messages))
+    trimmed: Any = trim_prompt(list(messages), tokenizer, max_tokens, keywords)
+    text = templated(trimmed, tokenizer, keywords, asks=True)
+    check_asked({"prompt": trimmed, "tools": keywords["tools"]}, text, tokenizer)
+    return plain_ids(text, tokenizer)
 
 
 def _last_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> str:

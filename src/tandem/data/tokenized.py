@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,7 @@ from tandem.ranks import tell_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 SIDES = ("chosen", "rejected")
@@ -147,7 +148,21 @@ def check_rendered(row: Row, side: str, prompt: str, whole: str, tokenizer: "Pre
             f"before {side} {before!r}",
             (_NO_THOUGHT if "enable_thinking" in _template(tokenizer) else "") + _NO_OTHER,
         )
-    if not isinstance(row["prompt"], str) and (lost := next(lost_parts(row, side, whole, _template(tokenizer)), None)):
+    if not isinstance(row["prompt"], str):
+        _refuse_lost(lost_parts(row, side, whole, _template(tokenizer)))
+
+
+def check_asked(row: Row, text: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a rendered prompt that lacks a part of `row`, which has `prompt` and perhaps `tools`.
+
+    Raises:
+        TemplateFault: saying which.
+    """
+    _refuse_lost(lost_parts(row | {"answer": []}, "answer", text, _template(tokenizer)))
+
+
+def _refuse_lost(parts: Iterator[str]) -> None:
+    if (lost := next(parts, None)) is not None:
         remedy = "--chat_template or --ignore_columns"
         if lost.startswith("the system"):
             remedy = "--system_prompt fold or drop"
@@ -256,13 +271,23 @@ def all_placed(rows: Sequence[Row], make: Callable[[Row], Made]) -> list[Made]:
     Raises:
         UserError: a `TemplateFault`, with file and row of the first, and how many rows have one.
     """
+    places = [f"{row['source']} row {row['row']}" if "source" in row else "" for row in rows]
+    return all_made(rows, places, make, "pairs")
+
+
+def all_made(items: Sequence[Item], places: Sequence[str], make: Callable[[Item], Made], what: str) -> list[Made]:
+    """What `make` makes of each of `items`, which stand at `places`.
+
+    Raises:
+        UserError: a `TemplateFault`, with the place of the first, and how many of `what` have one.
+    """
     made, faults = [], []
-    for row in rows:
+    for item, place in zip(items, places, strict=True):
         try:
-            made.append(make(row))
+            made.append(make(item))
         except TemplateFault as fault:
-            faults.append(f"{row['source']} row {row['row']}: {fault}" if "source" in row else str(fault))
+            faults.append(f"{place}: {fault}" if place else str(fault))
     if faults:
-        count = f" (and so it is with {len(faults)} of {len(rows)} pairs)" if len(faults) > 1 else ""
+        count = f" (and so it is with {len(faults)} of {len(items)} {what})" if len(faults) > 1 else ""
         raise UserError(faults[0] + count)
     return made

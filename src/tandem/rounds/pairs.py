@@ -13,6 +13,7 @@ import numpy as np
 from tandem import ranks
 from tandem.data import non_answers, select
 from tandem.data.check import run_check
+from tandem.data.messages import extras_of
 from tandem.data.near import SIMILAR, jaccard, shingles
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.shortcuts import pick_longer
@@ -92,6 +93,7 @@ def _row(chosen: Record, rejected: Record, number: int) -> dict[str, Any]:
     origin = ("label", "model", "adapter", "draw", "seed", "score", "scorer", "scores", "n_tokens", "sampling")
     return {
         "prompt": chosen["messages"],
+        **extras_of(chosen["messages"]),
         "chosen": [{"role": "assistant", "content": chosen["text"].strip()}],
         "rejected": [{"role": "assistant", "content": rejected["text"].strip()}],
         "provenance": {

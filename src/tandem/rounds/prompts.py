@@ -5,16 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.formats import Message, RowError, as_messages, detect_format, kind_of, prompt_id, to_canonical
+from tandem.data.balance import Balance
+from tandem.data.formats import Message, Row, RowError, asked_of, detect_format, prompt_id, to_canonical
+from tandem.data.messages import read_turns
 from tandem.data.options import DataOptions
-from tandem.data.sources import load_held_out, load_training, may_hold_out, read_split, split_by_prompt
+from tandem.data.rows import TrackedRow, has_value
+from tandem.data.shapes import known_shape
+from tandem.data.sources import arranged, load_held_out, load_training, may_hold_out, read_split, split_by_prompt
 from tandem.errors import UserError, one_line
 
 # What stands in for the answers that a row of prompts lacks, so that the formats' own readers can be used
 _TEXTS = {"chosen": "-", "rejected": "."}
 _MESSAGES = {side: [{"role": "assistant", "content": text}] for side, text in _TEXTS.items()}
 _CONVERSATIONS = ("messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ANSWERS = ("chosen", "completion", "response")  # columns of the one that the data prefers
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def _pairs(pairs: list[dict[str, Any]]) -> list[Prompt]:
 def _of_pair(pair: Mapping[str, Any], row: Mapping[str, Any]) -> Prompt:
     chosen = pair["chosen"]
     text = chosen if isinstance(chosen, str) else chosen[0]["content"]
-    return Prompt(as_messages(pair["prompt"]), row, text.strip())
+    return Prompt(asked_of(pair), row, text.strip())
 
 
 def _read(options: DataOptions, split: str) -> list[Prompt]:
@@ -103,13 +107,13 @@ def _keyed(options: DataOptions, split: str) -> list[tuple[str | list[Message], 
     """Each prompt as the reader of pairs has it, and as messages."""
     found: list[tuple[str | list[Message], Prompt]] = []
     bad: list[str] = []
+    balance = Balance(f"{options.dataset_name} ({split})")
     for source, number, row in read_split(options, split):
         try:
             if isinstance(row, RowError):
                 raise row
-            if missing := [key for key in options.keys.values() if key not in row]:
-                raise RowError(f"no column {missing[0]!r}, named by a --…_key option")
-            found.append(_prompt(row, options))
+            pair, chosen = _read_row(arranged(source, number, row, options, balance), options, balance)
+            found.append((pair["prompt"], Prompt(asked_of({**pair, "source": source, "row": number}), row, chosen)))
         except RowError as error:
             bad.append(f"{source} row {number}: {error}")
             if len(bad) > options.max_bad_rows:
@@ -118,44 +122,39 @@ def _keyed(options: DataOptions, split: str) -> list[tuple[str | list[Message], 
         print(f"skipped {one_line(line)}", file=sys.stderr)
     if not found:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows to take prompts from")
+    balance.tell()
     return found
 
 
-def _prompt(row: Mapping[str, Any], options: DataOptions) -> tuple[str | list[Message], Prompt]:
-    named = {**row, **{name: row[key] for name, key in options.keys.items()}}
-    pair_format = options.data_format or detect_format(named)
-    if pair_format is not None and "chosen" in named and "rejected" in named:
-        pair = to_canonical(named, pair_format)
-        return pair["prompt"], _of_pair(pair, row)
-    conversation = next((named[name] for name in _CONVERSATIONS if isinstance(named.get(name), list)), None)
-    if conversation is not None and "prompt" not in named:
-        return _of_conversation(conversation, row)
-    stand_ins = _MESSAGES if isinstance(named.get("prompt"), list) else _TEXTS
-    row_of_pair = {**named, **stand_ins}
-    own_format = options.data_format or detect_format(row_of_pair)
+def _read_row(row: Row, options: DataOptions, balance: Balance) -> tuple[Row, str | None]:
+    """A canonical row with the prompt of `row`, and the answer that the data prefers, where there is one."""
+    pair_format = options.data_format or detect_format(shaped := known_shape(row, options.data_format))
+    if pair_format is not None and "chosen" in shaped and "rejected" in shaped:
+        pair = to_canonical(shaped, pair_format, balance)
+        answer = pair["chosen"]
+        return pair, (answer if isinstance(answer, str) else str(answer[0]["content"])).strip()
+    name = next((name for name in _CONVERSATIONS if isinstance(row.get(name), list)), None)
+    if name is not None and not has_value(row.get("prompt")):
+        return _of_conversation(row, name, balance)
+    column = next((name for name in _ANSWERS if isinstance(row.get(name), str)), None)
+    answer = row[column].strip() if column else None
+    asks = {name: value for name, value in row.items() if name != column}
+    asks |= _MESSAGES if isinstance(asks.get("prompt"), list) else _TEXTS
+    own_format = options.data_format or detect_format(asks)
     if own_format is None:
         raise RowError("has no prompt: there is no column prompt, messages, question or instruction; see --prompt_key")
-    prompt = to_canonical(row_of_pair, own_format)["prompt"]
-    answer = named.get("chosen", named.get("completion", named.get("response")))
-    chosen = answer.strip() if isinstance(answer, str) and answer.strip() else None
-    return prompt, Prompt(as_messages(prompt), row, chosen)
+    return to_canonical(asks, own_format, balance), answer or None
 
 
-def _of_conversation(turns: list[Any], row: Mapping[str, Any]) -> tuple[list[Message], Prompt]:
+def _of_conversation(row: Row, column: str, balance: Balance) -> tuple[Row, str | None]:
     """The conversation up to its last user's turn; an answer that follows is the data's own."""
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowError(f"message {number}: must be an object, not {kind_of(turn)}")
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise RowError(f"message {number}: has no 'role' and 'content' of text")
-        messages.append({"role": _ROLES.get(role, role), "content": text})
-    last = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=None)
+    tracked = TrackedRow(known_shape({"messages": row[column]}, None))
+    turns = read_turns(tracked, "messages")
+    last = max((at for at, turn in enumerate(turns) if turn["role"] in ("user", "tool")), default=None)
     if last is None:
         raise RowError("the conversation has no user's turn")
-    prompt = messages[: last + 1]
-    checked = to_canonical({"prompt": prompt, **_MESSAGES}, "messages")["prompt"]
-    after = messages[last + 1 : last + 2]
+    beside = {name: value for name, value in row.items() if name not in (column, "prompt", *_TEXTS)}
+    pair = to_canonical({**beside, **tracked.inside, "prompt": turns[: last + 1], **_MESSAGES}, "messages", balance)
+    after = turns[last + 1 : last + 2]
     chosen = after[0]["content"].strip() if after and after[0]["role"] == "assistant" else None
-    return checked, Prompt(checked, row, chosen or None)
+    return pair, chosen or None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.files import read_rows
-from tandem.data.formats import Message, RowError, as_messages, kind_of, prompt_id
+from tandem.data.formats import Asked, Message, RowError, as_messages, kind_of, prompt_id
 from tandem.errors import UserError
 from tandem.runs import write_atomic
 
@@ -64,7 +64,7 @@ def key_of(record: Mapping[str, Any]) -> Key:
 
 
 def _checked(row: Mapping[str, Any], scored: bool) -> Record:
-    messages = _messages(row)
+    messages = Asked(_messages(row), row)
     if not isinstance(row.get("text"), str):
         raise RowError(f"field 'text': the answer must be text, not {kind_of(row.get('text'))}")
     label = row.get("label", "policy")

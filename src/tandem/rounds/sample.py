@@ -10,6 +10,8 @@ from tandem import ranks
 from tandem.answers.backends.base import Answer, Draw
 from tandem.answers.backends.options import GenerationOptions
 from tandem.answers.generate import refuse_others, source_of
+from tandem.data.adapt import day_of_models
+from tandem.data.messages import extras_of
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.rounds.names import DATA, PROMPTS, SAMPLES
@@ -47,6 +49,7 @@ def sample(
         missing = {label: _missing(prompts, options.num_samples, done[label]) for label in sources}
         unfinished = {label: options.by_label[label] for label in sources if missing[label]}
         if unfinished:
+            engine.day = day_of_models(unfinished.values())
             from tandem.answers.backends.open import open_engine
 
             with open_engine(unfinished.values(), engine, sampling) as drawer:
@@ -122,6 +125,7 @@ def _finish(
     records: list[Record] = [
         {
             "messages": prompt.messages,
+            **extras_of(prompt.messages),
             "label": label,
             "held_out": options.held_out,
             **drawn[label][prompt.prompt_id, number],
@@ -134,6 +138,7 @@ def _finish(
         records += [
             {
                 "messages": prompt.messages,
+                **extras_of(prompt.messages),
                 "label": DATA,
                 "prompt_id": prompt.prompt_id,
                 "draw": 0,

@@ -6,6 +6,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from tandem.errors import UserError
+from tandem.servers.tools import call_texts, chat_messages
+
 Form = Literal["responses", "chat"]
 End = Literal["stop", "length", "filtered", "refused", "failed"]
 NO_REPLY = "not a reply of the Responses API or of chat completions"
@@ -22,6 +25,7 @@ class Request:
     top_p: float | None = None
     seed: int | None = None  # only chat completions have one
     schema: Mapping[str, Any] | None = None  # `name`, `strict` and the JSON `schema` of the answer
+    extras: Mapping[str, Any] | None = None  # `tools` and `chat_template_kwargs`, which vLLM takes beside messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +48,22 @@ def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dic
     """The body of `request` in one form, without the parameters that the server refuses.
 
     With `max_completion_tokens` among `left_out`, its older name `max_tokens` is sent in its place.
+
+    Raises:
+        UserError: a prompt with tools, in the form `responses`.
     """
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     body: dict[str, Any] = {"model": request.model}
     if form == "responses":
+        if request.extras or any(message.get("tool_calls") for message in request.messages):
+            raise UserError("tools and chat_template_kwargs are asked with by chat completions, which the server lacks")
         body |= {"input": request.messages, "store": False, "stream": False}
         body |= sampling | {"max_output_tokens": request.max_tokens}
         if request.schema is not None:
             body["text"] = {"format": {"type": "json_schema", **request.schema}}
     else:
         limit = "max_tokens" if "max_completion_tokens" in left_out else "max_completion_tokens"
-        body |= {"messages": request.messages, "stream": False}
+        body |= {"messages": chat_messages(request.messages), "stream": False, **(request.extras or {})}
         body |= sampling | {limit: request.max_tokens, "seed": request.seed}
         if request.schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": dict(request.schema)}
@@ -146,7 +155,8 @@ def _read_completion(reply: Mapping[str, Any]) -> Reply:
         if problem:
             return Reply("", "failed", said_by(problem), *_tokens(reply.get("usage")))
         raise NoReply(f"{NO_REPLY}: no message among its choices")
-    text = "".join(_pieces(message.get("content"), "content"))
+    pieces = [*_pieces(message.get("content"), "content")]
+    text = "\n".join(["".join(pieces), *call_texts(message)]).removeprefix("\n")
     tokens = _tokens(reply.get("usage"))
     reasoning = (
         message.get("reasoning_content")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.answers.backends.options import GenerationOptions
-from tandem.data.formats import Message
+from tandem.data.formats import Asked, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,10 +69,16 @@ def weights_dtype(options: GenerationOptions) -> str:
 
 
 def encode(prompts: Sequence[list[Message]], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[list[int]]:
-    """Token ids of prompts as the model sees them, cut to `max_tokens` from the left."""
-    from tandem.data.texts import prompt_ids, trim_prompt
+    """Token ids of prompts as the model sees them, cut to `max_tokens` from the left.
 
-    return [prompt_ids(trim_prompt(list(messages), tokenizer, max_tokens), tokenizer) for messages in prompts]
+    Raises:
+        UserError: the chat template refuses a prompt or leaves out a part of it; with file and row where known.
+    """
+    from tandem.data.texts import asked_ids
+    from tandem.data.tokenized import all_made
+
+    places = [prompt.place if isinstance(prompt, Asked) else "" for prompt in prompts]
+    return all_made(prompts, places, lambda prompt: asked_ids(prompt, tokenizer, max_tokens), "prompts")
 
 
 def read_answer(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> Answer:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tandem.answers.backends.base import BATCH_SIZE, REFUSED, Answer, Draw
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
+from tandem.data.messages import extras_of
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions, draw_seed, prompt_seed
 from tandem.servers.client import Client
@@ -181,6 +182,7 @@ class OpenAIEngine:
             temperature=draw.temperature,
             top_p=draw.top_p,
             seed=seed,
+            extras=extras_of(messages),
         )
         problem = ""
         for _ in range(TRIES):
@@ -188,6 +190,8 @@ class OpenAIEngine:
                 answer, problem = self._read(self._client.ask(request))
             except openai.APIError as error:
                 raise self._actionable(error) from None
+            except UserError as error:  # no form that the server has can ask this
+                raise Fatal(f"--base_url {self._client.url}: {error}") from None
             if answer is not None:
                 return answer
         raise UserError(f"--base_url {self._client.url}: {problem}; {_MORE}")
