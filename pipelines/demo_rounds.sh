@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE=1 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/runs/demo_rounds}
 MODEL_NAME=${XDG_CACHE_HOME:-$HOME/.cache}/tandem/SmolLM2-135M-Instruct
 python -m tandem.demo "$MODEL_NAME"
 PROMPTS=${XDG_CACHE_HOME:-$HOME/.cache}/tandem/instructions
-[[ -f $PROMPTS/test.jsonl ]] || python -m tandem.rounds.instructions "$PROMPTS"
+python -m tandem.rounds.instructions "$PROMPTS"
 export MODEL_NAME PROMPTS VAL_RATIO=0 SCORER=function:tandem.rounds.instructions:success
 export RECIPE=${RECIPE:-$ROOT/pipelines/recipes/demo_rounds}
 exec "$ROOT/pipelines/rounds.sh"

@@ -38,6 +38,7 @@ def test_held_out_prompts_have_other_combinations(tmp_path: Path):
     assert len(held_out) == HELD_OUT >= 200
     pairs = [{tuple(prompt.row["constraints"]) for prompt in part} for part in (train, held_out)]
     assert not pairs[0] & pairs[1]
+    assert [len(part) for part in pairs] == [9 + 6, 6]  # of fifteen pairs; training has single constraints as well
     for part in pairs:
         assert {name for pair in part for name in pair} == set(CONSTRAINTS)
     assert rows(5, held_out=True) == rows(5, held_out=True)

@@ -2,7 +2,8 @@
 
     python -m tandem.rounds.instructions FOLDER    writes train.jsonl and test.jsonl
 
-Held-out prompts ask for other pairs of constraints than those that are trained on.
+A prompt that is trained on asks for one or two of six constraints; the held-out prompts ask for pairs that no prompt in
+training has.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from tandem.errors import UserError, script_main
 from tandem.runs import write_atomic
 
 SEED = 20261129
-TRAINED, HELD_OUT = 400, 240  # prompts
+TRAINED, HELD_OUT = 160, 210  # prompts
 
 _TOPICS = (
     "a river", "winter", "bread", "a bicycle", "the moon", "a library", "tea", "a garden", "music", "a lighthouse",
@@ -44,15 +45,20 @@ CONSTRAINTS: dict[str, tuple[str, Callable[[str, Any], bool]]] = {
 def rows(count: int, *, held_out: bool, seed: int = SEED) -> list[dict[str, Any]]:
     """`count` different prompts: `prompt`, and `constraints` with what each is given."""
     noise = random.Random(f"{seed} {held_out}")
-    pairs = list(itertools.combinations(CONSTRAINTS, 2))
-    own = [pair for index, pair in enumerate(pairs) if (index % 3 == 2) == held_out]
+    names = list(CONSTRAINTS)
+    # Each constraint and the next, around: every one is in two of the held-out pairs
+    apart = {frozenset(pair) for pair in zip(names, names[1:] + names[:1], strict=True)}
+    pairs = list(itertools.combinations(names, 2))
+    own: list[tuple[str, ...]] = [pair for pair in pairs if (frozenset(pair) in apart) == held_out]
+    if not held_out:
+        own += [(name,) for name in names]
     found: dict[str, dict[str, Any]] = {}
     while len(found) < count:
         given: dict[str, Any] = {}
         for name in noise.choice(own):
             given[name] = {"begin_with": noise.choice(_OPENERS), "at_most_words": noise.randrange(8, 26)}.get(name)
         sentences = [CONSTRAINTS[name][0].format(value) for name, value in given.items()]
-        prompt = " ".join([f"Say something about {noise.choice(_TOPICS)}.", *sentences])
+        prompt = " ".join([f"Say something short about {noise.choice(_TOPICS)}.", *sentences])
         found.setdefault(prompt, {"prompt": prompt, "constraints": given})
     return list(found.values())
 
