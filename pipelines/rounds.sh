@@ -6,15 +6,15 @@
 # MODEL_NAME         model folder or Hub name of round 0 (required)
 # PROMPTS            any data set that Tandem reads, with or without answers (required)
 # SCORER             who scores: reward:MODEL, judge:MODEL or function:FILE.py:NAME (required)
-# SECOND_SCORER      another, which ranks nothing and shows whether the first is over-optimised
+# SECOND_SCORER      another (judge:… if SCORER is none), which ranks nothing and shows whether the first is over-optimised
 # ROUNDS             2
 # REFERENCE          previous: the round's start; initial: MODEL_NAME (previous)
 # VAL_RATIO          share of the prompts to hold out (0.2; 0: the test split)
 # OFFLINE_PAIRS      pairs that others wrote, mixed in as OFFLINE_SHARE of the pairs of each round
 # OFFLINE_SHARE      0.5 where OFFLINE_PAIRS is set
 # JUDGE_BASE_URL     server of a judge; its key is read from OPENAI_API_KEY
-# RECIPE             folder with dpo.yaml, sample.yaml, held_out.yaml, score.yaml, make_pairs.yaml (recipes/rounds)
-# OUTPUT_DIR, ACCELERATE_CONFIG, NUM_PROCESSES  as in dpo_pipeline_sanity.sh
+# RECIPE             folder with dpo.yaml, sample.yaml, held_out.yaml, score.yaml, make_pairs.yaml, rounds.yaml (recipes/rounds)
+# OUTPUT_DIR, MOUNT_DIR, ACCELERATE_CONFIG, NUM_PROCESSES  as in dpo_pipeline_sanity.sh
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -33,26 +33,32 @@ OFFLINE_SHARE=${OFFLINE_SHARE:-0.5}
 data=(--dataset_name "$PROMPTS")
 [[ $VAL_RATIO == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
 
-# scorer_options SCORER: the options of score.py that it stands for
-scorers=()
+rewards=() functions=() judges=()
 alone=() # options of scores of single answers: a judge that compares has nothing to compare them with
+# add_scorer SCORER: among those that score.py asks
 add_scorer() {
   case $1 in
-    reward:?*) scorers+=(--reward_models "${1#reward:}") ;;
-    judge:?*)
-      scorers+=(--judge_model "${1#judge:}" ${JUDGE_BASE_URL:+--judge_base_url "$JUDGE_BASE_URL"})
-      alone=(--judge_mode rubric)
-      ;;
-    function:?*:?*) scorers+=(--score_function "${1#function:}") ;;
+    reward:?*) rewards+=("${1#reward:}") ;;
+    judge:?*) judges+=("${1#judge:}") && alone=(--judge_mode rubric) ;;
+    function:?*:?*) functions+=("${1#function:}") ;;
     *) die "a scorer is reward:MODEL, judge:MODEL or function:FILE.py:NAME, not $1" ;;
   esac
 }
 add_scorer "$SCORER"
-if [[ -n ${SECOND_SCORER:-} ]]; then
-  [[ ${SECOND_SCORER%%:*} != "${SCORER%%:*}" ]] || die "SECOND_SCORER must be of another kind than SCORER"
-  add_scorer "$SECOND_SCORER"
-  scorers+=(--rank_by "$SCORER")
-fi
+[[ -z ${SECOND_SCORER:-} ]] || add_scorer "$SECOND_SCORER"
+[[ ${SECOND_SCORER:-} != "$SCORER" ]] || die "SECOND_SCORER is SCORER itself, which shows nothing"
+((${#judges[@]} < 2)) || die "SECOND_SCORER must be of another kind than SCORER where that is a judge"
+[[ -z ${JUDGE_BASE_URL:-} || ${#judges[@]} != 0 ]] || die "JUDGE_BASE_URL has no effect: no scorer is a judge"
+scorers=()
+((${#rewards[@]} == 0)) || scorers+=(--reward_models "${rewards[@]}")
+((${#functions[@]} == 0)) || scorers+=(--score_function "${functions[@]}")
+((${#judges[@]} == 0)) || scorers+=(--judge_model "${judges[0]}" ${JUDGE_BASE_URL:+--judge_base_url "$JUDGE_BASE_URL"})
+[[ -z ${SECOND_SCORER:-} ]] || scorers+=(--rank_by "$SCORER")
+
+# config STAGE: as in lib.sh, with other defaults
+config() {
+  if [[ -f $RECIPE/$1.yaml ]]; then echo "$RECIPE/$1.yaml"; else echo "$ROOT/pipelines/recipes/rounds/$1.yaml"; fi
+}
 
 # held_out ROUND MODEL: one answer to each held-out prompt, scored
 held_out() {
@@ -80,7 +86,7 @@ pairs_of() {
 }
 
 stages() {
-  local round policy=$MODEL_NAME own pairs reference
+  local round policy=$MODEL_NAME own pairs reference mount split
   held_out 0 "$MODEL_NAME"
   for ((round = 1; round <= ROUNDS; round++)); do
     own=round_$round
@@ -96,15 +102,19 @@ stages() {
     pairs=$(pairs_of "$round")
     reference=()
     [[ $REFERENCE == previous || $round == 1 ]] || reference=(--reference_model "$MODEL_NAME")
+    mount=()
+    [[ -z ${MOUNT_DIR:-} ]] || mount=(--mount_dir "$MOUNT_DIR/$own")
     split=()
     [[ -z ${PREFLIGHT:-} ]] || split=("${data[@]:2}")
     stage "dpo_$round" "$own/dpo" \
       launch "$ROOT/scripts/dpo.py" --config "$(config dpo)" --dataset_name "$pairs" "${split[@]}" \
-      --model_name_or_path "$policy" "${reference[@]}" --output_dir "$RUN/$own/dpo"
+      --model_name_or_path "$policy" "${reference[@]}" "${mount[@]}" --output_dir "$RUN/$own/dpo"
     policy=$RUN/$own/dpo
+    stage "report_$round" "$own/report.html" \
+      python "$ROOT/scripts/report.py" --run_dir "$RUN/$own"
     held_out "$round" "$policy"
     stage "measure_$round" rounds.json \
-      python "$ROOT/scripts/rounds.py" --run_dir "$RUN"
+      python "$ROOT/scripts/rounds.py" --config "$(config rounds)" --run_dir "$RUN"
     if [[ -z ${PREFLIGHT:-} ]] && python -c 'import json, sys
 rows = json.load(open(sys.argv[1]))["rounds"]
 sys.exit(not next(row["stop"] for row in rows if row["round"] == int(sys.argv[2])))' "$RUN/rounds.json" "$round"; then
@@ -112,10 +122,12 @@ sys.exit(not next(row["stop"] for row in rows if row["round"] == int(sys.argv[2]
       break
     fi
   done
+  stage report report.html \
+    python "$ROOT/scripts/report.py" --run_dir "$RUN"
 }
 
 preflight stages
 log_to "$RUN/rounds.log"
 stages
 cat "$RUN/rounds.md"
-echo "Rounds: $RUN/rounds.html"
+echo "Report: $RUN/report.html"

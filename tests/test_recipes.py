@@ -25,6 +25,7 @@ GIVEN = {
     "held_out": "--models policy=m --dataset_name d --output_dir o",
     "score": "--samples s --output_dir o --score_function m:f",
     "make_pairs": "--scores s --output_dir o",
+    "rounds": "--run_dir r",
 }
 NAMED = {"gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_27b", "llama2_7b", "llama2_13b", "llama3_8b", "llama3_70b"}
 

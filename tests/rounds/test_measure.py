@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tandem.rounds.options import RoundsOptions
 
 
 def write(
-    run: Path, number: int, scores: list[float | None], other: list[float] | None = None, name: str = "f"
+    run: Path, number: int, scores: list[float | None], other: Sequence[float | None] | None = None, name: str = "f"
 ) -> None:
     folder = run / f"round_{number}" / "held_out"
     folder.mkdir(parents=True)
@@ -29,8 +30,8 @@ def write(
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def results(run: Path, seed: int = 42) -> dict[str, Any]:
-    return measure(RoundsOptions(run_dir=str(run), seed=seed))
+def results(run: Path, **given: Any) -> dict[str, Any]:
+    return measure(RoundsOptions(run_dir=str(run), **given))
 
 
 def test_a_row_a_round_by_hand(tmp_path: Path):
@@ -40,7 +41,7 @@ def test_a_row_a_round_by_hand(tmp_path: Path):
     assert first["difference"]["value"] == 0
     assert second["difference"]["value"] == pytest.approx((3 - 1) / 7)  # of seven prompts with both, 3 gained, 1 lost
     assert second["difference"]["low"] < 2 / 7 < second["difference"]["high"]
-    assert second["win_rate"]["value"] == pytest.approx((3 + 0.5 * 3) / 7)
+    assert second["win_rate"]["value"] == pytest.approx((3 + 1 + 0.5 * 3) / 8)  # an answer wins against none
     assert second["mean_score"]["value"] == 5 / 8
     assert (first["non_answers"], second["mean_tokens"]) == (1 / 8, 11)
     for name in ("rounds.json", "rounds.md", "rounds.html"):
@@ -50,8 +51,33 @@ def test_a_row_a_round_by_hand(tmp_path: Path):
 def test_the_seed_of_the_bootstrap(tmp_path: Path):
     write(tmp_path, 0, [float(i % 7) for i in range(40)])
     write(tmp_path, 1, [float(i % 5) for i in range(40)])
-    lows = {results(tmp_path, seed)["rounds"][1]["difference"]["low"] for seed in (1, 2, 3, 1)}
+    lows = {results(tmp_path, seed=seed)["rounds"][1]["difference"]["low"] for seed in (1, 2, 3, 1)}
     assert 1 < len(lows) <= 3
+
+
+def test_what_a_non_answer_counts(tmp_path: Path):
+    write(tmp_path, 0, [1.0, 1.0, None, 0.0])
+    write(tmp_path, 1, [1.0, None, 1.0, 1.0])
+    assert results(tmp_path)["rounds"][1]["difference"] | {"low": 0, "high": 0} == {
+        "value": 0.5, "low": 0, "high": 0, "n": 2,
+    }  # fmt: skip
+    second = results(tmp_path, non_answer_score=0.0)["rounds"][1]
+    assert (second["difference"]["value"], second["difference"]["n"]) == (0.25, 4)
+    assert second["mean_score"]["value"] == 0.75
+    assert second["win_rate"]["value"] == (0.5 + 0 + 1 + 1) / 4
+
+
+def test_a_round_is_compared_with_the_best_before_it_prompt_by_prompt(tmp_path: Path):
+    """Prompts differ far more than rounds do: only pairing shows that each round gains."""
+    for number in range(3):
+        write(tmp_path, number, [100.0 * index + 0.1 * number * (1 + index % 3) for index in range(30)])
+    rows = results(tmp_path)["rounds"]
+    assert [row["stop"] for row in rows] == [False, False, False]
+    assert rows[2]["gain"]["value"] == pytest.approx(0.2)
+    assert rows[2]["gain"]["low"] > 0.15
+    write(tmp_path, 3, [100.0 * index + 0.3 * (index % 2) for index in range(30)])
+    found = results(tmp_path)
+    assert (found["best_round"], found["stop"]) == (2, True)
 
 
 def test_the_best_round_and_when_to_stop(tmp_path: Path):
@@ -73,7 +99,12 @@ def test_over_optimisation_is_said_first(tmp_path: Path):
     assert "<b>f" not in (tmp_path / "rounds.html").read_text()
     write(tmp_path / "fine", 0, [0.0, 0.1] * 10, other=[1.0, 2.0] * 10)
     write(tmp_path / "fine", 1, [1.0, 1.2] * 10, other=[1.5, 2.8] * 10)
-    assert results(tmp_path / "fine")["warnings"] == []
+    fine = results(tmp_path / "fine")
+    assert fine["warnings"] == []
+    assert fine["rounds"][1]["others"]["second"]["win_rate"]["value"] == 1
+    for number, scores in enumerate(([0.0, 0.1], [1.0, 1.2])):
+        write(tmp_path / "silent", number, scores * 10, other=[None] * 20)
+    assert "no answer has a score of second" in results(tmp_path / "silent")["warnings"][0]
 
 
 def test_what_cannot_be_measured(tmp_path: Path):

@@ -60,7 +60,7 @@ def test_a_function_scores_and_non_answers_get_none(tmp_path: Path):
         answer("q!", "none"),
     ]
     function = f"{tmp_path}/check.py:length"
-    report, records = scored(tmp_path, rows, score_function=function)
+    report, records = scored(tmp_path, rows, score_function=[function])
     assert [record["score"] for record in records] == [5.0, None, None, None, None, None]
     assert [record["non_answer"] for record in records[:4]] == [None, "empty", "unclosed_think", "cut_off"]
     assert records[0]["scorer"] == f"function:{function}"
@@ -73,17 +73,17 @@ def test_a_function_scores_and_non_answers_get_none(tmp_path: Path):
 def test_a_text_is_scored_once_and_a_changed_function_anew(tmp_path: Path):
     rows = [answer("q", "four"), answer("q", "four"), answer("r", "four"), answer("q", "fiver")]
     function = f"{tmp_path}/check.py:length"
-    _, first = scored(tmp_path, rows, score_function=function)
+    _, first = scored(tmp_path, rows, score_function=[function])
     assert (tmp_path / "calls.txt").read_text().split() == ["four", "four", "fiver"]
     cache = tmp_path / "out" / "scores_cache.jsonl"
     lines = cache.read_bytes().splitlines(keepends=True)
     cache.write_bytes(lines[0] + lines[1][:9])  # killed
-    _, again = scored(tmp_path, rows, score_function=function)
+    _, again = scored(tmp_path, rows, score_function=[function])
     assert again == first
     assert len((tmp_path / "calls.txt").read_text().split()) == 5
     cache.write_text('{"key": 1}\n')
     with pytest.raises(UserError, match="damaged"):
-        scored(tmp_path, rows, score_function=function)
+        scored(tmp_path, rows, score_function=[function])
 
 
 def test_the_row_of_the_data_reaches_the_function(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_the_row_of_the_data_reaches_the_function(tmp_path: Path):
     row = answer("q", "four")
     prompt = {"prompt_id": prompt_id(row["messages"]), "messages": row["messages"], "row": {"weight": 10}}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
-    _, records = scored(tmp_path, [row], score_function=f"{tmp_path}/check.py:length")
+    _, records = scored(tmp_path, [row], score_function=[f"{tmp_path}/check.py:length"])
     assert records[0]["score"] == 40.0
 
 
@@ -107,7 +107,7 @@ def test_the_row_of_the_data_reaches_the_function(tmp_path: Path):
 )
 def test_functions_that_are_none(tmp_path: Path, name: str, said: str):
     with pytest.raises(UserError, match=said) as error:
-        scored(tmp_path, [answer("q", f"a{i}") for i in range(30)], score_function=f"{tmp_path}/check.py:{name}")
+        scored(tmp_path, [answer("q", f"a{i}") for i in range(30)], score_function=[f"{tmp_path}/check.py:{name}"])
     assert "--score_function" in str(error.value)
 
 
@@ -202,10 +202,10 @@ def test_read_mark(text: str, mark: float | None):
     ("given", "said"),
     [
         ({}, "nothing to score by"),
-        ({"score_function": "a:b", "judge_model": "m"}, "--rank_by is required"),
-        ({"score_function": "a:b", "rank_by": "judge:m"}, "is none of function:a:b"),
-        ({"score_function": "a:b", "reward_batch_size": 2}, "no effect without --reward_models"),
-        ({"score_function": "a:b", "judge_mode": "rubric"}, "no effect without --judge_model"),
+        ({"score_function": ["a:b"], "judge_model": "m"}, "--rank_by is required"),
+        ({"score_function": ["a:b"], "rank_by": "judge:m"}, "is none of function:a:b"),
+        ({"score_function": ["a:b"], "reward_batch_size": 2}, "no effect without --reward_models"),
+        ({"score_function": ["a:b"], "judge_mode": "rubric"}, "no effect without --judge_model"),
         ({"judge_model": "m", "rubric": "x"}, "no effect without --judge_mode rubric"),
         ({"reward_models": ["x", "x"]}, "twice"),
     ],

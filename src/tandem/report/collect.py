@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 STAGES = ("sft", "dpo")
 PIPELINE = ("check", "sft", "merge_sft", "dpo", "merge_dpo", "evaluate", "compare", "judge", "report")
-PIPELINE_LOG = "dpo_pipeline_sanity.log"
+PIPELINE_LOG, ROUNDS_LOG = "dpo_pipeline_sanity.log", "rounds.log"
 OUTCOMES = ("won", "lost", "tie", "disagree", "unjudged")
 _STAGE_TIME = re.compile(r"^== (\w+): (\d+) s$", re.MULTILINE)
 
@@ -54,6 +54,12 @@ class Run:
     seconds: dict[str, int] = dataclasses.field(default_factory=dict)
     commands: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of the pipeline's stages, as words
     alarms: list[Json] = dataclasses.field(default_factory=list)
+    rounds: Json | None = None  # rounds.json
+
+    @property
+    def is_of_rounds(self) -> bool:
+        """Whether the folder is one of rounds.sh, whose trainings and answers lie in the folders of its rounds."""
+        return self.rounds is not None and not any((self.stages, self.results, self.judge, self.answers))
 
     @property
     def labels(self) -> list[str]:
@@ -87,13 +93,15 @@ def read_run(folder: str | Path) -> Run:
         data=read_json(folder / "data_report.json"),
         answers=answers,
         unmatched_verdicts=unmatched,
-        seconds=_stage_seconds(folder / PIPELINE_LOG),
+        seconds=_stage_seconds(folder / PIPELINE_LOG) or _stage_seconds(folder / ROUNDS_LOG),
         commands=_commands(folder / ".stages"),
         alarms=_read_jsonl(folder / "dpo" / "logs" / "alarms.jsonl"),
+        rounds=read_json(folder / "rounds.json"),
     )
-    if not any((run.stages, run.results, run.judge, run.data, run.answers)):
+    if not any((run.stages, run.results, run.judge, run.data, run.answers, run.rounds)):
         raise UserError(
-            f"--run_dir {folder}: nothing of a run in it (no results.json, dpo_comparison_results.json, sft/, dpo/ …)"
+            f"--run_dir {folder}: nothing of a run in it (no results.json, dpo_comparison_results.json, rounds.json, "
+            "sft/, dpo/ …)"
         )
     return run
 
@@ -150,9 +158,9 @@ def _stage_seconds(log: Path) -> dict[str, int]:
 
 
 def _commands(folder: Path) -> dict[str, list[str]]:
-    """What `stage` of pipelines/lib.sh ran, in the order of the pipeline, stages of other pipelines last."""
+    """What `stage` of pipelines/lib.sh ran, in the order of the pipeline, stages of others last, as they began."""
     found = {}
-    for path in sorted(folder.glob("*.command")):
+    for path in sorted(folder.glob("*.command"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
         with as_written(path):
             found[path.stem] = shlex.split(path.read_text(encoding="utf-8"))
     known = [name for name in PIPELINE if name in found]

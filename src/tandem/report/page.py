@@ -24,6 +24,7 @@ from tandem.report.numbers import (
     show_interval,
     show_value,
 )
+from tandem.report.rounds import rounds_section
 from tandem.report.tables import (
     breakdown_tables,
     data_table,
@@ -80,10 +81,33 @@ def render(run: Run, written: datetime | None = None) -> str:
         options=options_table(run),
         commands=commands(run),
         browser=browser_data(run),
+        rounds=rounds(run),
         written=(written or datetime.now(UTC)).strftime("%d %B %Y, %H:%M UTC"),
         style=Markup(source(templates, "report.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def rounds(run: Run) -> Json | None:
+    """What the page shows of rounds.json, with links to the report of each round's training."""
+    if run.rounds is None:
+        return None
+    with as_written(run.folder / "rounds.json"):
+        numbers = [row["round"] for row in run.rounds["rounds"]]
+        links = {number: f"round_{number}/report.html" for number in numbers}
+        return rounds_section(
+            run.rounds, {number: link for number, link in links.items() if (run.folder / link).is_file()}
+        )
+
+
+def rounds_page(folder: Path, results: Json) -> str:
+    """rounds.html: the rounds alone, without a script or a date."""
+    templates = environment(autoescape=True)
+    return templates.get_template("rounds_page.html.jinja").render(
+        title=folder.resolve().name,
+        rounds=rounds(Run(folder, rounds=results)),
+        style=Markup(source(templates, "report.css")),
     )
 
 

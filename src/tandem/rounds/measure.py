@@ -1,7 +1,7 @@
 """What the rounds have brought on the held-out prompts, measured against round 0."""
 
-import html
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +13,16 @@ import numpy as np
 from tandem.answers.refusals import is_refusal
 from tandem.errors import UserError
 from tandem.intervals import Estimate, bootstrap, estimate, mean, wilson
+from tandem.report.page import rounds_page
+from tandem.report.rounds import rounds_table
+from tandem.rounds.divergence import divergence
 from tandem.rounds.names import ROUNDS_FILE, SCORES
 from tandem.rounds.options import RoundsOptions
 from tandem.rounds.records import Record, read_records
 from tandem.runs import write_atomic, write_json
 
 _FOLDER = re.compile(r"round_(\d+)")
+_NONE_IN_BOTH = "no prompt has a score in both rounds"
 
 
 def measure(options: RoundsOptions) -> dict[str, Any]:
@@ -29,11 +33,15 @@ def measure(options: RoundsOptions) -> dict[str, Any]:
     """
     folder = Path(options.run_dir)
     rounds = _read(folder)
-    rows = [_row(number, rounds[number], rounds[0], options.seed) for number in sorted(rounds)]
-    results = {"rounds": rows, **_conclusion(rows), "warnings": _over_optimised(rows)}
+    rows = [_row(number, rounds[number], rounds[0], options) for number in sorted(rounds)]
+    for row in rows:
+        own = folder / f"round_{row['round']}" / "held_out"
+        row["kl"] = divergence(own, rounds[row["round"]], rounds[0], options) if row["round"] else None
+    best = _best(rows, rounds, options)
+    results = {"rounds": rows, "best_round": best, "stop": rows[-1]["stop"], "warnings": _over_optimised(rows)}
     write_json(folder / ROUNDS_FILE, results)
     write_atomic(folder / "rounds.md", to_markdown(results) + "\n")
-    write_atomic(folder / "rounds.html", to_html(results).encode(errors="replace"))
+    write_atomic(folder / "rounds.html", rounds_page(folder, results).encode(errors="replace"))
     return results
 
 
@@ -52,29 +60,28 @@ def _read(folder: Path) -> dict[int, list[Record]]:
     return found
 
 
-def _by_prompt(records: Sequence[Record], name: str | None) -> dict[str, float]:
-    """The mean score of each prompt; by the scorer that ranks, or another."""
+def _by_prompt(records: Sequence[Record], name: str | None, of_none: float | None) -> dict[str, float]:
+    """The mean score of each prompt; by the scorer that ranks, or another. A non-answer counts `of_none`."""
     values: dict[str, list[float]] = {}
     for record in records:
         score = record["score"] if name is None else record.get("scores", {}).get(name)
+        if record.get("non_answer") is not None:
+            score = of_none
         if score is not None:
             values.setdefault(record["prompt_id"], []).append(score)
     return {key: fmean(own) for key, own in values.items()}
 
 
-def _row(number: int, records: Sequence[Record], base: Sequence[Record], seed: int) -> dict[str, Any]:
+def _row(number: int, records: Sequence[Record], base: Sequence[Record], options: RoundsOptions) -> dict[str, Any]:
     ranked = next((record["scorer"] for record in records if record.get("scorer")), None)
     names = sorted({name for record in records for name in record.get("scores", {})} - {ranked})
     lengths = [record["n_tokens"] for record in records if record.get("n_tokens") is not None]
-    own = _by_prompt(records, None)
     return {
         "round": number,
         "answers": len(records),
         "scorer": ranked,
-        "mean_score": bootstrap(mean, [np.array(list(own.values()))], seed) if own else None,
-        "difference": _difference(own, _by_prompt(base, None), seed),
-        "win_rate": _win_rate(own, _by_prompt(base, None)),
-        "others": {name: _difference(_by_prompt(records, name), _by_prompt(base, name), seed) for name in names},
+        **_by_scorer(records, base, None, options),
+        "others": {name: _by_scorer(records, base, name, options) for name in names},
         "mean_tokens": fmean(lengths) if lengths else None,
         "mean_characters": fmean(len(record["text"]) for record in records),
         "distinct_bigrams": distinct_bigrams([record["text"] for record in records]),
@@ -83,17 +90,31 @@ def _row(number: int, records: Sequence[Record], base: Sequence[Record], seed: i
     }
 
 
+def _by_scorer(
+    records: Sequence[Record], base: Sequence[Record], name: str | None, options: RoundsOptions
+) -> dict[str, Any]:
+    """What one scorer says of a round and of its lead over round 0; the one that ranks where `name` is None."""
+    own, first = (_by_prompt(each, name, options.non_answer_score) for each in (records, base))
+    return {
+        "mean_score": bootstrap(mean, [np.array(list(own.values()))], options.seed) if own else None,
+        "difference": _difference(own, first, options.seed),
+        "win_rate": _win_rate(_by_prompt(records, name, -math.inf), _by_prompt(base, name, -math.inf)),
+    }
+
+
 def _difference(own: Mapping[str, float], base: Mapping[str, float], seed: int) -> Estimate:
     """Mean score less round 0's over prompts that both have a score on; prompts are resampled."""
     both = sorted(own.keys() & base.keys())
     if not both:
-        return estimate(None, None, None, 0, "no prompt has a score in both rounds")
+        return estimate(None, None, None, 0, _NONE_IN_BOTH)
     return bootstrap(mean, [np.array([own[key] - base[key] for key in both])], seed)
 
 
 def _win_rate(own: Mapping[str, float], base: Mapping[str, float]) -> Estimate:
-    signs = [np.sign(own[key] - base[key]) for key in own.keys() & base.keys()]
-    return wilson(float(sum((sign + 1) / 2 for sign in signs)), len(signs), "no prompt has a score in both rounds")
+    """Prompts with a higher score than round 0's, ties as ½. A non-answer, −∞, loses against any answer."""
+    both = own.keys() & base.keys()
+    points = sum(0.5 if own[key] == base[key] else float(own[key] > base[key]) for key in both)
+    return wilson(points, len(both), _NONE_IN_BOTH)
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float | None:
@@ -102,21 +123,22 @@ def distinct_bigrams(texts: Sequence[str]) -> float | None:
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
-def _conclusion(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best round by the mean difference to round 0, and whether the last has brought no more.
+def _best(rows: Sequence[dict[str, Any]], rounds: Mapping[int, Sequence[Record]], options: RoundsOptions) -> int:
+    """The best round by the mean score's lead over round 0; gives each row its `gain` and whether to `stop` there.
 
-    A round brings more where the lower end of its interval is above the difference of the best round before it. Each
-    row gets its own `stop`, so that a pipeline that is run again takes the turns it took.
+    A round brings more where its lead over the best round before it, prompt by prompt, has an interval above 0. Each
+    row has its own `stop`, so that a pipeline that is run again takes the turns it took.
     """
     best = rows[0]
-    best["stop"] = False
+    best["gain"], best["stop"] = None, False
     for row in rows[1:]:
-        value, low = row["difference"]["value"], row["difference"]["low"]
-        before = best["difference"]["value"] or 0.0
-        row["stop"] = value is None or (low if low is not None else value) <= before
-        if value is not None and value > before:
+        own, before = (_by_prompt(rounds[one["round"]], None, options.non_answer_score) for one in (row, best))
+        row["gain"] = gain = _difference(own, before, options.seed)
+        row["stop"] = gain["value"] is None or (gain["low"] if gain["low"] is not None else gain["value"]) <= 0
+        if (row["difference"]["value"] or 0.0) > (best["difference"]["value"] or 0.0):
             best = row
-    return {"best_round": best["round"], "stop": rows[-1]["stop"]}
+    number: int = best["round"]
+    return number
 
 
 def _over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -125,79 +147,25 @@ def _over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows[1:]:
         if (row["difference"]["low"] or 0) <= 0:
             continue
-        for name, other in row["others"].items():
-            if other["value"] is not None and (other["low"] if other["low"] is not None else other["value"]) <= 0:
-                risen = f"{row['scorer']} has risen by {row['difference']['value']:.3g}"
+        risen = f"round {row['round']}: the score of {row['scorer']} has risen by {row['difference']['value']:.3g}"
+        for name, measured in row["others"].items():
+            other = measured["difference"]
+            if other["value"] is None:
+                found.append(f"{risen}, and no answer has a score of {name} that could confirm it")
+            elif (other["low"] if other["low"] is not None else other["value"]) <= 0:
                 found.append(
-                    f"round {row['round']}: the score of {risen}, "
-                    f"and that of {name} has not ({other['value']:.3g}): the scorer may be over-optimised"
+                    f"{risen}, and that of {name} has not beyond its interval ({other['value']:.3g}): the scorer may "
+                    "be over-optimised"
                 )
     return found
 
 
-_COLUMNS = (
-    "round",
-    "difference to round 0",
-    "win rate",
-    "score",
-    "tokens",
-    "distinct bigrams",
-    "refusals",
-    "no answer",
-)
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    def shown(value: float | None, form: str = ".3g") -> str:
-        return "–" if value is None else format(value, form)
-
-    def with_interval(one: Estimate | None, form: str = ".3g") -> str:
-        if one is None or one["value"] is None:
-            return "–"
-        interval = "" if one["low"] is None else f" ({one['low']:{form}} to {one['high']:{form}})"
-        return f"{one['value']:{form}}{interval}"
-
-    return [
-        str(row["round"]),
-        with_interval(row["difference"]),
-        with_interval(row["win_rate"], ".1%"),
-        with_interval(row["mean_score"]),
-        shown(row["mean_tokens"], ".1f"),
-        shown(row["distinct_bigrams"], ".2f"),
-        shown(row["refusals"], ".1%"),
-        shown(row["non_answers"], ".1%"),
-    ]
-
-
-def _headline(results: Mapping[str, Any]) -> list[str]:
-    best = f"The best round is {results['best_round']}."
-    return [*results["warnings"], best + (" The last round brought no more." if results["stop"] else "")]
-
-
 def to_markdown(results: Mapping[str, Any]) -> str:
     """What to know first, and a row a round."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in results["rounds"]]
-    return "\n".join([*_headline(results), "", *lines])
-
-
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}
-.wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3rem .6rem;border-bottom:1px solid #bbb}
-td,th{text-align:right}
-.warning{border-left:.3rem solid #b00;padding-left:.6rem}@media print{body{margin:0}.wide{overflow:visible}}"""
-
-
-def to_html(results: Mapping[str, Any]) -> str:
-    """The page of rounds: no script, nothing loaded; whatever a name holds is text."""
-    escape = html.escape
-    warnings = "".join(f'<p class="warning">{escape(line)}</p>' for line in results["warnings"])
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in results["rounds"]
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Rounds</title><style>{_STYLE}</style><h1>Rounds</h1>{warnings}<p>{escape(_headline(results)[-1])}</p>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        "<p>On the held-out prompts; 95% intervals by resampling prompts.</p></html>\n"
-    )
+    table = rounds_table(results)
+    lines = ["| " + " | ".join(column.title for column in table.columns) + " |", "|---" * len(table.columns) + "|"]
+    lines += [
+        "| " + " | ".join(f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row) + " |"
+        for row in table.rows
+    ]
+    return "\n".join([*results["warnings"], table.conclusion, "", *lines])

@@ -62,8 +62,8 @@ class ScoreOptions(Options):
         "type of a reward model's weights; unset: bfloat16 on a GPU that multiplies it, else float32",
         choices=("float32", "bfloat16", "float16"),
     )
-    score_function: str | None = opt(
-        None, "score by your own function(prompt, answer, row) -> float, as module:function or file.py:function"
+    score_function: list[str] = opt(
+        [], "score by your own function(prompt, answer, row) -> float, as module:function or file.py:function"
     )
     judge_model: str | None = opt(None, "score by this judge, as the server at --judge_base_url names it")
     judge_base_url: str | None = opt(None, "the judge's server; unset: OpenAI's", needs="judge_model!=none")
@@ -88,18 +88,21 @@ class ScoreOptions(Options):
             yield f"{flags(of_rewards)} no effect without --reward_models"
         if not names:
             yield "nothing to score by: give --reward_models, --score_function or --judge_model"
-        if len({name.split(":")[0] for name in names}) > 1 and self.rank_by is None:
+        if (len({name.split(":")[0] for name in names}) > 1 or len(self.score_function) > 1) and self.rank_by is None:
             yield f"--rank_by is required with several scorers: one of {', '.join(names)}"
         if self.rank_by is not None and self.rank_by not in names:
             yield f"--rank_by {self.rank_by}: is none of {', '.join(names)}"
-        if len(set(self.reward_models)) < len(self.reward_models):
-            yield f"--reward_models {' '.join(self.reward_models)}: one is there twice"
+        for name in ("reward_models", "score_function"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                yield f"--{name} {' '.join(given)}: one is there twice"
 
     @property
     def scorers(self) -> list[str]:
         """Names of the scorers, in the order in which they are asked."""
-        own = [("function", self.score_function), ("judge", self.judge_model)]
-        return [f"reward:{name}" for name in self.reward_models] + [f"{kind}:{name}" for kind, name in own if name]
+        judges = [self.judge_model] if self.judge_model else []
+        by_kind = {"reward": self.reward_models, "function": self.score_function, "judge": judges}
+        return [f"{kind}:{name}" for kind, names in by_kind.items() for name in names]
 
 
 @dataclass
@@ -148,3 +151,12 @@ class RoundsOptions(Options):
 
     run_dir: str = opt(REQUIRED, "folder of the rounds, with round_<r>/held_out/scores.jsonl in it")
     seed: int = opt(42, "seed of the bootstrap", low=0)
+    non_answer_score: float | None = opt(
+        None,
+        "what an answer that is none counts in mean scores, as 0 where a score is success; unset: it has no score, and "
+        "its prompt is in no difference",
+        above=-math.inf,
+        below=math.inf,
+    )
+    kl_prompts: int = opt(64, "held-out answers of a round that its KL from round 0 is estimated on; 0: none", low=0)
+    kl_batch_size: int = opt(8, "answers in a batch of these", low=1, unless="kl_prompts=0")

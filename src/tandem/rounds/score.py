@@ -42,8 +42,8 @@ def score(options: ScoreOptions) -> dict[str, Any]:
         details: list[dict[str, Any]] = [{} for _ in whole]
         for name in options.reward_models:
             by_scorer[f"reward:{name}"] = _reward(options, name, whole, cache)
-        if options.score_function:
-            by_scorer[f"function:{options.score_function}"] = _function(options, whole, rows, cache)
+        for name in options.score_function:
+            by_scorer[f"function:{name}"] = _function(name, whole, rows, cache)
         if options.judge_model:
             by_scorer[f"judge:{options.judge_model}"] = _judge(options, whole, cache, folder, details)
         found = iter(_combined(options, by_scorer, details))
@@ -125,11 +125,11 @@ def _weights(name: str) -> Any:
 
 
 def _function(
-    options: ScoreOptions, records: Sequence[Record], rows: dict[str, dict[str, Any]], cache: Cache
+    name: str, records: Sequence[Record], rows: dict[str, dict[str, Any]], cache: Cache
 ) -> list[tuple[float | None, str]]:
     from tandem.rounds.functions import Function
 
-    function = Function(str(options.score_function))
+    function = Function(name)
     own = [rows.get(record["prompt_id"], {}) for record in records]
     texts = _texts(records)
     keys = [

@@ -1,0 +1,190 @@
+"""Rounds of DPO on a policy's own answers, as report.html, rounds.html and rounds.md show rounds.json."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from tandem.report.collect import Json
+from tandem.report.curves import CHOSEN, DPO, MUTED, SFT, new_figure, to_svg
+from tandem.report.numbers import number, percent, show_interval, show_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = (DPO, SFT, CHOSEN, MUTED)
+_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of the rounds: its name and meaning, how it is read off a row, and a level to compare it with."""
+
+    title: str
+    meaning: str
+    read: Callable[[Mapping[str, Any]], Any]
+    is_share: bool = False
+    level: float | None = None
+    scorer: int | None = None  # of several scorers, which; None where none is asked
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number and its interval, as text; either may be empty."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row a round, and the sentence that says what follows."""
+
+    columns: Sequence[Measure]
+    rows: Sequence[Sequence[Cell]]
+    conclusion: str
+
+
+def measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    """What the rows of rounds.json were measured by, the lead over round 0 first."""
+    others = list(dict.fromkeys(name for row in rows for name in row["others"]))
+    found = [
+        Measure("Win rate", "prompts won against round 0, ties as ½", lambda row: row["win_rate"], True, 0.5, 0),
+        Measure("Score less round 0's", "mean over prompts", lambda row: row["difference"], level=0.0, scorer=0),
+        Measure("Score", "mean over prompts", lambda row: row["mean_score"], scorer=0),
+    ]
+    for place, name in enumerate(others, 1):
+        found += [
+            Measure("Win rate", f"by {short(name)}", _of(name, "win_rate"), True, 0.5, place),
+            Measure("Score less round 0's", f"by {short(name)}", _of(name, "difference"), level=0.0, scorer=place),
+        ]
+    return [
+        *found,
+        Measure("KL per token", "from round 0, on the round's own answers, nats", _kl("per_token"), level=0.0),
+        Measure("KL per answer", "the same, over whole answers, nats", _kl("per_answer"), level=0.0),
+        Measure("Length", "mean, tokens", lambda row: row["mean_tokens"]),
+        Measure("Distinct bigrams", "of all word bigrams", lambda row: row["distinct_bigrams"], True),
+        Measure("Refusals", "answers that refuse", lambda row: row["refusals"], True),
+        Measure("No answer", "empty, cut off, or all thought", lambda row: row["non_answers"], True),
+    ]
+
+
+def _of(name: str, what: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda row: row["others"].get(name, {}).get(what)
+
+
+def _kl(what: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda row: (row.get("kl") or {}).get(what)
+
+
+def short(scorer: str) -> str:
+    """A scorer's kind and the last part of its name: reward:/models/armo → reward armo."""
+    kind, _, name = scorer.partition(":")
+    return f"{kind} {name.rstrip('/').rpartition('/')[2]}" if name else scorer
+
+
+def rounds_table(results: Mapping[str, Any]) -> Table:
+    """The rounds as text. Columns of which no round has a number are left out."""
+    rows = results["rounds"]
+    columns = [one for one in measures(rows) if any(_value(one.read(row)) is not None for row in rows)]
+    cells = [[_cell(column, row) for column in columns] for row in rows]
+    names = [Cell(str(row["round"])) for row in rows]
+    first = Measure("Round", "", lambda row: row["round"])
+    return Table([first, *columns], [[name, *own] for name, own in zip(names, cells, strict=True)], conclusion(results))
+
+
+def conclusion(results: Mapping[str, Any]) -> str:
+    """Which round is best, and by how much; and where the last one brought nothing."""
+    best = next(row for row in results["rounds"] if row["round"] == results["best_round"])
+    if len(results["rounds"]) == 1:
+        return "Only round 0 has been measured."
+    if not best["round"]:
+        return "No round is better than round 0."
+    lead, won = best["difference"], best["win_rate"]
+    interval = f" (95% interval {show_interval(lead)})" if show_interval(lead) else ""
+    text = f"Round {best['round']} is the best: its score is {show_value(lead)}{interval} above round 0's"
+    if won["value"] is not None:
+        text += f", and it wins {show_value(won, True)} of {won['n']} prompts"
+    return text + (". The last round brought no more." if results["stop"] else ".")
+
+
+def _value(measured: Any) -> float | None:
+    value: float | None = measured.get("value") if isinstance(measured, Mapping) else measured
+    return value
+
+
+def _cell(column: Measure, row: Mapping[str, Any]) -> Cell:
+    measured = column.read(row)
+    if isinstance(measured, Mapping):
+        return Cell(show_value(measured, column.is_share), show_interval(measured, column.is_share))
+    if measured is None:
+        return Cell("–")
+    return Cell(percent(measured) if column.is_share else number(float(measured)))
+
+
+def rounds_section(results: Mapping[str, Any], links: Mapping[int, str]) -> Json:
+    """What the template needs: `warnings`, `conclusion`, `notes`, `scorer`, `columns`, `rows`, `plots`, `links`."""
+    table = rounds_table(results)
+    return {
+        "warnings": results["warnings"],
+        "conclusion": table.conclusion,
+        "notes": list(_notes(results["rounds"])),
+        "columns": table.columns,
+        "rows": table.rows,
+        "plots": [
+            {"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in rounds_plots(results["rounds"])
+        ],
+        "links": links,
+    }
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    last = rows[-1]
+    yield (
+        f"{last['answers']} answers a round to held-out prompts. Scores are those of {short(last['scorer'] or '–')} "
+        "unless another is named. Ranges are 95% intervals; those of scores and KL resample prompts."
+    )
+    if not last["others"]:
+        yield "Nobody but the scorer that ranks has scored these answers, so over-optimisation would not show."
+    lost = last["answers"] - last["difference"]["n"]
+    if lost > 0 and len(rows) > 1:
+        yield f"Of the last round, {lost} answers have no score in both rounds and are not in the scores' differences."
+    if reason := next((row["kl"]["why"] for row in rows if (row.get("kl") or {}).get("why")), None):
+        yield f"KL: {reason}."
+
+
+def rounds_plots(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Title, note and SVG of a curve over the rounds for each measure; scorers share a drawing of what they share."""
+    found = [one for one in measures(rows) if any(_value(one.read(row)) is not None for row in rows)]
+    for title in dict.fromkeys(one.title for one in found):
+        lines = [one for one in found if one.title == title]
+        figure = _draw(lines, rows)
+        first, last = (_cell(lines[0], row).value for row in (rows[0], rows[-1]))
+        told = f"{title} by round, {first} at round {rows[0]['round']}, {last} at round {rows[-1]['round']}"
+        yield title, lines[0].meaning, to_svg(figure, told)
+
+
+def _draw(lines: Sequence[Measure], rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    figure, axes = new_figure()
+    if lines[0].level is not None:
+        axes.axhline(lines[0].level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    scale = 100 if lines[0].is_share else 1
+    for place, line in enumerate(lines):
+        points = [(row["round"], line.read(row)) for row in rows]
+        drawn = [(at, one) for at, one in points if _value(one) is not None]
+        colour, style = _COLOURS[place % len(_COLOURS)], _STYLES[place % len(_STYLES)]
+        numbers = [at for at, _ in drawn]
+        values = [scale * float(_value(one)) for _, one in drawn]  # type: ignore[arg-type]
+        label = line.meaning if line.scorer else "by the scorer that ranks"
+        axes.plot(numbers, values, style, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+        for at, one in drawn:
+            if isinstance(one, Mapping) and one.get("low") is not None:
+                axes.plot([at, at], [scale * one["low"], scale * one["high"]], color=colour, linewidth=1.2, alpha=0.6)
+    if len(lines) > 1:
+        axes.legend(frameon=False, labelcolor=MUTED, fontsize=10, handlelength=1.8)
+    axes.set_xticks([row["round"] for row in rows])
+    axes.set_xlabel("round", color=MUTED)
+    if lines[0].is_share:
+        axes.yaxis.set_major_formatter("{x:g}%")
+    return figure
