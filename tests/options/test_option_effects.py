@@ -591,6 +591,9 @@ PROOFS: dict[str, dict[str, str]] = {
     "RoundsOptions": {
         "run_dir": "rounds/test_measure.py::test_a_row_a_round_by_hand",
         "seed": "rounds/test_measure.py::test_the_seed_of_the_bootstrap",
+        "non_answer_score": "rounds/test_measure.py::test_what_a_non_answer_counts",
+        "kl_prompts": "rounds/test_divergence.py::test_the_mean_log_ratio_per_answer_and_per_token",
+        "kl_batch_size": "rounds/test_divergence.py::test_the_mean_log_ratio_per_answer_and_per_token",
     },
     "ScoreOptions": {
         "samples": f"{SCORED}test_a_function_scores_and_non_answers_get_none",

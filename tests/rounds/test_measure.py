@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tandem.errors import UserError
+from tandem.report.page import ReportOptions, write_report
 from tandem.rounds.measure import distinct_bigrams, measure
 from tandem.rounds.options import RoundsOptions
 
@@ -105,6 +106,26 @@ def test_over_optimisation_is_said_first(tmp_path: Path):
     for number, scores in enumerate(([0.0, 0.1], [1.0, 1.2])):
         write(tmp_path / "silent", number, scores * 10, other=[None] * 20)
     assert "no answer has a score of second" in results(tmp_path / "silent")["warnings"][0]
+
+
+def test_the_page_of_rounds_and_the_report_it_is_part_of(tmp_path: Path):
+    for number in range(3):
+        write(tmp_path, number, [0.1 * number + index % 3 for index in range(20)], other=[float(number)] * 20)
+    results(tmp_path)
+    (tmp_path / "round_1" / "report.html").write_text("")
+    report = write_report(ReportOptions(run_dir=str(tmp_path))).read_text()
+    page = (tmp_path / "rounds.html").read_text()
+    for text in (page, report):
+        assert text.count("<svg") == 7  # win rate, lead, score, length, bigrams, refusals, non-answers
+        assert "by the scorer that ranks" in text  # two scorers share a drawing
+        assert "Round 2 is the best: its score is 0.200 (95% interval 0.200 to 0.200) above round 0&#39;s" in text
+        assert text.index("Win rate") < text.index("Length")
+    assert '<a href="round_1/report.html">round 1</a>.' in report  # round 2 has none
+    assert "No judgement" not in report  # nor any other part of a run that a folder of rounds never has
+    assert "over-optimisation would not show" not in page
+    (tmp_path / "rounds.json").write_text('{"rounds": [{}]}')
+    with pytest.raises(UserError, match=r"rounds\.json: not as this version"):
+        write_report(ReportOptions(run_dir=str(tmp_path)))
 
 
 def test_what_cannot_be_measured(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Rounds of DPO on a policy's own answers, as report.html, rounds.html and rounds.md show rounds.json."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _COLOURS = (DPO, SFT, CHOSEN, MUTED)
 _STYLES = ("-", "--", ":", "-.")
+_LABEL = 34  # characters that a scorer's name may take in a drawing
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Measure:
     is_share: bool = False
     level: float | None = None
     scorer: int | None = None  # of several scorers, which; None where none is asked
+
+    @property
+    def name(self) -> str:
+        """Its title, and who scored if that is not the scorer that ranks."""
+        return f"{self.title}, {self.meaning}" if self.scorer else self.title
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ def _value(measured: Any) -> float | None:
 
 def _cell(column: Measure, row: Mapping[str, Any]) -> Cell:
     measured = column.read(row)
+    if not row["round"] and column.level is not None:  # round 0 against itself
+        return Cell("–")
     if isinstance(measured, Mapping):
         return Cell(show_value(measured, column.is_share), show_interval(measured, column.is_share))
     if measured is None:
@@ -160,31 +169,33 @@ def rounds_plots(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, 
     for title in dict.fromkeys(one.title for one in found):
         lines = [one for one in found if one.title == title]
         figure = _draw(lines, rows)
-        first, last = (_cell(lines[0], row).value for row in (rows[0], rows[-1]))
-        told = f"{title} by round, {first} at round {rows[0]['round']}, {last} at round {rows[-1]['round']}"
+        values = [f"{_cell(lines[0], row).value} at round {row['round']}" for row in rows]
+        told = f"{title}: {', '.join(values)}"
         yield title, lines[0].meaning, to_svg(figure, told)
 
 
 def _draw(lines: Sequence[Measure], rows: Sequence[Mapping[str, Any]]) -> "Figure":
     figure, axes = new_figure()
-    if lines[0].level is not None:
-        axes.axhline(lines[0].level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
     scale = 100 if lines[0].is_share else 1
+    if lines[0].level is not None:
+        axes.axhline(scale * lines[0].level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
     for place, line in enumerate(lines):
         points = [(row["round"], line.read(row)) for row in rows]
         drawn = [(at, one) for at, one in points if _value(one) is not None]
         colour, style = _COLOURS[place % len(_COLOURS)], _STYLES[place % len(_STYLES)]
         numbers = [at for at, _ in drawn]
         values = [scale * float(_value(one)) for _, one in drawn]  # type: ignore[arg-type]
-        label = line.meaning if line.scorer else "by the scorer that ranks"
+        label = textwrap.shorten(line.meaning, _LABEL, placeholder="…") if line.scorer else "by the scorer that ranks"
         axes.plot(numbers, values, style, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
         for at, one in drawn:
             if isinstance(one, Mapping) and one.get("low") is not None:
                 axes.plot([at, at], [scale * one["low"], scale * one["high"]], color=colour, linewidth=1.2, alpha=0.6)
     if len(lines) > 1:
-        axes.legend(frameon=False, labelcolor=MUTED, fontsize=10, handlelength=1.8)
+        figure.legend(frameon=False, labelcolor=MUTED, fontsize=9, handlelength=1.8, loc="outside upper left")
     axes.set_xticks([row["round"] for row in rows])
+    axes.set_xlim(rows[0]["round"] - 0.15, rows[-1]["round"] + 0.15)
     axes.set_xlabel("round", color=MUTED)
     if lines[0].is_share:
         axes.yaxis.set_major_formatter("{x:g}%")
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     return figure

@@ -163,7 +163,7 @@ def _over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """What to know first, and a row a round."""
     table = rounds_table(results)
-    lines = ["| " + " | ".join(column.title for column in table.columns) + " |", "|---" * len(table.columns) + "|"]
+    lines = ["| " + " | ".join(column.name for column in table.columns) + " |", "|---" * len(table.columns) + "|"]
     lines += [
         "| " + " | ".join(f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row) + " |"
         for row in table.rows
