@@ -52,7 +52,10 @@ def folder(tmp_path: Path) -> Path:
         ({"ROUNDS": "0"}, "ROUNDS must be"),
         ({"REFERENCE": "best"}, "previous or initial"),
         ({"OFFLINE_SHARE": "0.5"}, "no effect without OFFLINE_PAIRS"),
-        ({"SECOND_SCORER": "function:a.py:b"}, "another kind"),
+        ({"SCORER": "judge:a", "SECOND_SCORER": "judge:b"}, "another kind"),
+        ({"SCORER": "reward:a", "SECOND_SCORER": "reward:a"}, "shows nothing"),
+        ({"SCORER": "function:a.py:b"}, "--score_function a.py:b: no such file"),
+        ({"JUDGE_BASE_URL": "http://127.0.0.1:1/v1"}, "JUDGE_BASE_URL has no effect"),
         ({"PROMPTS": "https://u:p@x/y"}, "password"),
     ],
 )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from tandem.answers.generate import GenerateOptions
@@ -92,6 +93,10 @@ class ScoreOptions(Options):
             yield f"--rank_by is required with several scorers: one of {', '.join(names)}"
         if self.rank_by is not None and self.rank_by not in names:
             yield f"--rank_by {self.rank_by}: is none of {', '.join(names)}"
+        for name in self.score_function:
+            file = name.rpartition(":")[0]
+            if file.endswith(".py") and not Path(file).is_file():
+                yield f"--score_function {name}: no such file"
         for name in ("reward_models", "score_function"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
