@@ -13,6 +13,7 @@ from tandem.data.formats import Row, as_messages
 from tandem.data.near import CROWD, SIMILAR, Candidates, jaccard
 from tandem.data.row_checks import answer_text
 from tandem.data.shortcuts import bag_of_words, pick_longer
+from tandem.data.turn_end import differing
 from tandem.options.model import TextOptions
 from tandem.runs import sha256_json
 
@@ -45,6 +46,11 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
     "template_drops": ("error", "pairs have a part that the chat template leaves out: it would not be trained"),
     "template_no_end": ("error", "pairs have an answer that no special token ends: a model would not learn to stop"),
+    "other_end": (
+        "note",
+        "pairs have answers that end in another token than the tokenizer's end of sequence: models saved here stop at "
+        "both",
+    ),
     "answer_lost": ("warning", "pairs lose their answers at --max_length and are left out"),
     "difference_cut": ("warning", "pairs differ only beyond --max_length: they give no gradient"),
     "answer_cut": ("warning", "pairs lose the end of an answer at --max_length"),
@@ -143,6 +149,8 @@ def lint(
         figures[name] = _describe(pairs, seen, tokenizer is not None) | {"bag_of_words": words}
         findings += [_finding(kind, name, pairs, rows) for kind, rows in seen.found.items() if rows]
         findings += _shortcuts(name, figures[name])
+        if tokenizer is not None and text.use_chat_template and pairs:
+            findings += _other_end(name, len(pairs), tokenizer)
     if {TRAIN, HELD_OUT} <= splits.keys():
         leaks = _leaks(examined[TRAIN], splits[HELD_OUT], examined[HELD_OUT])
         findings += [_finding(kind, TRAIN, splits[TRAIN], rows) for kind, rows in leaks.items() if rows]
@@ -166,6 +174,12 @@ def unread_columns(balances: Sequence[Balance]) -> Iterator[Finding]:
                 most = max(balance.unread[name].count for name in names)
                 examples = [{"found": balance.describe(name)} for name in names]
                 yield Finding(kind, balance.place, most, max(most, balance.rows), examples=examples)
+
+
+def _other_end(split: str, count: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Finding]:
+    if ends := differing(tokenizer):
+        found = f"the chat template ends answers with {ends[0]}, the tokenizer's end of sequence is {ends[1]}"
+        yield Finding("other_end", split, count, count, examples=[{"found": found}])
 
 
 def _finding(kind: str, split: str, pairs: Sequence[Row], found: Mapping[int, str]) -> Finding:

@@ -119,6 +119,7 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     import torch
 
     from tandem.models.adapters import merged, rounded
+    from tandem.models.ends import stop_at_turn_end
     from tandem.models.load import (
         base_of_adapter,
         load_adapter,
@@ -142,9 +143,11 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     except UserError as error:
         raise UserError(f"--adapter {options.adapter}: {error}") from error
     _check_merged(before, _log_probs(model, row), options.adapter)
-    rounded(model, getattr(torch, dtype)).save_pretrained(staging)
     has_tokenizer = (Path(options.adapter) / "tokenizer_config.json").exists()
-    load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base).save_pretrained(staging)
+    tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base)
+    stop_at_turn_end(model, tokenizer)
+    rounded(model, getattr(torch, dtype)).save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
     carry(base.model_name_or_path, base.model_revision, staging)
 
 

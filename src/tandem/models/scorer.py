@@ -15,6 +15,7 @@ from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import PairCollator, completion_logps, round_up
 from tandem.errors import UserError
 from tandem.models import habana
+from tandem.models.ends import end_ids
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
 from tandem.options.model import ModelOptions, TemplateOptions
@@ -178,12 +179,6 @@ def _tokens(pair: TokenizedPair) -> int:
 def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
-
-
-def end_ids(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: those of the model's generation config, and the tokenizer's."""
-    ends = configured if isinstance(configured, list) else [configured]
-    return {end for end in [*ends, tokenizer.eos_token_id] if end is not None}
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:

@@ -21,6 +21,7 @@ from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import completion_mask
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.models.ends import stop_at_turn_end
 from tandem.models.habana import is_lazy
 from tandem.models.load import load_merged, load_model, load_tokenizer
 from tandem.options.fields import handed_on
@@ -50,6 +51,7 @@ def run_sft(run: SFTOptionSet) -> None:
         examples = {name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()}
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
+        stop_at_turn_end(policy, tokenizer)
         _check_experts(run.train, policy)
         session.start(splits["train_dataset"], token_hash(examples))
         session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
@@ -69,6 +71,7 @@ def run_dpo(run: DPOOptionSet) -> None:
         splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
+        stop_at_turn_end(policy, tokenizer)
         _check_experts(run.train, policy)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"], token_hash(splits))

@@ -83,5 +83,7 @@ def encode(prompts: Sequence[list[Message]], tokenizer: "PreTrainedTokenizerBase
 
 def read_answer(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> Answer:
     """Token ids of an answer, its end-of-sequence token among them if it came, as an Answer."""
-    text: Any = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Answer(text.strip(), len(ids), "stop" if ids and ids[-1] in ends else "length")
+    stopped = bool(ids) and ids[-1] in ends
+    # The token that ends a turn need not be one that the tokenizer calls special, and skips
+    text: Any = tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
+    return Answer(text.strip(), len(ids), "stop" if stopped else "length")

@@ -11,9 +11,9 @@ from tandem.answers.backends.base import Answer, Draw, encode, read_answer, weig
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError, first_line
+from tandem.models.ends import end_ids
 from tandem.models.load import base_of_adapter, commit_of, load_tokenizer, revision_of_base
 from tandem.models.sampling import SamplingOptions, draw_seed
-from tandem.models.scorer import end_ids
 from tandem.options.model import ModelOptions, is_adapter
 
 # Before vLLM is imported: nothing is reported to anybody, and the progress bar is not buried in its log

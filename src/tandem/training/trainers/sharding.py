@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
+from tandem.data.turn_end import named
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.load import adapters_of_whole_layers
@@ -36,6 +37,7 @@ class Sharded:
     unit: str
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self._ends = named(keywords["processing_class"])
         with adapters_of_whole_layers():
             super().__init__(*arguments, **keywords)
 
@@ -53,7 +55,8 @@ class Sharded:
             gather_tied_head(self.model)
         self.topology = Topology.of(self.accelerator, self.args, self.model)
         if self.accelerator.is_main_process:
-            logger.info("%s", self.topology.table(self.unit, **self.table_rows()))
+            rows = self.table_rows() | {"answers end with": self._ends}
+            logger.info("%s", self.topology.table(self.unit, **rows))
 
     def table_rows(self) -> dict[str, str]:
         """Rows of the start table that only this trainer has."""
