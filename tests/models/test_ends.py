@@ -29,7 +29,7 @@ TEMPLATES = {
         "<|return|>",
     ),
     "after a thought": (
-        "{% for m in messages %}{{ '<think>\\n\\n</think>\\n\\n' + (m['content'] | trim) + '<|im_end|>\\n' }}{% endfor %}",
+        ONE + "{{ '\\n</think>' + (m['content'] | trim) + '\\n<|im_end|>\\n' }}{% endfor %}",
         "<|im_end|>",
     ),
     "a token that is not special": (ONE + "{{ '<|end|>' }}{% endfor %}", "<|end|>"),
@@ -79,11 +79,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fine-tuned to answer `the cat`."""
+    """Fine-tuned to answer `xyz`."""
     folder = tmp_path_factory.mktemp("trained")
-    rows = [{"prompt": f"say {word}", "chosen": "the cat", "rejected": "no"} for word in tiny.WORDS]
+    rows = [{"prompt": f"say {word}", "chosen": "xyz", "rejected": "no"} for word in tiny.WORDS]
     data = tiny.save_pairs(folder / "pairs.jsonl", rows)
-    flags = f"--model_name_or_path {base} --dataset_name {data} --learning_rate 3e-2 --bf16 false --max_steps 20"
+    flags = f"--model_name_or_path {base} --dataset_name {data} --learning_rate 3e-2 --bf16 false --max_steps 40"
     script("sft").main([*flags.split(), "--output_dir", str(folder / "sft"), "--save_strategy", "no"])
     return folder / "sft"
 
@@ -96,7 +96,7 @@ def test_a_trained_model_stops_where_its_template_does(trained: Path):
     model = AutoModelForCausalLM.from_pretrained(trained)
     ids = text.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)[0, len(ids) :]
-    assert text.decode(answer) == "the cat<|im_end|>"
+    assert text.decode(answer) == "xyz<|im_end|>"
     assert set(model.generation_config.eos_token_id) == {2, end}
 
 

@@ -120,7 +120,7 @@ def findings_to_markdown(findings: Sequence[Finding]) -> str:
             f"{Path(example['file']).name} row {example['row']}" for example in finding.examples if "file" in example
         ]
         more = ["…"] if finding.count > _PLACES and places else []
-        if finding.name == "other_end":
+        if finding.name == "template_other_end":
             places = [finding.examples[0]["found"]]
         share = f"{100 * finding.share:.2f}%"
         rows.append([finding.level, finding.name, share, finding, ", ".join(places[:_PLACES] + more)])

@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
     "template_drops": ("error", "pairs have a part that the chat template leaves out: it would not be trained"),
     "template_no_end": ("error", "pairs have an answer that no special token ends: a model would not learn to stop"),
-    "other_end": (
+    "template_other_end": (
         "note",
         "pairs have answers that end in another token than the tokenizer's end of sequence: models saved here stop at "
         "both",
@@ -179,7 +179,7 @@ def unread_columns(balances: Sequence[Balance]) -> Iterator[Finding]:
 def _other_end(split: str, count: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Finding]:
     if ends := differing(tokenizer):
         found = f"the chat template ends answers with {ends[0]}, the tokenizer's end of sequence is {ends[1]}"
-        yield Finding("other_end", split, count, count, examples=[{"found": found}])
+        yield Finding("template_other_end", split, count, count, examples=[{"found": found}])
 
 
 def _finding(kind: str, split: str, pairs: Sequence[Row], found: Mapping[int, str]) -> Finding:
