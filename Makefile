@@ -55,10 +55,11 @@ train: setup ## train one stage: make train CONFIG=pipelines/recipes/gpt2/dpo.ya
 	$(BIN)/python -m tandem.launch --config_file $(or $(ACCELERATE_CONFIG),accelerate_configs/cpu.yaml) \
 		scripts/$(basename $(notdir $(CONFIG))).py --config $(CONFIG) $(ARGS)
 
-lint: setup ## ruff, mypy, shellcheck and hadolint
+lint: setup ## ruff, mypy, the sizes of files, classes, functions and signatures, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.sizes
 	$(BIN)/shellcheck -x pipelines/*.sh containers/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile Dockerfile.gaudi
 

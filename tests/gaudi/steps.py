@@ -25,6 +25,7 @@ from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, TrainOptions
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.stages import _arguments, _tokenized_examples
+from tandem.training.trainers.build import Build
 
 
 @dataclasses.dataclass
@@ -75,7 +76,9 @@ def build(trainer: str, case: Case) -> Any:
         rendered = [render(row, True) for row in rows]
         data = _tokenized_examples(rendered, tokenizer)
         sft = SFTOptionSet(model, lora, text, data_options, train, GaudiOptions())
-        return _builders(trainer).sft_trainer(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
+        return _builders(trainer).sft_trainer(
+            Build(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
+        )
     dpo = DPOOptions(beta=case.beta, loss_type=[case.loss_type], **of_loss)
     pairs = [tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
     data = Dataset.from_list(pairs)
@@ -84,7 +87,7 @@ def build(trainer: str, case: Case) -> Any:
     engine = EngineOptions(ref_cache=f"{case.output_dir}/cache")
     run = DPOOptionSet(model, lora, text, data_options, train, dpo, engine, MonitorOptions(), GaudiOptions())
     logs_dir, splits = Path(case.output_dir) / "logs", {"train_dataset": data}
-    return _builders(trainer).dpo_trainer(run, load_model(model), None, tokenizer, arguments, logs_dir, splits)
+    return _builders(trainer).dpo_trainer(Build(run, load_model(model), tokenizer, arguments, splits, logs_dir))
 
 
 def _builders(trainer: str) -> Any:

@@ -45,6 +45,7 @@ from tandem.runs import read_jsonl
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.stages import _arguments, _render, _splits, _tokenized_pairs, _trainable
 from tandem.training.trainers import gaudi_settings, trl
+from tandem.training.trainers.build import Build
 from tests import tiny
 from tests.judge.fault_server import FaultServer
 from tests.stub_hub import StubHub
@@ -119,7 +120,7 @@ def trl_arguments(monkeypatch: pytest.MonkeyPatch, train: TrainOptions, dpo: DPO
     monkeypatch.setattr(trl, "TandemDPOTrainer", lambda **keywords: given.update(keywords))
     others = (EngineOptions(), MonitorOptions(), GaudiOptions())
     run = DPOOptionSet(ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
-    trl.dpo_trainer(run, None, None, tiny.tokenizer(), _arguments(train, run.model), Path(), {})
+    trl.dpo_trainer(Build(run, None, tiny.tokenizer(), _arguments(train, run.model), {}))
     config: DPOConfig = given["args"]
     return config
 

@@ -178,8 +178,7 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
     mask = attention_mask != 0
     ids, real = by_pair(input_ids), by_pair(mask)
     column = torch.arange(columns)
-    starts = real.long().argmax(-1)
-    lengths = real.sum(-1)
+    starts, lengths = real.long().argmax(-1), real.sum(-1)
     shared = _common_prefix(ids, real, starts, column) if layout == "shared" else torch.zeros_like(lengths[:, 0])
 
     if (real != ((column >= starts[..., None]) & (column < (starts + lengths)[..., None]))).any():

@@ -35,6 +35,7 @@ from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
 from tandem.training.settings import day_of, run_in
 from tandem.training.trainers import select
+from tandem.training.trainers.build import Build
 from tandem.training.trainers.topology import check_launch
 
 
@@ -54,7 +55,7 @@ def run_sft(run: SFTOptionSet) -> None:
         stop_at_turn_end(policy, tokenizer)
         _check_experts(run.train, policy)
         session.start(splits["train_dataset"], token_hash(examples))
-        session.train(builders.sft_trainer(run, policy, tokenizer, arguments, examples))
+        session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, examples)))
 
 
 def run_dpo(run: DPOOptionSet) -> None:
@@ -75,8 +76,8 @@ def run_dpo(run: DPOOptionSet) -> None:
         _check_experts(run.train, policy)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"], token_hash(splits))
-        logs_dir = session.folder / "logs"
-        session.train(builders.dpo_trainer(run, policy, reference, tokenizer, arguments, logs_dir, splits))
+        logs = session.folder / "logs"
+        session.train(builders.dpo_trainer(Build(run, policy, tokenizer, arguments, splits, logs, reference)))
 
 
 def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -107,13 +108,15 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     # A trainer scores what its cache lacks when it is built
     with tempfile.TemporaryDirectory() as folder:
         builders.dpo_trainer(
-            run,
-            _trainable(run.model, run.lora, tp_size=1),
-            _reference(run.model, run.dpo, tp_size=1),
-            tokenizer,
-            arguments | {"output_dir": folder, "report_to": ["none"]},
-            Path(folder),
-            splits,
+            Build(
+                run,
+                _trainable(run.model, run.lora, tp_size=1),
+                tokenizer,
+                arguments | {"output_dir": folder, "report_to": ["none"]},
+                splits,
+                Path(folder),
+                _reference(run.model, run.dpo, tp_size=1),
+            )
         )
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from optimum.habana import GaudiConfig, GaudiTrainer
 from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer, GaudiSFTConfig, GaudiSFTTrainer
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.utils import CONFIG_NAME
 
 from tandem.engine.layout import IGNORED_LABEL
@@ -31,11 +30,10 @@ from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
 from tandem.models.load import lora_config
-from tandem.monitor.options import MonitorOptions
-from tandem.options.losses import DPOOptions
-from tandem.options.training import EngineOptions, GaudiOptions
+from tandem.options.training import GaudiOptions
 from tandem.runs import write_json
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.trainers.build import Build
 from tandem.training.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
 from tandem.training.trainers.held_out import MeansOverRows
 from tandem.training.trainers.pair_trainer import CompleteCheckpoints, PairTrainer
@@ -113,19 +111,16 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         self,
         *arguments: Any,
         ref_model: PreTrainedModel | None,
-        dpo: DPOOptions,
-        gaudi: GaudiOptions,
-        engine: EngineOptions,
-        monitor: MonitorOptions,
+        run: DPOOptionSet,
         logs_dir: Path,
         **keywords: Any,
     ) -> None:
-        self._dpo = dpo
-        self._ref_cache = RefCache(engine.ref_cache) if dpo.needs_reference else None
+        self._dpo = run.dpo
+        self._ref_cache = RefCache(run.engine.ref_cache) if run.dpo.needs_reference else None
         # The stock class would record the reference it is given as an HPU graph, in eager mode too
         super().__init__(*arguments, **keywords)
-        self.ld_alpha = dpo.ld_alpha
-        self._prepare_forward(gaudi, self.data_collator.max_length)
+        self.ld_alpha = run.dpo.ld_alpha
+        self._prepare_forward(run.gaudi, self.data_collator.max_length)
         self._grad_norm: torch.Tensor | None = None
         self._tokens = torch.zeros((), device=self.args.device)
         self.accelerator.clip_grad_norm_ = self._recorded(self.accelerator.clip_grad_norm_)
@@ -136,7 +131,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         if self.args.disable_dropout:
             disable_dropout(self.model)
         self._precompute_reference()
-        self._add_monitor(monitor, logs_dir)
+        self._add_monitor(run.monitor, logs_dir)
 
     @staticmethod
     def tokenize_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -335,55 +330,38 @@ class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
 
 
 def start_processes(arguments: Mapping[str, Any]) -> None:
-    """See `select.Builders`: optimum-habana's arguments do it when a trainer is built, and each card loads the whole
+    """See `build.Builders`: optimum-habana's arguments do it when a trainer is built, and each card loads the whole
     model. The seed is set here because an adapter starts at random, and is made before the stock class sets it."""
     set_seed(arguments["seed"])
 
 
-def sft_trainer(
-    run: SFTOptionSet,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: dict[str, Any],
-    splits: dict[str, Dataset],
-) -> TandemGaudiSFTTrainer:
-    """See `select.Builders`."""
-    config = training_arguments(arguments, lazy=is_lazy(), graphs=True)
-    max_length = run.text.max_length
+def sft_trainer(build: Build[SFTOptionSet]) -> TandemGaudiSFTTrainer:
+    """See `build.Builders`."""
+    run, max_length = build.run, build.run.text.max_length
     return TandemGaudiSFTTrainer(
-        model=policy,
-        args=GaudiSFTConfig(**config, packing=False, max_seq_length=max_length),
-        gaudi_config=GaudiConfig(**gaudi_config(arguments)),
-        tokenizer=tokenizer,
-        peft_config=lora_config(run.lora, run.model),
+        model=build.policy,
+        args=GaudiSFTConfig(
+            **training_arguments(build.arguments, lazy=is_lazy(), graphs=True), packing=False, max_seq_length=max_length
+        ),
+        **_on_either(build),
         data_collator=ExampleCollator(
-            tokenizer.pad_token_id, max_length, size=arguments["per_device_train_batch_size"]
+            build.tokenizer.pad_token_id, max_length, size=build.arguments["per_device_train_batch_size"]
         ),
         gaudi=run.gaudi,
-        **splits,
     )
 
 
-def dpo_trainer(
-    run: DPOOptionSet,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: dict[str, Any],
-    logs_dir: Path,
-    splits: dict[str, Dataset],
-) -> TandemGaudiDPOTrainer:
-    """See `select.Builders`."""
-    max_length = run.text.max_length
+def dpo_trainer(build: Build[DPOOptionSet]) -> TandemGaudiDPOTrainer:
+    """See `build.Builders`."""
+    run, max_length = build.run, build.run.text.max_length
     logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", max_length)
     # A graph recorded with the adapter on could be replayed for the reference
-    shared = reference is None and (run.lora.use_peft or isinstance(policy, PeftModel))
-    config = training_arguments(arguments, lazy=is_lazy(), graphs=not shared)
+    shared = build.reference is None and (run.lora.use_peft or isinstance(build.policy, PeftModel))
     return TandemGaudiDPOTrainer(
-        model=policy,
-        ref_model=reference,
+        model=build.policy,
+        ref_model=build.reference,
         args=GaudiDPOConfig(
-            **config,
+            **training_arguments(build.arguments, lazy=is_lazy(), graphs=not shared),
             beta=run.dpo.beta,
             label_smoothing=run.dpo.label_smoothing,
             disable_dropout=run.dpo.disable_dropout,
@@ -391,16 +369,20 @@ def dpo_trainer(
             max_prompt_length=max_length,  # the pairs are cut already
             precompute_ref_log_probs=True,  # ours; without it the stock class would copy the policy
         ),
-        gaudi_config=GaudiConfig(**gaudi_config(arguments)),
-        tokenizer=tokenizer,
-        peft_config=lora_config(run.lora, run.model),
+        **_on_either(build),
         data_collator=PairCollator(
-            tokenizer.pad_token_id, max_length, static=True, size=arguments["per_device_train_batch_size"]
+            build.tokenizer.pad_token_id, max_length, static=True, size=build.arguments["per_device_train_batch_size"]
         ),
-        dpo=run.dpo,
-        gaudi=run.gaudi,
-        engine=run.engine,
-        monitor=run.monitor,
-        logs_dir=logs_dir,
-        **splits,
+        run=run,
+        logs_dir=build.logs_dir,
     )
+
+
+def _on_either(build: Build[Any]) -> dict[str, Any]:
+    """What SFT's and DPO's trainers are given alike."""
+    return {
+        "gaudi_config": GaudiConfig(**gaudi_config(build.arguments)),
+        "tokenizer": build.tokenizer,
+        "peft_config": lora_config(build.run.lora, build.run.model),
+        **build.splits,
+    }

@@ -1,9 +1,6 @@
 """Which trainers a run gets: TRL's, or optimum-habana's on Gaudi."""
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.errors import UserError
 from tandem.log import logger
@@ -11,47 +8,10 @@ from tandem.models import habana
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions
 from tandem.options.training import GaudiOptions, TrainOptions
-from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.trainers.build import Builders
 from tandem.training.trainers.gaudi_settings import check_gaudi
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 VARIABLE = "TANDEM_TRAINERS"
-
-
-class Builders(Protocol):
-    """What `trainers.trl` and `trainers.gaudi` offer.
-
-    Throughout, `arguments` are those of transformers' TrainingArguments, and `splits` has a dataset by the trainer's
-    argument name: `train_dataset`, and `eval_dataset` where the run evaluates.
-    """
-
-    def start_processes(self, arguments: Mapping[str, Any]) -> None:
-        """Bring the processes of this run together. Before a model is loaded."""
-
-    def sft_trainer(
-        self,
-        run: SFTOptionSet,
-        policy: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        arguments: dict[str, Any],
-        splits: "dict[str, Dataset]",
-    ) -> Any:
-        """The trainer of rendered examples, prompt + completion."""
-
-    def dpo_trainer(
-        self,
-        run: DPOOptionSet,
-        policy: "PreTrainedModel",
-        reference: "PreTrainedModel | None",
-        tokenizer: "PreTrainedTokenizerBase",
-        arguments: dict[str, Any],
-        logs_dir: Path,
-        splits: "dict[str, Dataset]",
-    ) -> Any:
-        """The trainer of tokenized pairs. Without a `reference` it is the policy as it is now."""
 
 
 def builders(

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
@@ -30,6 +30,7 @@ from tandem.options.losses import DPOOptions
 from tandem.options.training import EngineOptions
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
+from tandem.training.trainers.build import Build
 from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.training.trainers.deferred import DeferredGather, Promise
 from tandem.training.trainers.held_out import EachExampleOnce, EachPairOnce
@@ -265,63 +266,50 @@ class TandemSFTTrainer(ContinuedLogs, EachExampleOnce, CompleteCheckpoints, Shar
 
 
 def start_processes(arguments: Mapping[str, Any]) -> None:
-    """See `select.Builders`."""
+    """See `build.Builders`."""
     topology.start_processes(arguments)
 
 
-def sft_trainer(
-    run: SFTOptionSet,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: dict[str, Any],
-    splits: dict[str, Dataset],
-) -> TandemSFTTrainer:
-    """See `select.Builders`."""
-    max_length = run.text.max_length
+def sft_trainer(build: Build[SFTOptionSet]) -> TandemSFTTrainer:
+    """See `build.Builders`."""
+    run, max_length = build.run, build.run.text.max_length
     return TandemSFTTrainer(
-        model=policy,
+        model=build.policy,
         args=SFTConfig(
-            **arguments,
+            **build.arguments,
             max_length=max_length,
             pad_to_multiple_of=max_length if has_hpu() else None,  # an HPU compiles anew for every shape
         ),
-        processing_class=tokenizer,
-        peft_config=lora_config(run.lora, run.model, policy),
-        **splits,
+        processing_class=build.tokenizer,
+        peft_config=lora_config(run.lora, run.model, build.policy),
+        **build.splits,
     )
 
 
-def dpo_trainer(
-    run: DPOOptionSet,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: dict[str, Any],
-    logs_dir: Path,
-    splits: dict[str, Dataset],
-) -> TandemDPOTrainer:
-    """See `select.Builders`."""
-    dpo, engine, max_length = run.dpo, run.engine, run.text.max_length
+def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
+    """See `build.Builders`."""
+    run, max_length = build.run, build.run.text.max_length
+    dpo, engine = run.dpo, run.engine
     loss_types, loss_weights = dpo.trl_losses
     if has_hpu():  # which compiles anew for every shape
         engine = dataclasses.replace(engine, layout="padded")
     return TandemDPOTrainer(
-        model=policy,
-        ref_model=reference,
+        model=build.policy,
+        ref_model=build.reference,
         args=DPOConfig(
-            **arguments,
+            **build.arguments,
             **handed_on(dpo),
             max_length=max_length,
             loss_type=loss_types,
             loss_weights=loss_weights,
             precompute_ref_log_probs=True,  # our cache takes the place of TRL's, see TandemDPOTrainer
         ),
-        processing_class=tokenizer,
-        peft_config=lora_config(run.lora, run.model, policy),
+        processing_class=build.tokenizer,
+        peft_config=lora_config(run.lora, run.model, build.policy),
         engine=engine,
         monitor=run.monitor,
-        logs_dir=logs_dir,
+        logs_dir=build.logs_dir,
         dpo=dpo,
-        data_collator=PairCollator(tokenizer.pad_token_id, max_length, static=has_hpu()),
-        **splits,
+        data_collator=PairCollator(build.tokenizer.pad_token_id, max_length, static=has_hpu()),
+        **build.splits,
     )
