@@ -573,6 +573,7 @@ TEMPLATE = {
     "chat_template_kwargs": "data/test_templates.py::test_what_the_template_is_told",
     "system_prompt": "data/test_templates.py::test_system_messages_are_folded_or_dropped",
 }
+RANKED = "judge/test_ranking.py::"
 COST = "judge/test_judge_options.py::test_cost_by_hand"
 LINE = "test_command_lines.py::"
 
@@ -806,6 +807,21 @@ PROOFS: dict[str, dict[str, str]] = {
         "human_labels": "judge/test_labels.py::test_a_run_is_corrected_by_labels",
         "label_pairs": "judge/test_labels.py::test_no_page_is_written_where_none_is_wanted",
     },
+    "RankOptions": {
+        **dict.fromkeys(
+            ("answers", "judge_model", "base_url", "output_dir"),
+            f"{RANKED}test_a_judge_that_is_not_believed_is_left_out",
+        ),
+        **dict.fromkeys(
+            ("max_prompts", "calibration_pairs", "samples", "temperature", "max_output_tokens", "seed"),
+            f"{RANKED}test_what_a_judge_is_asked",
+        ),
+        **dict.fromkeys(
+            ("price_in", "price_out", "max_flip_rate", "max_concurrency", "timeout", "max_attempts"),
+            f"{RANKED}test_every_judge_has_its_options",
+        ),
+        **dict.fromkeys(("max_cost", "dry_run"), f"{RANKED}test_a_budget_and_a_dry_run"),
+    },
     "ConvertOptions": {
         "recipe": "options/test_convert.py::test_a_flat_recipe",
         "stage": "options/test_convert.py::test_the_stage_decides_what_is_an_option",
@@ -845,7 +861,9 @@ def option_classes() -> dict[str, list[str]]:
                 continue
             fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
             names = [
-                ast.unparse(field.target) for field in fields if ast.unparse(field.value or field).startswith("opt(")
+                ast.unparse(field.target)
+                for field in fields
+                if ast.unparse(field.value or field).startswith(("opt(", "_judges("))
             ]
             if names:
                 found[node.name] = names

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from tandem.rounds.strengths import PRIOR, round_robin, strengths, swiss_round
+from tandem.judge.bradley_terry import PRIOR, strengths
+from tandem.rounds.tournament import round_robin, swiss_round
 
 
 def simulated(noise: np.random.Generator, truth: np.ndarray, pairs: list[tuple[int, int]], times: int = 1):

@@ -26,10 +26,23 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
     file_1, file_2 = options.generation_files
     if options.run_dir is not None and options.against == CHOSEN:
         return _against_chosen(file_2, options.policy, chosen_answers(pairs))
+    return paired(file_1, file_2, *map(label_of, (file_1, file_2)))
+
+
+def label_of(file: Path) -> str:
+    """What stands after `generations_` in a file's name."""
+    return file.name.split(".")[0].removeprefix("generations_")
+
+
+def paired(file_1: Path, file_2: Path, label_1: str, label_2: str) -> list[Comparison]:
+    """The answers of two generation files, joined by prompt.
+
+    Raises:
+        UserError: a file is missing or damaged, or they answer different prompts.
+    """
     rows_1, rows_2 = _generations(file_1), _generations(file_2)
     if differing := rows_1.keys() ^ rows_2.keys():
         raise UserError(f"{file_1} and {file_2}: {len(differing)} prompts are in one only; generate both on the same")
-    label_1, label_2 = (file.name.split(".")[0].removeprefix("generations_") for file in (file_1, file_2))
     return [
         Comparison(
             key,

@@ -52,17 +52,36 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
     if options.human_labels is not None:
         read_labels(options.human_labels, comparisons)  # what is wrong with it is told before anything is paid
     if options.dry_run:
-        return _dry_run(options, comparisons, labelled, VerdictLog(options))
+        return dry_run(options, comparisons, labelled)
     with locked(options.folder):
         if options.label_pairs:
             write_page(options.folder, comparisons, options.label_pairs, options.seed)
-        log = VerdictLog(options)
-        judge, plan, asked = asyncio.run(_have_judged(options, comparisons, labelled, log))
+        judge, plan, log, asked = gather(options, comparisons, labelled)
         summary = summarise(options, judge, plan, log, asked)
         write_json(options.folder / "winners.json", winners(plan["main"], log))
         write_json(options.folder / "usage.json", log.usage())
         write_json(options.summary_file, summary)
     return summary
+
+
+def gather(
+    options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]
+) -> tuple[Judge, Plan, VerdictLog, dict[str, Any]]:
+    """Have everything asked that has no verdict yet; the caller holds the lock of `options.folder`.
+
+    Returns the judge, all calls, what was said, and how the server was asked (`Endpoint.state`).
+
+    Raises:
+        UserError: see `judge`.
+    """
+    log = VerdictLog(options)
+    judge, plan, asked = asyncio.run(_have_judged(options, comparisons, labelled, log))
+    return judge, plan, log, asked
+
+
+def dry_run(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
+    """What `judge` would ask; nothing is asked or written."""
+    return _dry_run(options, comparisons, labelled, VerdictLog(options))
 
 
 def _plan(

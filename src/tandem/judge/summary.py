@@ -20,7 +20,7 @@ def summarise(
     options: JudgeOptions, judge: Judge, plan: Plan, log: VerdictLog, asked: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """judge_summary.json, from the verdicts and how the server was `asked` for them (`Endpoint.state`)."""
-    votes = {kind: _votes(calls, log) for kind, calls in plan.items()}
+    votes = {kind: votes_of(calls, log) for kind, calls in plan.items()}
     labelled = calibration.agreement(*votes["labelled"][:4])
     main, length, identical, missing, spoiled = votes["main"]
     result = statistics.summarise(main, length, identical, missing, seed=options.seed, spoiled=spoiled)
@@ -30,11 +30,7 @@ def summarise(
         options, plan["main"], log, (main, identical), trusted, labelled["accuracy"]
     )
     first = plan["main"][0].comparison
-    gone = [
-        {"kind": kind, "status": status, "reason": reason, "count": count}
-        for kind, calls in plan.items()
-        for status, reason, count in lost(calls, log)
-    ]
+    gone = lost_verdicts(plan, log)
     besides = [
         *correction.findings(result["corrected"], first.label_2),
         *conclusions.lost_verdicts(gone, sum(map(len, plan.values()))),
@@ -63,6 +59,15 @@ def summarise(
         "lost": gone,
         "tokens_of_verdicts": _tokens_of_verdicts(plan, log),
     }
+
+
+def lost_verdicts(plan: Plan, log: VerdictLog) -> list[dict[str, Any]]:
+    """Why there is no verdict, and how often: rows of `kind`, `status`, `reason` and `count`."""
+    return [
+        {"kind": kind, "status": status, "reason": reason, "count": count}
+        for kind, calls in plan.items()
+        for status, reason, count in lost(calls, log)
+    ]
 
 
 def winners(calls: Iterable[Call], log: VerdictLog) -> list[dict[str, Any]]:
@@ -103,30 +108,32 @@ def non_answers(calls: Iterable[Call]) -> dict[str, Any]:
     return found
 
 
-def _votes(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int, Array]:
+def votes_of(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int, Array]:
     """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, prompts left out, (n, 2) no answer.
 
     A prompt with no verdict in one of the orders is left out: half of it would carry the judge's bias of position.
     """
-    votes: dict[int, Array] = {}
-    comparisons: dict[int, Comparison] = {}
-    for call in calls:
-        unit = id(call.comparison)
-        comparisons[unit] = call.comparison
-        cast = votes.setdefault(unit, np.zeros((2, 3), dtype=np.int64))
-        if record := log.verdict(call):
-            cast[ORDERS.index(call.order), verdicts.vote(record["verdict"], call.order)] += 1
-    whole = [unit for unit, cast in votes.items() if cast.sum(1).all()]
-    scored = [comparisons[unit] for unit in whole]
+    cast = votes_cast(calls, log)
+    scored = [comparison for comparison, votes in cast if votes.sum(1).all()]
     return (
-        np.array([votes[unit] for unit in whole], dtype=np.int64).reshape(-1, 2, 3),
+        np.array([votes for _, votes in cast if votes.sum(1).all()], dtype=np.int64).reshape(-1, 2, 3),
         np.array([len(one.answer_2) - len(one.answer_1) for one in scored], dtype=np.float64),
         np.array([one.identical for one in scored], dtype=bool),
-        len(votes) - len(whole),
+        len(cast) - len(scored),
         np.array([[one.non_answer_1 is not None, one.non_answer_2 is not None] for one in scored], dtype=bool).reshape(
             -1, 2
         ),
     )
+
+
+def votes_cast(calls: Iterable[Call], log: VerdictLog) -> list[tuple[Comparison, Array]]:
+    """Each comparison with its votes, (2 orders, 3), in the order of the calls."""
+    found: dict[int, tuple[Comparison, Array]] = {}
+    for call in calls:
+        _, votes = found.setdefault(id(call.comparison), (call.comparison, np.zeros((2, 3), dtype=np.int64)))
+        if record := log.verdict(call):
+            votes[ORDERS.index(call.order), verdicts.vote(record["verdict"], call.order)] += 1
+    return list(found.values())
 
 
 def _accounting(calls: Sequence[Call], log: VerdictLog) -> dict[str, int]:

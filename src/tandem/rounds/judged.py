@@ -17,12 +17,13 @@ from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message
 from tandem.errors import UserError
 from tandem.intervals import Estimate
+from tandem.judge.bradley_terry import strengths
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Comparison, neutralise
 from tandem.judge.run import judge
 from tandem.models.sampling import SamplingOptions
 from tandem.rounds.options import ScoreOptions
-from tandem.rounds.strengths import round_robin, strengths, swiss_round
+from tandem.rounds.tournament import round_robin, swiss_round
 
 ROUND_ROBIN_MOST = 4  # answers of a prompt that are all compared with each other
 _POINTS = {"model": 1.0, "tie": 0.5, "disagree": 0.5, "first": 0.0}  # of side 2; the orders' disagreement is a tie
@@ -47,6 +48,7 @@ def compare(options: ScoreOptions, folder: Path, groups: Mapping[str, Group]) ->
         output_dir=str(folder / "judge"),
         calibration_pairs=0,
         self_pairs=0,
+        label_pairs=0,
         max_output_tokens=options.judge_max_output_tokens,
         max_concurrency=options.judge_concurrency,
         temperature=options.judge_temperature,

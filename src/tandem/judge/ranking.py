@@ -1,0 +1,236 @@
+"""Several models ranked by the verdicts of one judge or more on every pair of them."""
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tandem import ranks
+from tandem.errors import UserError
+from tandem.intervals import Array, Estimate, bootstrap, estimate, mean
+from tandem.judge import bradley_terry, calibration, conclusions, statistics, summary
+from tandem.judge.comparisons import paired
+from tandem.judge.options import JudgeOptions
+from tandem.judge.rank_options import RankOptions
+from tandem.judge.requests import Comparison
+from tandem.judge.run import dry_run, gather
+from tandem.runs import locked, write_json
+
+Key = tuple[str, str, str]  # prompt, label of side 1, label of side 2
+
+
+class Said(NamedTuple):
+    """What a judge says of one comparison."""
+
+    comparison: Comparison
+    score: float  # of side 2: win 1, tie ½, loss 0, the mean of both orders
+    outcome: int  # of side 2: 1, 0 or −1
+
+
+def all_pairs(options: RankOptions) -> list[Comparison]:
+    """Every pair of models on every prompt.
+
+    Raises:
+        UserError: a file is missing or damaged, or two answer different prompts.
+    """
+    found = []
+    for (label_1, file_1), (label_2, file_2) in itertools.combinations(options.files, 2):
+        found += paired(file_1, file_2, label_1, label_2)[: options.max_prompts]
+    return found
+
+
+def rank(options: RankOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
+    """Have each judge compare every pair in both orders, and rank the models; returns what ranking.json holds.
+
+    A judge's replies and verdicts lie in its folder under `judges/`, as `judge.run` leaves them, so that the same call
+    again, or one with a model or a judge more, asks only for what has no verdict yet. With `dry_run` nothing is asked
+    or written and the estimate of each judge is returned.
+
+    Raises:
+        UserError: nothing to compare, or what `judge.run.judge` raises.
+    """
+    ranks.refuse_several("rank")
+    if not comparisons:
+        raise UserError("there is nothing to rank: the files hold no answers")
+    labels = [label for label, _ in options.files]
+    asked = [options.of_judge(index) for index in range(len(options.judge_model))]
+    if options.dry_run:
+        return {"dry_run": True, "judges": [_estimate(each, comparisons, labelled) for each in asked]}
+    judges, said = [], []
+    for each in asked:
+        about, found = _one_judge(each, labels, comparisons, labelled)
+        judges.append(about)
+        said.append(found)
+    believed = [found for about, found in zip(judges, said, strict=True) if not about["distrust"]]
+    result = {
+        "labels": labels,
+        "n_prompts": len({pair.prompt_id for pair in comparisons}),
+        "judges": judges,
+        "agreement": agreement(said),
+        "together": strengths_of(labels, averaged(believed)) if believed else None,
+    }
+    result["conclusion"] = conclusion(result)
+    write_json(Path(options.output_dir) / "ranking.json", result)
+    return result
+
+
+def _estimate(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> Any:
+    return {"model": options.judge_model, **dry_run(options, comparisons, labelled)}
+
+
+def _one_judge(
+    options: JudgeOptions, labels: Sequence[str], comparisons: Sequence[Comparison], labelled: Sequence[Comparison]
+) -> tuple[dict[str, Any], dict[Key, Said]]:
+    with locked(options.folder):
+        judge, plan, log, _ = gather(options, comparisons, labelled)
+        write_json(options.folder / "usage.json", log.usage())
+    cast = summary.votes_cast(plan["main"], log)
+    seen = np.array([votes for pair, votes in cast if votes.sum(1).all() and not pair.identical]).reshape(-1, 2, 3)
+    habits = {
+        "order_flip_rate": statistics.flip_rate(seen),
+        "first_position_rate": statistics.first_position_rate(seen),
+    }
+    tried = calibration.agreement(*summary.votes_of(plan["labelled"], log)[:4])
+    said = {}
+    for pair, votes in cast:
+        if votes.sum(1).all():
+            one = votes[None]
+            key = (pair.prompt_id, pair.label_1, pair.label_2)
+            outcome = int(statistics.mean_outcomes(one)[0])
+            said[key] = Said(pair, float(statistics.prompt_scores(one)[0]), outcome)
+    lost = summary.lost_verdicts(plan, log)
+    about = {
+        "model": judge.model,
+        "base_url": judge.base_url,
+        "schema_enforced": judge.schema_enforced,
+        "labelled": tried,
+        **habits,
+        "n_missing": len(cast) - len(said),
+        "lost": lost,
+        "usage": log.usage(),
+        "distrust": [each.words for each in conclusions.distrust(tried, habits, options.max_flip_rate)],
+        "warnings": [
+            f"{each.words}." for each in conclusions.lost_verdicts(lost, sum(len(calls) for calls in plan.values()))
+        ],
+        **strengths_of(labels, said),
+    }
+    return about, said
+
+
+def strengths_of(labels: Sequence[str], said: Mapping[Key, Said]) -> dict[str, Any]:
+    """Strengths of the models, as they are and with length controlled, and how each fares against each.
+
+    `models`: by label `strength` (log-odds against the average model), `length_controlled` and `mean_score`, what it
+    scores on average against the others. `against`: rows of `label`, `other` and the mean `score`. Where a model won
+    or lost everything, strengths are held back by a prior (`bounded_by` says why) and not clustered by prompt.
+    """
+    first = np.array([labels.index(key[2]) for key in said], dtype=np.int64)
+    second = np.array([labels.index(key[1]) for key in said], dtype=np.int64)
+    scores = np.array([each.score for each in said.values()])
+    units = np.unique([key[0] for key in said], return_inverse=True)[1] if said else np.zeros(0, dtype=np.int64)
+    raw = bradley_terry.fit(first, second, scores, units, labels)
+    bounded_by = raw[labels[0]].get("why")
+    if bounded_by == bradley_terry.NO_BOUND:
+        found = bradley_terry.strengths(first, second, scores, len(labels))
+        raw = dict(zip(labels, found, strict=True))
+    else:
+        bounded_by = None
+    controlled = _length_controlled(labels, said, (first, second, scores, units))
+    models = {
+        label: {
+            "strength": raw[label],
+            "length_controlled": controlled[label],
+            "mean_score": _mean_score(scores, first == index, second == index),
+        }
+        for index, label in enumerate(labels)
+    }
+    return {"models": models, "bounded_by": bounded_by, "against": _against(labels, said)}
+
+
+def _length_controlled(
+    labels: Sequence[str], said: Mapping[Key, Said], data: tuple[Array, Array, Array, Array]
+) -> dict[str, Estimate]:
+    """The strengths were all answers equally long; pairs with an answer that is none are left out."""
+    pairs = [each.comparison for each in said.values()]
+    whole = np.array([pair.non_answer_1 is None and pair.non_answer_2 is None for pair in pairs], dtype=bool)
+    length = np.array([len(pair.answer_2) - len(pair.answer_1) for pair in pairs], dtype=float)[whole]
+    spread = length.std() if len(length) else 0.0
+    if spread == 0:
+        why = "the difference in length is the same everywhere: there is nothing to control for"
+        return {label: estimate(None, None, None, len(length), why) for label in labels}
+    first, second, scores, units = (part[whole] for part in data)
+    return bradley_terry.fit(first, second, scores, units, labels, covariate=np.tanh(length / spread))
+
+
+def _mean_score(scores: Array, as_first: Array, as_second: Array) -> Estimate:
+    own = np.concatenate([scores[as_first], 1 - scores[as_second]])
+    if not len(own):
+        return estimate(None, None, None, 0, "none of its comparisons was judged in both orders")
+    return estimate(own.mean(), None, None, len(own))
+
+
+def _against(labels: Sequence[str], said: Mapping[Key, Said]) -> list[dict[str, Any]]:
+    rows = []
+    for one, other in itertools.combinations(labels, 2):
+        scores = np.array([each.score for key, each in said.items() if key[1:] == (one, other)])
+        score = (
+            bootstrap(mean, [scores], 0)
+            if len(scores)
+            else estimate(None, None, None, 0, "no prompt was judged in both orders")
+        )
+        rows.append({"label": other, "other": one, "score": score})
+    return rows
+
+
+def averaged(judges: Sequence[Mapping[Key, Said]]) -> dict[Key, Said]:
+    """What the judges say together: the mean of their scores, where all of them gave a verdict."""
+    shared = [key for key in judges[0] if all(key in each for each in judges)]
+    found = {}
+    for key in shared:
+        score = sum(each[key].score for each in judges) / len(judges)
+        found[key] = Said(judges[0][key].comparison, score, int(np.sign(score - 0.5)))
+    return found
+
+
+def agreement(said: Sequence[Mapping[Key, Said]]) -> list[dict[str, Any]]:
+    """Cohen's κ of every two judges over win, tie and loss of the comparisons that both judged in both orders."""
+    from sklearn.metrics import cohen_kappa_score
+
+    rows = []
+    for (one, first), (other, second) in itertools.combinations(enumerate(said), 2):
+        shared = [key for key in first if key in second and not first[key].comparison.identical]
+        outcomes = [[each[key].outcome for key in shared] for each in (first, second)]
+        row: dict[str, Any] = {"one": one, "other": other, "n": len(shared), "kappa": None}
+        if not shared:
+            row["why"] = "no comparison was judged by both"
+        elif len({*outcomes[0], *outcomes[1]}) < 2:
+            row["why"] = "both say the same of every comparison: chance cannot be told from agreement"
+        else:
+            row["kappa"] = float(cohen_kappa_score(*outcomes, labels=[-1, 0, 1]))
+        if shared:
+            row["same"] = sum(map(operator.eq, *outcomes)) / len(shared)
+        rows.append(row)
+    return rows
+
+
+def conclusion(result: Mapping[str, Any]) -> str:
+    """The ranking in a sentence: who surely leads, or why that cannot be said."""
+    together = result["together"]
+    if together is None:
+        reasons = "; ".join(f"{judge['model']}: {judge['distrust'][0]}" for judge in result["judges"])
+        return f"No ranking is named: {reasons}."
+    models = together["models"]
+    controlled = all(each["length_controlled"]["value"] is not None for each in models.values())
+    name = "length_controlled" if controlled else "strength"
+    if any(each[name]["value"] is None for each in models.values()):
+        return f"No ranking is named: {next(iter(models.values()))[name]['why']}."
+    order = sorted(models, key=lambda label: -models[label][name]["value"])
+    how = " with length controlled" if controlled else ""
+    ahead = [label for label in order if models[label][name].get("ranks", [1, 2])[1] == 1]
+    ranked = " > ".join(order)
+    left_out = [judge["model"] for judge in result["judges"] if judge["distrust"]]
+    told = f"{ranked}{how}; " + (f"{ahead[0]} surely leads." if ahead else "no model surely leads.")
+    return told + (f" Left out: {', '.join(left_out)}." if left_out else "")
