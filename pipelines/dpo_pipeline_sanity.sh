@@ -6,6 +6,7 @@
 # MODEL_NAME         model folder or Hub name (required)
 # DATASET            preference pairs: file, folder, Hub name, or .yaml of sources with their splits (when unset: the
 #                    recipe's data.yaml, else a small slice of Anthropic/hh-rlhf)
+# SFT_DATASET        other data for the SFT stage, which takes conversations, questions with their answers and texts too
 # VAL_RATIO          share of the training prompts to hold out. Unset: the test split is read, or where there is none a
 #                    quarter is held out
 # OUTPUT_DIR         run folder (runs/dpo_sanity)
@@ -20,7 +21,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 [[ -n ${MODEL_NAME:-} ]] || die "MODEL_NAME is required: a model folder or Hub name"
-no_credentials MODEL_NAME DATASET JUDGE_MODEL JUDGE_BASE_URL
+no_credentials MODEL_NAME DATASET SFT_DATASET JUDGE_MODEL JUDGE_BASE_URL
 RUN=${OUTPUT_DIR:-$ROOT/runs/dpo_sanity}
 RECIPE=${RECIPE:-$ROOT/pipelines/recipes/sanity}
 [[ -n ${DATASET:-} || ! -f $RECIPE/data.yaml ]] || DATASET=$RECIPE/data.yaml
@@ -36,6 +37,8 @@ else
   fi
 fi
 [[ ${VAL_RATIO:-0} == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
+sft_data=("${data[@]}")
+[[ -z ${SFT_DATASET:-} ]] || sft_data=(--dataset_name "$SFT_DATASET")
 template=() # of the base model alone: what is trained from it has them in its own template
 [[ -z ${CHAT_TEMPLATE:-} ]] || template+=(--chat_template "$CHAT_TEMPLATE")
 [[ -z ${CHAT_TEMPLATE_KWARGS:-} ]] || template+=(--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS")
@@ -48,7 +51,7 @@ stages() {
     python "$ROOT/scripts/check_data.py" --config "$(config check)" "${data[@]}" --tokenizer_name_or_path "$MODEL_NAME" \
     --report "$RUN/data_report.json" "${template[@]}"
   stage sft sft \
-    launch "$ROOT/scripts/sft.py" --config "$(config sft)" "${data[@]}" --model_name_or_path "$MODEL_NAME" \
+    launch "$ROOT/scripts/sft.py" --config "$(config sft)" "${sft_data[@]}" --model_name_or_path "$MODEL_NAME" \
     --output_dir "$RUN/sft" "${mount[@]}" "${template[@]}"
   stage merge_sft sft_dpo_init_merged \
     python "$ROOT/scripts/merge_lora.py" --adapter "$RUN/sft" --output_dir "$RUN/sft_dpo_init_merged"

@@ -98,6 +98,13 @@ MAIN = Contract(
             takes=("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
         ),
         Borrowed(
+            "trl.trainer.sft_trainer",
+            "add_fused_lm_head",
+            _FORWARD,
+            "tests/training/test_examples.py",
+            takes=("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+        ),
+        Borrowed(
             "trl.trainer.utils",
             "FusedCausalLMOutput",
             _FORWARD,

@@ -22,9 +22,10 @@ from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
-from tandem.options.training import EngineOptions, GaudiOptions, TrainOptions
+from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
+from tandem.training.examples import tokenize_examples
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
-from tandem.training.stages import _arguments, _tokenized_examples
+from tandem.training.stages import _arguments
 from tandem.training.trainers.build import Build
 
 
@@ -61,7 +62,8 @@ def build(trainer: str, case: Case) -> Any:
         "bf16": False,
         "gradient_checkpointing": False,
     } | {name: value for name, value in case.extra.items() if name in of_training}
-    train = TrainOptions(
+    options = SFTOptions if case.loss_type == "sft" else TrainOptions
+    train = options(
         output_dir=case.output_dir,
         per_device_train_batch_size=case.batch,
         gradient_accumulation_steps=case.accumulation,
@@ -73,9 +75,8 @@ def build(trainer: str, case: Case) -> Any:
     rows = load_pairs(data_options, "train")
     arguments = _arguments(train, model) | {"disable_tqdm": True}
     if case.loss_type == "sft":
-        rendered = [render(row, True) for row in rows]
-        data = _tokenized_examples(rendered, tokenizer)
         sft = SFTOptionSet(model, lora, text, data_options, train, GaudiOptions())
+        data = tokenize_examples([render(row, True) for row in rows], tokenizer, sft)
         return _builders(trainer).sft_trainer(
             Build(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
         )
@@ -144,9 +145,9 @@ RECORD: list[dict[str, Any]] = []
 
 
 def _recording_add(add: Any) -> Any:
-    def recorded(self: Monitor, pair_ids: list[str], margins: Any, chosen: Any, rejected: Any, loss: Any, **more: Any):
+    def recorded(self: Monitor, pair_ids: list[str], margins: Any, logps: Any, loss: Any, **more: Any):
         RECORD.append({"margins": margins.tolist(), "loss": loss.item()})
-        return add(self, pair_ids, margins, chosen, rejected, loss, **more)
+        return add(self, pair_ids, margins, logps, loss, **more)
 
     return recorded
 

@@ -181,7 +181,10 @@ def test_gaudis_options_are_flags_of_the_forward():
     assert flags == dict.fromkeys(names, True)
 
 
+@pytest.mark.parametrize(("name", "layout"), [("dpo", "packed"), ("sft", "padded")])
 def test_the_layout_is_the_engines(
+    name: str,
+    layout: str,
     tmp_path: Path,
     script: Callable[[str], ModuleType],
     tiny_model: Path,
@@ -197,8 +200,8 @@ def test_the_layout_is_the_engines(
 
     monkeypatch.setattr(trl, "pair_engine", watched)
     given = f"--model_name_or_path {tiny_model} --dataset_name {tiny_data} --output_dir {tmp_path}/out --max_steps 1"
-    script("dpo").main([*given.split(), "--layout", "packed", "--ref_cache", str(tmp_path)])
-    assert layouts == ["packed"]
+    script(name).main([*given.split(), "--layout", layout])
+    assert layouts == [layout]
 
 
 def test_four_bits_are_asked_of_the_model(tiny_model: Path):
@@ -665,7 +668,21 @@ PROOFS: dict[str, dict[str, str]] = {
         "mount_dir": "training/test_stages.py::test_the_mirror_is_a_copy",
         "debug": "training/test_stages.py::test_debug_is_short_and_loud",
     },
-    "SFTOptions": {"learning_rate": f"{HERE}::test_sft_has_a_learning_rate_of_its_own"},
+    "SFTOptions": {
+        "learning_rate": f"{HERE}::test_sft_has_a_learning_rate_of_its_own",
+        **dict.fromkeys(
+            ("loss_type", "completion_only_loss", "assistant_only_loss"),
+            "training/test_examples.py::test_equals_stock_sft_trainer",
+        ),
+        "layout": f"{HERE}::test_the_layout_is_the_engines",
+        **dict.fromkeys(
+            ("packing", "packing_strategy"), "training/test_examples.py::test_rows_are_filled_best_fit_first"
+        ),
+    },
+    "SFTDataOptions": {
+        "completion_key": "data/test_examples.py::test_a_column_is_named",
+        "text_key": "data/test_examples.py::test_a_text_is_read_whole_even_if_it_looks_like_a_transcript",
+    },
     "DPOOptions": {
         **dict.fromkeys(DPO_CHANGES, LOSS),
         "reference_model": "training/test_stages.py::test_the_default_loss_with_smoothing_is_cdpo",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Iterator
 
@@ -136,9 +137,12 @@ def all_option_classes() -> list[type[Options]]:
 
 def test_conditions_name_options_and_values_that_there_are():
     """A condition that is misspelt would never be met, or never be broken."""
-    together = [*classes(DPOOptionSet), *classes(SFTOptionSet)]
     for cls in all_option_classes():
-        known = {option.name: option for each in (cls, *together) for option in options_of(each)}
+        sets = [classes(SFTOptionSet), classes(DPOOptionSet)]
+        together = itertools.chain(
+            *sorted(sets, key=lambda each: cls in each)
+        )  # where both have a name, its own counts
+        known = {option.name: option for each in (*together, cls) for option in options_of(each)}
         for option in options_of(cls):
             for condition in conditions_of(option):
                 other = known[condition.name]

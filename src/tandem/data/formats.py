@@ -268,6 +268,12 @@ def _sharegpt(row: TrackedRow) -> Parts:
     return prompt, chosen, rejected
 
 
+def _text(row: TrackedRow) -> Parts:
+    """A text that no one asked for, which SFT learns whole."""
+    return _string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected")
+
+
+TEXT = "text"
 _CONVERTERS: dict[str, Callable[[TrackedRow], Parts]] = {
     "hh": _hh,
     "prompt_pair": _prompt_pair,
@@ -275,8 +281,9 @@ _CONVERTERS: dict[str, Callable[[TrackedRow], Parts]] = {
     "orca": _orca,
     "messages": _messages,
     "sharegpt": _sharegpt,
+    TEXT: _text,
 }
-FORMATS = tuple(_CONVERTERS)
+FORMATS = tuple(name for name in _CONVERTERS if name != TEXT)  # of pairs
 
 
 def choose_format(rows: Iterable[tuple[str, Row]]) -> tuple[str, str]:

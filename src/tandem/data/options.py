@@ -15,7 +15,7 @@ from tandem.options.rules import Options
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
     "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns", "min_score_margin",
-    "pair_strategy", "score_key",
+    "pair_strategy", "score_key", "completion_key", "text_key",
 )  # fmt: skip
 
 
@@ -90,6 +90,21 @@ class DataOptions(Options):
             "system": self.system_key,
         }
         return {name: key for name, key in names.items() if key is not None}
+
+
+@dataclasses.dataclass
+class SFTDataOptions(DataOptions):
+    """Data."""  # the heading of --help; with these, rows of one answer are read beside pairs (data.examples)
+
+    completion_key: str | None = opt(None, "column that holds the answer to learn, where there is one answer a row")
+    text_key: str | None = opt(None, "column of whole texts to learn, without a question")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.completion_key is not None and self.text_key is not None:
+            yield "--completion_key and --text_key exclude each other: a row has an answer, or is a text"
+        if self.text_key is not None and self.prompt_key is not None:
+            yield "--prompt_key has no effect with --text_key: a text has no question"
 
 
 # Findings about single pairs, which --fix drop_NAME takes out; data.lint.KINDS says what they are

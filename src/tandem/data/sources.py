@@ -1,5 +1,6 @@
 """Where preference pairs come from: a file, a folder, the Hub or a mixture; split, converted and checked row by row."""
 
+import dataclasses
 import random
 import sys
 from collections.abc import Sequence
@@ -7,8 +8,10 @@ from typing import Any
 
 from tandem.data.balance import Balance
 from tandem.data.columns import arrange, with_line_feeds
+from tandem.data.examples import Example, read_example
 from tandem.data.formats import (
     FORMATS,
+    TEXT,
     Row,
     RowError,
     as_messages,
@@ -18,7 +21,7 @@ from tandem.data.formats import (
     to_canonical,
 )
 from tandem.data.mixtures import Source, mix, sources_of
-from tandem.data.options import DataOptions
+from tandem.data.options import DataOptions, SFTDataOptions
 from tandem.data.rated import paired
 from tandem.data.rows import columns_of
 from tandem.data.scores import scores_of
@@ -54,26 +57,36 @@ def load_pairs(
     for source, number, row in located:
         try:
             named = arranged(source, number, row, options, balance)
-            rows.append((source, number, known_shape(named, options.data_format)))
+            read = read_example(named, options) if isinstance(options, SFTDataOptions) else Example(named)
+            shaped = known_shape(read.row, options.data_format)
+            rows.append((source, number, dataclasses.replace(read, row=shaped)))
         except RowError as error:
             _good((source, number, error), options.max_bad_rows, bad)
     if not rows:
         raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
-    data_format, example = options.data_format, ""
-    if data_format is None:
-        data_format, example = choose_format((_place(source, number), row) for source, number, row in rows)
+    data_format, first = options.data_format, ""
+    if all(read.kind == "text" for _, _, read in rows):
+        data_format = TEXT
+    elif data_format is None:
+        data_format, first = choose_format((_place(source, number), read.row) for source, number, read in rows)
     _refuse_unused_keys(options, data_format)
     pairs = []
-    for source, number, row in rows:
+    for source, number, read in rows:
         try:
-            if example:
-                check_format(row, data_format, example)
-            scores, columns = scores_of(row, needed=options.min_score_margin is not None)
-            pair = to_canonical({name: row[name] for name in row if name not in columns}, data_format, balance)
-            balance.read.update(columns)
-            pairs.append({**pair, **scores, "source": source, "row": number, "format": data_format})
+            if (read.kind == "text") != (data_format == TEXT):
+                raise RowError("a source is of texts alone, or of rows that have an answer; this row is the other kind")
+            if first:
+                check_format(read.row, data_format, first)
+            scores, of_scores = scores_of(read.row, needed=options.min_score_margin is not None)
+            row = {name: read.row[name] for name in read.row if name not in of_scores}
+            pair = to_canonical(row, data_format, balance)
+            balance.read.update(of_scores)
+            kind = {"kind": read.kind} if read.kind is not None else {}
+            pairs.append({**pair, **scores, **kind, "source": source, "row": number, "format": data_format})
         except RowError as error:
-            _good((source, number, error), options.max_bad_rows, bad)
+            _good((source, number, read.in_its_words(error)), options.max_bad_rows, bad)
+    if columns := {read.column for _, _, read in rows if read.kind is not None}:
+        balance.read = columns | balance.read - {"chosen", "rejected", *(["prompt"] if data_format == TEXT else [])}
     for line in bad:
         print(f"skipped {one_line(line)}", file=sys.stderr)
     if skipped is not None:
@@ -249,7 +262,8 @@ def arranged(source: str, number: int, row: Any, options: DataOptions, balance: 
         RowError: lists that Python's own notation wrote as text.
     """
     row = known_names(row, options.keys)
-    for key in options.keys.values():
+    own = (options.completion_key, options.text_key) if isinstance(options, SFTDataOptions) else ()
+    for key in (*options.keys.values(), *filter(None, own)):
         if key not in row:
             place = _place(source, number)
             raise UserError(f"{place}: no column {key!r}, named by a --…_key option (has {columns_of(row)})")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl.trainer import dpo_trainer
+from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tandem.engine import attention
@@ -68,18 +68,22 @@ def add_pair_forward(
 
 @contextlib.contextmanager
 def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
-    """While this is open, a `DPOTrainer` that is built gets the engine wherever TRL installs its own forward.
+    """While this is open, a `DPOTrainer` or `SFTTrainer` that is built gets the engine where TRL installs its forward.
 
     That covers policy and reference, and comes before accelerate wraps them: outside its wrapper the reference would
-    run without autocast. Arguments as in `add_pair_forward`.
+    run without autocast. Examples of SFT are no pairs: theirs is the layout `packed`. Arguments as in
+    `add_pair_forward`.
     """
     installer = functools.partial(add_pair_forward, **asked)
-    original = dpo_trainer.add_fused_lm_head
-    dpo_trainer.add_fused_lm_head = installer
+    modules = (dpo_trainer, sft_trainer)
+    originals = [module.add_fused_lm_head for module in modules]
+    for module in modules:
+        module.add_fused_lm_head = installer
     try:
         yield
     finally:
-        dpo_trainer.add_fused_lm_head = original
+        for module, original in zip(modules, originals, strict=True):
+            module.add_fused_lm_head = original
 
 
 def forward_plan(

@@ -155,8 +155,9 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         input_ids: (2B, S) int64; rows i and B + i are chosen and rejected of pair i.
         attention_mask: (2B, S), non-zero on real tokens; each row's real tokens are contiguous, padded on either side.
         labels: (2B, S) int64, the token where it is a completion token and -100 elsewhere.
-        layout: `shared` forwards a pair's common prefix once; `packed` keeps every row whole. A pair whose rows start
-            at different columns, or with different tokens, shares nothing under either.
+        layout: `shared` forwards a pair's common prefix once; `packed` keeps every row whole, so that its rows need not
+            be pairs. A pair whose rows start at different columns, or with different tokens, shares nothing under
+            either.
 
     Returns:
         The plan, on the device of `input_ids`; from another than the host, in one wait for the batch.
@@ -169,6 +170,13 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
     device = input_ids.device
     if device.type != "cpu":  # all that follows is small
         input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask, labels]).cpu()
+    shape = (rows, columns)
+    if rows % 2:  # where nothing is shared any two rows will do, and for the last one without tokens
+        input_ids, attention_mask = (
+            torch.cat([grid, grid.new_zeros(1, columns)]) for grid in (input_ids, attention_mask)
+        )
+        labels = torch.cat([labels, labels.new_full((1, columns), IGNORED_LABEL)])
+        rows += 1
     pairs = rows // 2
 
     # (B, 2, S): pair-major, so that flattening runs through chosen, rejected of one pair before the next
@@ -207,11 +215,11 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         targets,
         scored.flatten().nonzero().squeeze(1),
     )
-    return PairPlan((rows, columns), segments, len(targets), torch.cat(indices)).to(device)
+    return PairPlan(shape, segments, len(targets), torch.cat(indices)).to(device)
 
 
 def _check(rows: int, columns: int, layout: Layout) -> None:
-    if rows % 2:
+    if rows % 2 and layout == "shared":
         raise ValueError(f"a batch of pairs has an even number of rows, not {rows}")
     if layout == "padded":
         raise ValueError("the padded layout has no plan: it is TRL's own forward")

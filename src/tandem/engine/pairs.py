@@ -76,25 +76,49 @@ class PairCollator:
 
 @dataclass
 class ExampleCollator:
-    """Tokenized examples of SFT → batches of one shape.
+    """Tokenized examples of SFT → batches.
 
-    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` at what is not trained. Keys: `input_ids`,
-    `attention_mask`, `labels`, (size, max_length) int64. Rows without labels fill the batch up.
+    An example has `input_ids`, and `labels` that are `IGNORED_LABEL` at what is not trained; a row of several, with
+    their `seq_lengths`, is taken apart again. Keys: `input_ids`, `attention_mask`, `labels`, (rows, S) int64, and
+    `pair_plan`, the engine's `PairPlan` of the batch, with a `layout` that has one.
+
+    Attributes:
+        pad_token_id: what fills rows up on the right.
+        max_length: longest row.
+        size: make every batch this many rows of `max_length`, whatever the examples; rows without labels fill it up.
+        layout: `packed` to add the plan.
     """
 
     pad_token_id: int
     max_length: int
-    size: int
+    size: int | None = None
+    layout: Layout = "padded"
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        filled = [*examples, *[{"input_ids": [self.pad_token_id], "labels": []}] * (self.size - len(examples))]
+        own = unpacked(examples)
+        filled = [*own, *[{"input_ids": [self.pad_token_id], "labels": []}] * ((self.size or 0) - len(own))]
         rows = [
             (row["input_ids"][: self.max_length], [label != IGNORED_LABEL for label in row["labels"]]) for row in filled
         ]
-        batch = _padded(rows, self.pad_token_id, self.max_length)
+        width = self.max_length if self.size is not None else max(len(ids) for ids, _ in rows)
+        batch = _padded(rows, self.pad_token_id, width)
         batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED_LABEL)
-        batch["labels"][len(examples) :] = IGNORED_LABEL
+        batch["labels"][len(own) :] = IGNORED_LABEL
+        batch["labels"][:, 0] = IGNORED_LABEL  # which nothing predicts
+        if self.layout != "padded":
+            batch[PAIR_PLAN] = plan_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"], self.layout)
         return batch
+
+
+def unpacked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
+    """The examples of packed rows, in their order; rows that are none as they are."""
+    examples = []
+    for row in rows:
+        end = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            start, end = end, end + length
+            examples.append({name: row[name][start:end] for name in ("input_ids", "labels")})
+    return examples
 
 
 def round_up(length: int, multiple: int) -> int:

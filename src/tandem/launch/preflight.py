@@ -18,10 +18,14 @@ from typing import Any
 
 import yaml
 
-from tandem.data.options import DataOptions
+from tandem.data.options import DataOptions, SFTDataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import UserError, script_main
 from tandem.options.fields import refuse
+
+_OF_SFT = {field.name for field in dataclasses.fields(SFTDataOptions)} - {
+    field.name for field in dataclasses.fields(DataOptions)
+}
 
 
 def main(argv: list[str]) -> None:
@@ -37,13 +41,14 @@ def main(argv: list[str]) -> None:
         try:
             with _world_size(processes if command[0] == "launch" else 1):
                 values = {name: value for name, (value, _) in options_of_command(command).items()}
-            data = {field.name: values[field.name] for field in dataclasses.fields(DataOptions) if field.name in values}
+            reader = SFTDataOptions if "completion_key" in values else DataOptions
+            data = {field.name: values[field.name] for field in dataclasses.fields(reader) if field.name in values}
             # The first stage will read the data; those of a stage that reads them otherwise are tried here
             if "dataset_name" not in data:
                 continue  # it reads none; an option of its own may have a name that the reader's have too
-            if read and data not in read:
-                load_splits(DataOptions(**data))
-            read.append(data)
+            if read and {name: data[name] for name in data if name not in _OF_SFT} not in read:
+                load_splits(reader(**data))
+            read.append({name: data[name] for name in data if name not in _OF_SFT})
         except UserError as problem:
             problems.append(f"stage {name}: {problem}")
     refuse(problems)

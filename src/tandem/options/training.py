@@ -228,6 +228,26 @@ class SFTOptions(TrainOptions):
     """Training."""
 
     learning_rate: float = opt(2e-5, "peak learning rate", low=0, trl=True)
+    loss_type: Literal["nll", "dft"] = opt(
+        "nll",
+        "negative log-likelihood, or weighted by the tokens' own probabilities (DFT, arXiv 2508.05629)",
+        choices=("nll", "dft"),
+    )
+    completion_only_loss: bool | None = opt(
+        None, "learn answers alone; unset: of question and answer the answer, of conversations and texts all"
+    )
+    assistant_only_loss: bool = opt(False, "of conversations, learn the assistant's turns alone")
+    layout: Literal["packed", "padded"] = opt(
+        "packed", "examples forwarded one after the other without padding (packed), or as TRL (padded)",
+        choices=("packed", "padded"),
+    )  # fmt: skip
+    packing: bool = opt(False, "put examples together into rows of --max_length tokens, of which none sees another")
+    packing_strategy: Literal["bfd", "bfd_split"] = opt(
+        "bfd",
+        "best fit; what is longer than --max_length is cut (bfd), or goes on in another row (bfd_split)",
+        choices=("bfd", "bfd_split"),
+        needs="packing",
+    )
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ Light to import: the scripts parse these before anything loads.
 import typing
 from typing import Any, NamedTuple
 
-from tandem.data.options import DataOptions
+from tandem.data.options import DataOptions, SFTDataOptions
 from tandem.data.sources import may_hold_out
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
@@ -23,7 +23,7 @@ class SFTOptionSet(NamedTuple):
     model: ModelOptions
     lora: LoraOptions
     text: TextOptions
-    data: DataOptions
+    data: SFTDataOptions
     train: SFTOptions
     gaudi: GaudiOptions
 
@@ -64,7 +64,8 @@ def check(*options: Any) -> None:
         UserError: naming all of them together.
     """
     given = {type(each): each for each in options}
-    data, monitor, dpo = given[DataOptions], given.get(MonitorOptions), given.get(DPOOptions)
+    monitor, dpo = given.get(MonitorOptions), given.get(DPOOptions)
+    data = given.get(SFTDataOptions) or given[DataOptions]
     train = given.get(SFTOptions) or given[TrainOptions]
     problems = []
     for conflict in (

@@ -227,7 +227,7 @@ class Plan:
         yield f"parameters: {count:,}; trained: {trained:,} ({trained / count:.2%})"
         limit, processes = self.hardware.limit, self.hardware.processes
         size, schedule = self.run.train.per_device_train_batch_size, self.schedule
-        unit = "pairs" if len(schedule.sides) == 2 else "examples"
+        unit = "pairs" if isinstance(self.run, DPOOptionSet) else "examples"
         where = f"{processes} x {self.hardware.device}, batch {size}, layout {schedule.layout}"
         yield f"peak memory per device ({where}): {self.peak.total / GIB:.2f} GiB"
         for name, part in dataclasses.asdict(self.peak).items():

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from tandem.data.tokenized import common_length
+from tandem.data.tokenized import SIDES, common_length
 from tandem.engine.layout import Layout
+from tandem.engine.pairs import unpacked
+from tandem.training.examples import untrained
 from tandem.training.hardware import Hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.rehearsal import Batch
@@ -21,7 +23,7 @@ class Schedule:
     """The steps of one run.
 
     Attributes:
-        data: the tokenized pairs that it trains on.
+        data: the tokenized pairs or examples that it trains on (`stages.training_data`).
     """
 
     run: SFTOptionSet | DPOOptionSet
@@ -63,20 +65,19 @@ class Schedule:
 
     @property
     def layout(self) -> Layout:
-        return self.run.engine.layout if isinstance(self.run, DPOOptionSet) else "padded"
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        return ("chosen_ids", "rejected_ids") if isinstance(self.run, DPOOptionSet) else ("chosen_ids",)
+        return self.run.engine.layout if isinstance(self.run, DPOOptionSet) else self.run.train.layout
 
     @functools.cached_property
     def lengths(self) -> list[tuple[list[int], int]]:
         """For each pair the lengths of its rows in tokens, and of the beginning that they share."""
         longest, found = self.run.text.max_length, []
-        for pair in self.data:
-            prompt, answers = len(pair["prompt_ids"]), [pair[side] for side in self.sides]
+        for row in self.data:
+            if isinstance(self.run, SFTOptionSet):
+                found.append(([min(len(example["input_ids"]), longest) for example in unpacked([row])], 0))
+                continue
+            prompt, answers = len(row["prompt_ids"]), [row[f"{side}_ids"] for side in SIDES]
             rows = [min(prompt + len(answer), longest) for answer in answers]
-            found.append((rows, min(prompt + common_length(answers[0], answers[-1]), *rows)))
+            found.append((rows, min(prompt + common_length(*answers), *rows)))
         return found
 
     def tokens(self, batch: Iterable[int]) -> int:
@@ -88,8 +89,13 @@ class Schedule:
         return sum(rows) - (sum(shared for _, shared in lengths) if self.layout == "shared" else 0)
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        pairs = [self.data[index] for index in indices]
-        rows = [(pair["prompt_ids"] + pair[side], len(pair["prompt_ids"])) for side in self.sides for pair in pairs]
+        data = [self.data[index] for index in indices]
+        if isinstance(self.run, SFTOptionSet):
+            rows = [(example["input_ids"], untrained(example)) for example in unpacked(data)]
+        else:
+            rows = [
+                (pair["prompt_ids"] + pair[f"{side}_ids"], len(pair["prompt_ids"])) for side in SIDES for pair in data
+            ]
         return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout)
 
     def largest(self, batches: Iterable[list[int]]) -> Batch:

@@ -11,14 +11,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a s
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tandem.data.formats import Row
+from tandem.data.formats import TEXT, Row
 from tandem.data.rendering import keywords_of
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, trim_prompt
 from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
 from tandem.devices import fast_bf16, has_accelerator
-from tandem.engine.layout import IGNORED_LABEL
-from tandem.engine.pairs import completion_mask
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.ends import stop_at_turn_end
@@ -31,6 +29,7 @@ from tandem.options.parsing import defaults
 from tandem.options.training import TrainOptions, check_training
 from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
+from tandem.training.examples import packed, tokenize_examples
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
 from tandem.training.settings import day_of, run_in
@@ -49,7 +48,7 @@ def run_sft(run: SFTOptionSet) -> None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
         splits = _splits(run, tokenizer)
-        examples = {name: _tokenized_examples(rows, tokenizer) for name, rows in splits.items()}
+        examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
         builders.start_processes(arguments)
         policy = _trainable(run.model, run.lora, run.train.tp_size)
         stop_at_turn_end(policy, tokenizer)
@@ -81,10 +80,10 @@ def run_dpo(run: DPOOptionSet) -> None:
 
 
 def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The tokenized pairs that a run trains on. SFT, which takes the chosen answers alone, has them on both sides."""
+    """The tokenized pairs that a run trains on; of SFT its examples, several in a row where it packs them."""
     rows = _splits(run, tokenizer)["train_dataset"]
     if isinstance(run, SFTOptionSet):
-        rows = [row | {"rejected": row["chosen"]} for row in rows]
+        return packed(tokenize_examples(rows, tokenizer, run), run)
     return _tokenized_pairs(rows, tokenizer, run.text.max_length)
 
 
@@ -186,23 +185,14 @@ def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase
 
 def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     def one(pair: Row) -> Row:
+        if pair["format"] == TEXT:
+            return pair
         row = render(pair, text.use_chat_template)
         if text.max_prompt_length is None:
             return row
         return row | {"prompt": trim_prompt(row["prompt"], tokenizer, text.max_prompt_length, keywords_of(row))}
 
     return all_placed(pairs, one)
-
-
-def _tokenized_examples(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Prompt + chosen, for SFT: `input_ids`, and `labels` that are `IGNORED_LABEL` at what is not the answer's own."""
-    examples = []
-    for pair in tokenize_rows([row | {"rejected": row["chosen"]} for row in rows], tokenizer):
-        ids = pair["prompt_ids"] + pair["chosen_ids"]
-        mask = completion_mask(pair, "chosen")
-        labels = [token if own else IGNORED_LABEL for token, own in zip(ids, mask, strict=True)]
-        examples.append({"input_ids": ids, "labels": labels})
-    return Dataset.from_list(examples)
 
 
 def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

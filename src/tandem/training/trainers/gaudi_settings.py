@@ -6,7 +6,7 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.options.losses import LOSSES, DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions
-from tandem.options.training import GaudiOptions, TrainOptions
+from tandem.options.training import GaudiOptions, SFTOptions, TrainOptions
 
 
 def check_gaudi(
@@ -28,6 +28,11 @@ def check_gaudi(
         problems.append("--tp_size is not there on Gaudi")
     if train.router_aux_loss_coef is not None:
         problems.append("--router_aux_loss_coef is not there on Gaudi: the model's own counts")
+    if isinstance(train, SFTOptions):
+        if train.packing:
+            problems.append("--packing is not there on Gaudi, where every batch has one shape")
+        if train.loss_type != "nll":
+            problems.append(f"--loss_type {train.loss_type} is not there on Gaudi")
     if model.attn_implementation:
         problems.append("--attn_implementation: on Gaudi it is --use_flash_attention")
     if lazy and train.gradient_checkpointing:

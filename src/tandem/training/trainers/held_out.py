@@ -173,7 +173,7 @@ class EachExampleOnce(EachRowOnce):
         return len(inputs["input_ids"])
 
     def _first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-        return {name: value[:rows] for name, value in inputs.items()}
+        return {name: value[:rows] for name, value in inputs.items() if name != PAIR_PLAN}
 
     def _weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         return {}, (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()

@@ -16,10 +16,10 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.devices import has_hpu
 from tandem.engine.forward import pair_engine
-from tandem.engine.layout import IGNORED_LABEL
+from tandem.engine.layout import IGNORED_LABEL, Layout
 from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.modes import disable_dropout
-from tandem.engine.pairs import PairCollator, longest_row, sequence_logps
+from tandem.engine.pairs import ExampleCollator, PairCollator, longest_row, sequence_logps
 from tandem.engine.precision import is_sharded
 from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.models.load import lora_config
@@ -28,6 +28,7 @@ from tandem.monitor.options import MonitorOptions
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.training import EngineOptions
+from tandem.training.examples import packed
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
 from tandem.training.trainers.build import Build
@@ -273,17 +274,25 @@ def start_processes(arguments: Mapping[str, Any]) -> None:
 def sft_trainer(build: Build[SFTOptionSet]) -> TandemSFTTrainer:
     """See `build.Builders`."""
     run, max_length = build.run, build.run.text.max_length
-    return TandemSFTTrainer(
-        model=build.policy,
-        args=SFTConfig(
-            **build.arguments,
-            max_length=max_length,
-            pad_to_multiple_of=max_length if has_hpu() else None,  # an HPU compiles anew for every shape
-        ),
-        processing_class=build.tokenizer,
-        peft_config=lora_config(run.lora, run.model, build.policy),
-        **build.splits,
-    )
+    layout: Layout = "padded" if has_hpu() else run.train.layout
+    longest = max(len(ids) for examples in build.splits.values() for ids in examples["input_ids"])
+    splits = build.splits | {"train_dataset": packed(build.splits["train_dataset"], run)}
+    with pair_engine(layout=layout, longest=min(longest, max_length)):
+        trainer = TandemSFTTrainer(
+            model=build.policy,
+            args=SFTConfig(
+                **build.arguments,
+                max_length=max_length,
+                loss_type=run.train.loss_type,
+                pad_to_multiple_of=max_length if has_hpu() else None,  # an HPU compiles anew for every shape
+            ),
+            processing_class=build.tokenizer,
+            peft_config=lora_config(run.lora, run.model, build.policy),
+            **splits,
+        )
+    if not has_hpu():  # TRL's collator leaves it to a kernel to keep the examples of a row apart
+        trainer.data_collator = ExampleCollator(build.tokenizer.pad_token_id, max_length, layout=layout)
+    return trainer
 
 
 def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
