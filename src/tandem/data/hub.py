@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.places import not_here
 
 
 @functools.cache
@@ -19,7 +20,7 @@ def split_names(name: str, config: str | None, revision: str | None) -> tuple[st
     try:
         return tuple(map(str, datasets.get_dataset_split_names(name, config, revision=revision)))
     except Exception as error:  # the library raises a dozen kinds: not found, no access, no network, …
-        raise UserError(f"--dataset_name {name}: {error}") from error
+        raise UserError(f"--dataset_name {name}: {not_here(name)}{error}") from error
 
 
 def load(name: str, config: str | None, revision: str | None, split: str) -> Iterable[Any]:
@@ -33,5 +34,5 @@ def load(name: str, config: str | None, revision: str | None, split: str) -> Ite
     try:
         rows: Iterable[Any] = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # as above, and a bad slice
-        raise UserError(f"--dataset_name {name} (split {split}): {error}") from error
+        raise UserError(f"--dataset_name {name} (split {split}): {not_here(name)}{error}") from error
     return rows

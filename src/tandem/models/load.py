@@ -22,6 +22,7 @@ from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.models.adapters import merged, rounded
 from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, is_adapter
+from tandem.places import not_here
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -70,7 +71,7 @@ def stored_dtype(name: str, revision: str | None = None) -> str:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: its config cannot be read: {first_line(error)}") from error
+        raise UserError(f"{name}: {not_here(name)}its config cannot be read: {first_line(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
     return str(dtype or torch.float32).removeprefix("torch.")
 
@@ -93,7 +94,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no tokenizer can be loaded: {first_line(error)}") from error
+        raise UserError(f"{name}: {not_here(name)}no tokenizer can be loaded: {first_line(error)}") from error
     template = template or options
     if tokenizer.chat_template is not None and template.chat_template is None:
         _try_template(name, tokenizer)

@@ -12,6 +12,7 @@ from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
 from tandem.options.rules import Options
+from tandem.places import is_hub_name
 from tandem.runs import CARD, model_files, refusal
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -27,7 +28,6 @@ CARD_SETTINGS = (
 )
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _FILE = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|ya?ml|txt)$", re.IGNORECASE)
 ADAPTER_CONFIG = "adapter_config.json"
 # What an earlier push may have left, which from_pretrained would load in place of what is pushed now
@@ -231,13 +231,7 @@ def _languages(run: Any) -> list[str]:
 
 def _on_hub(name: Any) -> bool:
     """Whether a name is one on the Hub, as far as that shows here: no path, no file."""
-    return (
-        isinstance(name, str)
-        and bool(_HUB_NAME.fullmatch(name))
-        and ".." not in name
-        and not _FILE.search(name)
-        and not Path(name).exists()
-    )
+    return isinstance(name, str) and is_hub_name(name) and not _FILE.search(name)
 
 
 def _public(value: Any) -> str:
