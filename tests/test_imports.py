@@ -30,7 +30,8 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ARITHMETIC = (
-    "intervals", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.corrected", "judge.statistics",
+    "intervals", "engine.balance", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.corrected",
+    "judge.statistics",
     "judge.verdicts", "data.select",
 )  # fmt: skip
 FORBIDDEN_IN_ARITHMETIC = {"trl", "transformers", "openai", "httpx", "requests", "urllib", "socket", "http"}
@@ -116,6 +117,11 @@ def test_arithmetic_stays_arithmetic(module: str):
             pending += own_imports(MODULES[name])
     outside = {name.split(".")[0] for each in seen for name in imported(MODULES[each])}
     assert not outside & FORBIDDEN_IN_ARITHMETIC
+
+
+def test_pairs_are_dealt_without_torch():
+    assert "torch" not in {name.split(".")[0] for name in imported(MODULES["engine.balance"])}
+    assert own_imports(MODULES["engine.balance"]) == set()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

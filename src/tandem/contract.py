@@ -138,6 +138,13 @@ MAIN = Contract(
         Borrowed(_SFT, "_total_train_tokens", _CHECKPOINTS, _RESUMED),
         Borrowed(_DPO, "_tp_size", "training.trainers.trl", _TWO_PROCESSES),
         Borrowed(_TRAINER, "_get_grad_norm", "training.trainers.trl", _EQUAL),
+        Borrowed(
+            _TRAINER,
+            "_get_train_sampler",
+            "training.trainers.evenly",
+            _TWO_PROCESSES,
+            takes=("self", "train_dataset"),
+        ),
         Borrowed(_TRAINER, "_save_checkpoint", _CHECKPOINTS, _RESUMED, takes=("self", "model", "trial")),
         Borrowed(_TRAINER, "_tr_loss", _CHECKPOINTS, _RESUMED),
         Borrowed(_TRAINER, "_total_loss_scalar", _CHECKPOINTS, _RESUMED),

@@ -661,6 +661,7 @@ PROOFS: dict[str, dict[str, str]] = {
         "fp16": "options/test_training.py::test_options_across_classes",
         "use_cpu": f"{HERE}::test_the_cpu_where_there_is_an_accelerator",
         "tp_size": "distributed/test_sharded_equality.py::test_tensor_parallelism_trains_as_one",
+        "balance_ranks": "distributed/test_balance.py::test_dealt_evenly_and_not",
         "max_train_samples": "training/test_stages.py::test_sft_learns_the_completion_only",
         "max_eval_samples": f"{HERE}::test_held_out_pairs_of_an_evaluation",
         "resume_from_checkpoint": "training/test_stages.py::test_a_named_checkpoint",

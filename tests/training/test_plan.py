@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 
+from tandem.engine.balance import Dealing
 from tandem.errors import UserError
 from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions
+from tandem.training.dealing import Order
 from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
 from tandem.training.plan import Plan, plan_run
@@ -130,6 +132,31 @@ def test_the_run_forwards_as_many_tokens_as_planned(
     assert [len(batches) for batches in figures.schedule.batches] == [3, 3, 2, 3, 3]
     assert forwarded == [figures.schedule.tokens(batch) for batches in figures.schedule.batches for batch in batches]
     assert figure(planned(name, *flags), r"tokens forwarded in training: ([\d,]+)") == sum(forwarded)
+
+
+def test_processes_are_planned_as_they_are_dealt(plan: Callable[..., Plan], tmp_path: Path):
+    rows = tiny.hh_rows(32)
+    for index, row in enumerate(rows):
+        row["chosen"] += " far" * (index * index % 83)
+    data = ["--dataset_name", str(tiny.save_pairs(tmp_path / "uneven.jsonl", rows)), "--num_train_epochs", "2"]
+    two = dataclasses.replace(ALONE, processes=2)
+    even = plan(DPOOptionSet, *data, hardware=two)
+    order = Order(32, 42, Dealing(2, 1, 4), even.schedule.costs)
+    of_steps = [[pair for batch in step for pair in batch] for step in even.schedule.batches]
+    assert of_steps == [step for epoch in range(2) for step in order.epoch(epoch)]
+    assert (
+        1
+        <= even.schedule.unevenness(even.schedule.batches)
+        < 1.1
+        < even.schedule.unevenness(even.schedule.dealt(False))
+    )
+    line = r"slowest process, over the mean: 1.0\d, in the sampler's order 1.[1-9]\d"
+    assert re.fullmatch(line, even.schedule.unevenness_line())
+    coupled = plan(DPOOptionSet, *data, "--loss_type", "aot", hardware=two)
+    assert coupled.schedule.batches == even.schedule.dealt(False)
+    assert "not dealt evenly: aot may depend" in coupled.schedule.unevenness_line()
+    forced = plan(DPOOptionSet, *data, "--loss_type", "aot", "--balance_ranks", "true", hardware=two)
+    assert forced.schedule.batches == even.schedule.batches
 
 
 def test_the_reference_pass_comes_before_gradients(plan: Callable[..., Plan], tiny_model: Path, tmp_path: Path):

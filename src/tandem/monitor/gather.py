@@ -69,7 +69,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An optimizer step's pairs over all ranks, in the order of the sampler: by micro-batch, rank, row."""
+    """An optimizer step's pairs over all ranks, as they were dealt: by micro-batch, rank, row."""
 
     pair_ids: list[str]
     values: NDArray[np.float32]

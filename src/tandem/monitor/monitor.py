@@ -51,6 +51,8 @@ class Monitor:
         epoch_pairs: pairs the sampler deals in one epoch over all ranks, which is the length of the training set;
             None if it has none. Tells padding of the last batch from pairs.
         ranks_per_batch: neighbouring ranks that get the same pairs (tensor parallelism).
+        in_order: (epoch, its rows before a step, rows of the step) → the rows in the order of the sampler, where they
+            are dealt in another.
 
     Raises:
         UserError: `beta` is outside of the control's range.
@@ -66,6 +68,7 @@ class Monitor:
         save_checkpoint: Callable[[], None],
         epoch_pairs: int | None = None,
         ranks_per_batch: int = 1,
+        in_order: Callable[[int, int, int], list[int]] | None = None,
     ) -> None:
         options.check_beta(beta)
         self.options = options
@@ -76,6 +79,7 @@ class Monitor:
         self.alarms = AlarmLog(Path(logs_dir), accelerator, ranks_per_batch)
         self._accelerator, self._save_checkpoint = accelerator, save_checkpoint
         self._epoch_pairs, self._ranks_per_batch = epoch_pairs, ranks_per_batch
+        self._in_order = in_order
         self._first_beta = beta
         self._saved_step: int | None = None
         self._epoch, self._epoch_rows = 0, 0
@@ -151,6 +155,8 @@ class Monitor:
                 self._stop_before_step(alarm)
         if epoch != self._epoch:
             self._epoch, self._epoch_rows = epoch, 0
+        if self._in_order is not None:
+            dealt = dealt.select(self._in_order(epoch, self._epoch_rows, len(dealt.pair_ids)))
         step = gather.without_repeats(dealt, self._epoch_rows, self._epoch_pairs)
         self._epoch_rows += len(dealt.pair_ids)
         self._collected = step, share, grad_norm

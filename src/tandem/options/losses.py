@@ -29,6 +29,7 @@ class Loss:
         f_divergence: it goes with other divergences than reverse KL: those losses in which β·log Z(x) cancels.
         reference: `loss` where its formula has the reference; `metrics` where only the logged rewards do; `none`.
         weighted: `--use_weighting` can weigh its pairs: each has a value of its own, that TRL 1.16 can multiply.
+        coupled: its value for a pair may depend on the others of the micro-batch; of a user's function it is taken to.
         on_gaudi: its formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16, or it is Tandem's.
         per_pair: (`tandem.engine.losses.Pairs`) → (B,), each pair's loss; or the text `module:function` that names it.
             None: TRL computes it.
@@ -42,6 +43,7 @@ class Loss:
     f_divergence: bool = False
     reference: str = "loss"
     weighted: bool = True
+    coupled: bool = False
     on_gaudi: bool = False
     per_pair: Callable[[Any], Any] | str | None = None
     rewards: Callable[[Any], Any] | str | None = None
@@ -60,12 +62,13 @@ LOSSES = {
         Loss("robust", "Chowdhury et al. 2024, Eq. 11", smoothed=True, f_divergence=True, on_gaudi=True),
         Loss("bco_pair", "Jung et al. 2024"),
         Loss("sppo_hard", "Wu et al. 2024, Eq. 4.7", on_gaudi=True),
-        Loss("aot", "Melnyk et al. 2024", smoothed=True, weighted=False),
-        Loss("aot_unpaired", "Melnyk et al. 2024", smoothed=True, weighted=False),
+        Loss("aot", "Melnyk et al. 2024", smoothed=True, weighted=False, coupled=True),
+        Loss("aot_unpaired", "Melnyk et al. 2024", smoothed=True, weighted=False, coupled=True),
         Loss("apo_zero", "D'Oosterlinck et al. 2024, Eq. 7"),
         Loss("apo_down", "D'Oosterlinck et al. 2024, Eq. 8"),
         Loss("discopop", "Lu et al. 2024, Eq. 5", f_divergence=True),
-        Loss("sft", "log-likelihood of chosen", f_divergence=True, reference="metrics", weighted=False),
+        # A mean over the tokens of a micro-batch
+        Loss("sft", "log-likelihood of chosen", f_divergence=True, reference="metrics", weighted=False, coupled=True),
         Loss("sigmoid_norm", "Rafailov et al. 2023, in means over tokens", f_divergence=True),
         Loss(
             "simpo", "Meng et al. 2024, Eq. 6", smoothed=True, reference="none", on_gaudi=True,
@@ -96,7 +99,7 @@ def loss_named(name: str) -> Loss:
         return dataclasses.replace(found, name=name, on_gaudi=True)
     if not callable(found):
         raise UserError(f"--loss_type {name}: is a {type(found).__name__}, neither a function nor a Loss")
-    return Loss(name, per_pair=found, on_gaudi=True)
+    return Loss(name, per_pair=found, on_gaudi=True, coupled=True)
 
 
 def load_object(name: str) -> Any:

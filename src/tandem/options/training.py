@@ -153,6 +153,11 @@ class TrainOptions(Options):
     dataloader_num_workers: int | None = opt(
         None, "processes that make batches ahead of the step; unset: 2 with an accelerator, 0 on the CPU", low=0
     )
+    balance_ranks: bool | None = opt(
+        None,
+        "with several processes: deal each optimizer step's pairs so that all have as much to do; unset: where no loss "
+        "depends on which pairs share a micro-batch",
+    )
     ddp_timeout: int = opt(1800, "seconds that a process waits for the others", low=1, trl=True)
     ddp_find_unused_parameters: bool | None = opt(
         None, "DDP: look for parameters that a step left out; for a model part of which pairs never reach", trl=True

@@ -7,7 +7,6 @@ top.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -97,7 +96,7 @@ class Plan:
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        return Schedule(self.run, self.hardware, self.data)
+        return Schedule(self.run, self.hardware, self.data, self.model.config.get_text_config())
 
     # The model
 
@@ -234,6 +233,8 @@ class Plan:
             yield f"  {name}: {part / GIB:.2f} GiB"
         yield f"steps: {schedule.steps} of {size} x {schedule.accumulation} x {processes} {unit}"
         yield f"tokens forwarded in training: {sum(map(schedule.tokens, itertools.chain(*schedule.batches))):,}"
+        if processes > 1:
+            yield schedule.unevenness_line()
         yield self.time_line()
         if limit is None:
             yield "memory of the device is not known: give --device_memory_gib to see whether this fits"
@@ -246,11 +247,12 @@ class Plan:
         if (seconds := self.seconds()) is None:
             return "time: not measured, since the run's device is not here or the model is too large for a probe"
         step, forward = seconds
-        micro_batches = sum(math.ceil(len(batches) / self.hardware.processes) for batches in self.schedule.batches)
+        batches = self.schedule.batches
+        micro_batches = sum(map(len, batches)) / self.hardware.processes * self.schedule.unevenness(batches)
         line = f"time: {_duration(step * micro_batches)} of training"
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
-            batches = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
-            line += f", {_duration(forward * batches)} of the reference where not cached"
+            of_reference = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
+            line += f", {_duration(forward * of_reference)} of the reference where not cached"
         return line
 
     def remedy(self, limit: int) -> str:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from tandem.data.tokenized import SIDES, common_length
+from tandem.engine.balance import Dealing, Ints, Waits
 from tandem.engine.layout import Layout
+from tandem.engine.lengths import PairLengths, row_lengths
 from tandem.engine.pairs import unpacked
+from tandem.training.dealing import Order, pair_costs, why_undealt
 from tandem.training.examples import untrained
 from tandem.training.hardware import Hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
@@ -24,11 +27,13 @@ class Schedule:
 
     Attributes:
         data: the tokenized pairs or examples that it trains on (`stages.training_data`).
+        config: transformers' of the text model.
     """
 
     run: SFTOptionSet | DPOOptionSet
     hardware: Hardware
     data: Dataset
+    config: Any
 
     @functools.cached_property
     def accumulation(self) -> int:
@@ -52,16 +57,52 @@ class Schedule:
 
     @functools.cached_property
     def batches(self) -> list[list[list[int]]]:
-        """The pairs of each micro-batch of each optimizer step, of all processes, as the sampler deals them."""
-        train = self.run.train
-        size, in_a_step = train.per_device_train_batch_size, self.accumulation * self.hardware.processes
-        steps: list[list[list[int]]] = []
-        for epoch in range(math.ceil(self.steps / self.steps_per_epoch)):
-            # As accelerate's SeedableRandomSampler does
-            generator = torch.Generator().manual_seed(train.seed + epoch)
-            order = torch.randperm(len(self.data), generator=generator)
-            steps += _cut(_cut(order.tolist(), size), in_a_step)
-        return steps[: self.steps]
+        """The pairs of each micro-batch of each optimizer step, of all processes, as the run deals them."""
+        return self.dealt(self.undealt is None)
+
+    def dealt(self, evenly: bool) -> list[list[list[int]]]:
+        """`batches`, dealt by what the pairs take or in the sampler's order."""
+        size, epochs = self.run.train.per_device_train_batch_size, math.ceil(self.steps / self.steps_per_epoch)
+        order = Order(len(self.data), self.run.train.seed, self.dealing, self.costs if evenly else None)
+        return [_cut(pairs, size) for epoch in range(epochs) for pairs in order.epoch(epoch)][: self.steps]
+
+    @property
+    def undealt(self) -> str | None:
+        """Why the run does not deal its pairs evenly."""
+        if self.hardware.processes == 1:
+            return "one process"
+        dpo = self.run.dpo if isinstance(self.run, DPOOptionSet) else None
+        return why_undealt(self.run.train, dpo, self.config)
+
+    @property
+    def dealing(self) -> Dealing:
+        waits: Waits = "micro_batch" if {"weights", "gradients"} & self.hardware.sharded else "step"
+        size = self.run.train.per_device_train_batch_size
+        return Dealing(self.hardware.processes, self.accumulation, size, waits, padded=self.layout == "padded")
+
+    @functools.cached_property
+    def costs(self) -> Ints:
+        """(n,) what each pair or row takes."""
+        if isinstance(self.run, SFTOptionSet):
+            return row_lengths(self.data, self.run.text.max_length)
+        return pair_costs(PairLengths.of(self.data, self.run.text.max_length), self.config, self.layout)
+
+    def unevenness(self, batches: list[list[list[int]]]) -> float:
+        """What steps take, over what they would if all processes had as much to do."""
+        taken = sum(self.dealing.time(self.costs[list(itertools.chain(*step))]) for step in batches)
+        whole = sum(self._work(batch) for batch in itertools.chain(*batches))
+        return taken * self.hardware.processes / whole
+
+    def _work(self, batch: list[int]) -> int:
+        return int(self.costs[batch].max() * len(batch) if self.layout == "padded" else self.costs[batch].sum())
+
+    def unevenness_line(self) -> str:
+        """How much longer steps take than if all processes had as much to do."""
+        sampled = self.unevenness(self.dealt(False))
+        if self.undealt is not None:
+            return f"slowest process, over the mean: {sampled:.2f}; a step's pairs are not dealt evenly: {self.undealt}"
+        even = self.unevenness(self.batches)
+        return f"slowest process, over the mean: {even:.2f}, in the sampler's order {sampled:.2f}"
 
     @property
     def layout(self) -> Layout:

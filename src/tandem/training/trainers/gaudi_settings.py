@@ -26,6 +26,8 @@ def check_gaudi(
         problems.append("--load_in_4bit needs CUDA")
     if train.tp_size > 1:
         problems.append("--tp_size is not there on Gaudi")
+    if train.balance_ranks is not None:
+        problems.append("--balance_ranks is not there on Gaudi, where all batches have one shape")
     if train.router_aux_loss_coef is not None:
         problems.append("--router_aux_loss_coef is not there on Gaudi: the model's own counts")
     if isinstance(train, SFTOptions):

@@ -111,6 +111,7 @@ class PairTrainer(CompleteCheckpoints):
             save_checkpoint=lambda: self._save_checkpoint(self.model_wrapped, None),
             epoch_pairs=len(self.train_dataset),
             ranks_per_batch=ranks_per_batch,
+            in_order=getattr(self, "_in_order", None),
         )
         self.add_callback(MonitorCallback(self))  # type: ignore[attr-defined]
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.devices import has_hpu
+from tandem.engine.balance import Ints
 from tandem.engine.forward import pair_engine
 from tandem.engine.layout import IGNORED_LABEL, Layout
+from tandem.engine.lengths import PairLengths, row_lengths
 from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import ExampleCollator, PairCollator, longest_row, sequence_logps
@@ -28,19 +31,21 @@ from tandem.monitor.options import MonitorOptions
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.training import EngineOptions
+from tandem.training.dealing import pair_costs, why_undealt
 from tandem.training.examples import packed
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
 from tandem.training.trainers.build import Build
 from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.training.trainers.deferred import DeferredGather, Promise
+from tandem.training.trainers.evenly import Evenly
 from tandem.training.trainers.held_out import EachExampleOnce, EachPairOnce
 from tandem.training.trainers.pair_trainer import PairTrainer
 from tandem.training.trainers.reference import without_trls_copy
 from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
 
 
-class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Sharded, DPOTrainer):
+class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -49,6 +54,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Sharded, DPOTra
 
     Args:
         dpo: says which losses are not TRL's, and whether there is a reference at all; None: all are TRL's.
+        undealt: see `Evenly`.
     """
 
     unit = "pairs"
@@ -64,11 +70,12 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Sharded, DPOTra
         monitor: MonitorOptions,
         logs_dir: Path,
         dpo: DPOOptions | None = None,
+        undealt: Callable[[Any], str | None] = lambda _: None,
         **keywords: Any,
     ) -> None:
         self._dpo = dpo or DPOOptions()
         self._ref_cache = RefCache(engine.ref_cache) if self._dpo.needs_reference else None
-        self._layout = engine.layout
+        self._layout, self._undealt = engine.layout, undealt
         self._reference_name = ref_model.name_or_path if ref_model is not None else None
         splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
         # Planned where batches are made, so that no step waits for its plan
@@ -91,10 +98,18 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Sharded, DPOTra
 
     def table_rows(self) -> dict[str, str]:
         if self._ref_cache is None:
-            return {"reference": f"none: {' '.join(self._dpo.loss_type)} needs none", "layout": self._layout}
-        whose = self._reference_name or "the policy before training"
-        reference = f"{whose}, sharded like the policy; its log-probs come from {self._ref_cache.path}"
-        return {"reference": reference, "layout": self._layout}
+            reference = f"none: {' '.join(self._dpo.loss_type)} needs none"
+        else:
+            whose = self._reference_name or "the policy before training"
+            reference = f"{whose}, sharded like the policy; its log-probs come from {self._ref_cache.path}"
+        return {"reference": reference, "layout": self._layout} | self._dealt_row()
+
+    def _is_padded(self) -> bool:
+        return self._layout == "padded"
+
+    def _costs(self) -> Ints:
+        lengths = PairLengths.of(self.train_dataset, self.data_collator.max_length)
+        return pair_costs(lengths, self.model.config.get_text_config(), self._layout)
 
     def _hash(self, model: Any) -> str:
         return fingerprint(model, adapter=self._with_adapter()) if self._ref_cache is not None else ""
@@ -255,10 +270,27 @@ def _weights_hashed_by(function: Any) -> Iterator[None]:
         trl_dpo_trainer.hash_module = original
 
 
-class TandemSFTTrainer(ContinuedLogs, EachExampleOnce, CompleteCheckpoints, Sharded, SFTTrainer):
-    """TRL's SFTTrainer, which also logs the memory of every rank."""
+class TandemSFTTrainer(ContinuedLogs, EachExampleOnce, CompleteCheckpoints, Evenly, Sharded, SFTTrainer):
+    """TRL's SFTTrainer, which also logs the memory of every rank.
+
+    Args:
+        undealt: see `Evenly`.
+    """
 
     unit = "examples"
+
+    def __init__(self, *arguments: Any, undealt: Callable[[Any], str | None], **keywords: Any) -> None:
+        self._undealt = undealt
+        super().__init__(*arguments, **keywords)
+
+    def table_rows(self) -> dict[str, str]:
+        return self._dealt_row()
+
+    def _is_padded(self) -> bool:
+        return getattr(self.data_collator, "layout", "padded") == "padded"
+
+    def _costs(self) -> Ints:
+        return row_lengths(self.train_dataset, self.args.max_length)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -288,6 +320,7 @@ def sft_trainer(build: Build[SFTOptionSet]) -> TandemSFTTrainer:
             ),
             processing_class=build.tokenizer,
             peft_config=lora_config(run.lora, run.model, build.policy),
+            undealt=functools.partial(why_undealt, run.train, None),
             **splits,
         )
     if not has_hpu():  # TRL's collator leaves it to a kernel to keep the examples of a row apart
@@ -320,5 +353,6 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
         logs_dir=build.logs_dir,
         dpo=dpo,
         data_collator=PairCollator(build.tokenizer.pad_token_id, max_length, static=has_hpu()),
+        undealt=functools.partial(why_undealt, run.train, dpo),
         **build.splits,
     )

@@ -1,0 +1,135 @@
+"""In which order a run's pairs come: the sampler's, with each step's pairs dealt evenly over the processes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from tandem.engine.balance import Cost, Dealing, Ints
+from tandem.engine.layout import Layout
+from tandem.engine.lengths import PairLengths
+from tandem.options.losses import DPOOptions
+from tandem.options.training import TrainOptions
+
+_REMEMBERED = 1024  # steps that data loaders may be ahead of the one that is trained on
+
+
+def pair_costs(lengths: PairLengths, config: Any, layout: Layout) -> Ints:
+    """(n,) what each pair costs: its longer row where rows are padded, else the arithmetic of its own tokens.
+
+    Args:
+        config: transformers' of the text model.
+    """
+    if layout == "padded":
+        return np.maximum(lengths.chosen, lengths.rejected)
+    return Cost.of(config).total(lengths.tokens(layout), lengths.scored, lengths.keys(layout))
+
+
+def why_undealt(train: TrainOptions, dpo: DPOOptions | None, config: Any) -> str | None:
+    """Why the pairs of a step are left in the sampler's order; None where they are dealt.
+
+    Args:
+        dpo: None for SFT, whose loss is a mean over the tokens of the whole step.
+        config: transformers' of the text model.
+    """
+    if train.balance_ranks is not None:
+        return None if train.balance_ranks else "--balance_ranks false"
+    coupled = [loss.name for loss, _ in (dpo.losses if dpo else []) if loss.coupled]
+    if coupled:
+        return f"{' and '.join(coupled)} may depend on which pairs share a micro-batch; --balance_ranks true to do it"
+    weight = train.router_aux_loss_coef
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight
+    if hasattr(config, "output_router_logits") and weight:
+        return "experts are balanced over a micro-batch (router_aux_loss_coef); --balance_ranks true to do it"
+    return None
+
+
+class Order:
+    """The order of a run's pairs, epoch by epoch.
+
+    Args:
+        pairs: n, how many there are.
+        seed: of the first epoch; the next has the next.
+        dealing: how a step is dealt.
+        costs: (n,) of the pairs; None: nothing is dealt, and the order is that of accelerate's SeedableRandomSampler.
+    """
+
+    def __init__(self, pairs: int, seed: int, dealing: Dealing, costs: Ints | None) -> None:
+        self.pairs, self._seed, self._dealing, self._costs = pairs, seed, dealing, costs
+        self._dealt: dict[tuple[int, int], list[int]] = {}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.pairs // self._dealing.in_step)
+
+    @property
+    def rows(self) -> int:
+        """Pairs that are dealt in an epoch: where they do not fill the last round of all processes, as accelerate
+        has it, the epoch's first ones once more."""
+        at_a_time = self._dealing.ranks * self._dealing.size
+        return -(-self.pairs // at_a_time) * at_a_time if self._dealing.ranks > 1 else self.pairs
+
+    def epoch(self, epoch: int, undealt_before: int = 0) -> Iterator[list[int]]:
+        """The pairs of each step, by micro-batch, process and row.
+
+        Args:
+            undealt_before: the steps before this one are given as they are: they are skipped anyway.
+        """
+        order = self._sampled(epoch)
+        for step in range(self.steps):
+            pairs = order[step * self._dealing.in_step :][: self._dealing.in_step]
+            yield [pairs[place] for place in self._places(epoch, step, pairs)] if step >= undealt_before else pairs
+
+    def in_order(self, epoch: int, before: int, count: int) -> list[int]:
+        """Rows of a step, as they were dealt, in the order of the sampler.
+
+        Args:
+            before: rows of the epoch in the steps before.
+            count: rows of the step.
+        """
+        step = before // self._dealing.in_step
+        if (places := self._dealt.pop((epoch, step), None)) is None:
+            places = self._places(epoch, step, self._sampled(epoch)[before:][: self._dealing.in_step])
+        if len(places) != count:
+            raise RuntimeError(f"step {step + 1} of epoch {epoch + 1} has {count} pairs, and {len(places)} were dealt")
+        return np.argsort(places).tolist()
+
+    def _sampled(self, epoch: int) -> list[int]:
+        order = torch.randperm(self.pairs, generator=torch.Generator().manual_seed(self._seed + epoch))
+        return order[torch.arange(self.rows) % self.pairs].tolist()
+
+    def _places(self, epoch: int, step: int, pairs: list[int]) -> list[int]:
+        places = list(range(len(pairs)))
+        # A step that is filled up stays: of its metrics accelerate drops what comes last, and TRL's are all of rank 0
+        if self._costs is not None and step * self._dealing.in_step + len(pairs) <= self.pairs:
+            places = self._dealing.step(self._costs[pairs])
+        while len(self._dealt) >= _REMEMBERED:
+            del self._dealt[next(iter(self._dealt))]
+        self._dealt[epoch, step] = places
+        return places
+
+
+class OrderSampler(Sampler[int]):
+    """`Order` for a data loader whose batches accelerate deals out to the processes in turn.
+
+    It asks the trainer how far the run is. accelerate 1.15 does not tell the sampler under a loader that skips what was
+    trained which epoch it is in, if there are several processes: a run that is resumed in its second epoch would go on
+    in the order of the first.
+
+    Args:
+        done: gives the optimizer steps that are done, when an epoch begins or is gone on with.
+    """
+
+    def __init__(self, order: Order, done: Callable[[], int]) -> None:
+        self.order, self._done = order, done
+
+    def __len__(self) -> int:
+        return self.order.rows
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, done = divmod(self._done(), self.order.steps)
+        for pairs in self.order.epoch(epoch, undealt_before=done):
+            yield from pairs
