@@ -55,24 +55,29 @@ stage() {
   if [[ -f $stamp && -e $RUN/$output && -z ${UPSTREAM:-} ]]; then
     printf '%s\0' "$@" | python -m tandem.launch.stamp check "$ROOT" "$RUN" "$name" "$output" || exit $?
     echo "== $name: done before ($RUN/$output)"
+    # The last that ran: a kill may have come before the stages after it were made anew
+    [[ $(cat "$RUN/.stages/.last" 2>/dev/null || true) != "$name" ]] || UPSTREAM=$name
     return
   fi
   if [[ -f $stamp && -e $RUN/$output ]]; then
     echo "== $name: $UPSTREAM ran again, so $RUN/$output is made anew"
     # Its mirror too: else what is made anew would be brought back as it was
     if [[ -n ${MOUNT_DIR:-} ]] && cmp -s "$RUN/$output/run.json" "$MOUNT_DIR/$output/run.json"; then
+      # run.json last: cut off by a kill, it is still known as this run's
+      find "${MOUNT_DIR:?}/$output" -mindepth 1 ! -path "$MOUNT_DIR/$output/run.json" -delete
       rm -rf "${MOUNT_DIR:?}/$output"
     fi
     rm -rf "${RUN:?}/$output"
   fi
   rm -f "$stamp"
+  echo "$name" >"$RUN/.stages/.ran" && mv "$RUN/.stages/.ran" "$RUN/.stages/.last"
   echo "== $name"
   # What the report tells a reader to repeat, with all that `launch` and `with_local_judge` look at
   printf '%q ' "RUN=$RUN" "ACCELERATE_CONFIG=$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+"NUM_PROCESSES=$NUM_PROCESSES"} ${JUDGE_MODEL:+"JUDGE_MODEL=$JUDGE_MODEL"} "$@" \
     >"$RUN/.stages/$name.command"
   # Of now, not of when it ends: its config may be edited meanwhile
-  printf '%s\0' "$@" | python -m tandem.launch.stamp begin "$ROOT" "$RUN" "$name" "$output" >"$stamp.begun" || status=$?
+  printf '%s\0' "$@" | python -m tandem.launch.stamp begin "$ROOT" "$RUN" "$name" "$output" || status=$?
   ((status != 0)) || "$@" || status=$?
   ((status == 0)) || stop "$name" "$status"
   [[ -e $RUN/$output ]] || stop "$name" 1

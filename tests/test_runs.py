@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from tandem.runs import (
     append_jsonl,
     checkpoints,
     damage,
+    discard,
     is_complete,
     locked,
     read_jsonl,
+    run_id,
     sha256_file,
     sha256_json,
     staged_dir,
@@ -59,6 +62,36 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         write_atomic(file, "new")
     assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_kill_has_left_of_a_write_is_used_by_the_next(tmp_path: Path):
+    file = tmp_path / "file"
+    code = (
+        "import os, sys; from tandem.runs import write_atomic\n"
+        "os.fsync = lambda file: os._exit(9)\n"
+        "write_atomic(sys.argv[1], 'a' * 1000)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(file)]).returncode == 9
+    assert len(os.listdir(tmp_path)) == 1 and not file.exists()
+    write_atomic(file, "new")
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_writers_of_one_file_take_turns(tmp_path: Path):
+    file, contents = tmp_path / "file", [str(number) * 50_000 for number in range(4)]
+
+    def write(content: str) -> set[str]:
+        seen = set()
+        for _ in range(25):
+            write_atomic(file, content)
+            seen.add(file.read_text())
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        seen = set().union(*pool.map(write, contents))
+    assert seen <= set(contents)
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -180,6 +213,8 @@ def test_a_kill_at_any_call_leaves_the_folder_whole_or_absent_and_the_next_attem
                 pass
         if target.exists():
             assert damage(target) is None
+        for manifest in target.parent.rglob(MANIFEST):  # of what is being removed, too
+            assert damage(manifest.parent) is None
         make(target, "newer")
         assert damage(target) is None
         assert sorted(os.listdir(target)) == [MANIFEST, "newer"]
@@ -241,6 +276,25 @@ def test_a_folder_with_harm_is_not_complete(tmp_path: Path, harm: str, told: str
             (tmp_path / MANIFEST).write_text('{"files": {"a"')
     assert damage(tmp_path) == told
     assert is_complete(tmp_path) == (harm == "a bit flipped")  # which only reading every byte tells
+
+
+def test_what_is_discarded_says_whose_it_was_to_the_last(tmp_path: Path):
+    for count in range(100):
+        folder = tmp_path / str(count)
+        (folder / "deep").mkdir(parents=True)
+        for name in ("a", "deep/b", "run.json", "z"):
+            (folder / name).write_text('{"id": "mine"}')
+        write_manifest(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            killing_after(patch, count)
+            try:
+                discard(folder)
+                break
+            except Killed:
+                pass
+        assert run_id(folder) == "mine" or not any(folder.iterdir())
+        assert damage(folder) is None or not (folder / MANIFEST).exists()
+    assert 5 < count < 99
 
 
 def test_checkpoints_by_step(tmp_path: Path):

@@ -30,19 +30,41 @@ _NOT_OF_THE_MODEL = (MANIFEST, RUN, COUNTERS, "training_metrics.json", "trainer_
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old content or the new one."""
+    """Write a file so that a reader, or a kill at any moment, sees the old content or the new one.
+
+    What a kill leaves beside it is the next write's to use, so that kills leave nothing behind for good.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    try:
-        with open(temporary, "wb") as file:
+    with _held(temporary) as file:
+        try:
+            file.truncate(0)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[Any]:
+    """The file at `path`, open for this writer alone: others wait, here and in other processes."""
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    yield file
+                    return
+        # The writer before has renamed or removed the file since it was opened
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -94,17 +116,18 @@ def staged_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     staging, outgoing = path.with_name(f".{path.name}.staging"), path.with_name(f".{path.name}.old")
-    if outgoing.exists() and not path.exists():  # killed between its two renames
+    if is_complete(outgoing) and not path.exists():  # killed between its two renames
         os.rename(outgoing, path)
-    shutil.rmtree(outgoing, ignore_errors=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    for leftover in (outgoing, staging):
+        if leftover.exists():
+            discard(leftover)
     staging.mkdir(parents=True)
     yield staging
     write_manifest(staging)
     if path.exists():
         os.rename(path, outgoing)
         os.rename(staging, path)
-        shutil.rmtree(outgoing)
+        discard(outgoing)
     else:
         os.rename(staging, path)
 
@@ -193,6 +216,17 @@ def _hash(file: Path, sync: bool = False) -> str:
     return digest.hexdigest()
 
 
+def is_temporary(file: Path) -> bool:
+    """Whether a file is one that is being written, or that a kill has cut off: it is renamed when it is whole."""
+    return file.name.startswith(".") and file.suffix in (".part", ".tmp")
+
+
+def sync(file: Path) -> None:
+    """Wait until a file's content is on the disk: renamed before that, it can be empty after a power cut."""
+    with open(file, "rb") as content:
+        os.fsync(content.fileno())
+
+
 def is_complete(folder: str | Path) -> bool:
     """Whether `folder` has a manifest and every file it lists has the size it lists. Reads no content."""
     return fault(folder) is None
@@ -222,8 +256,15 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def discard(folder: str | Path) -> None:
-    """Remove a folder, its manifest first: a kill half-way leaves nothing that looks complete."""
-    (Path(folder) / MANIFEST).unlink(missing_ok=True)
+    """Remove a folder: its manifest first, so that a kill half-way leaves nothing that looks complete, and `run.json`
+    last, so that what it leaves says whose it was."""
+    folder = Path(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != RUN:
+            os.unlink(entry.path)
     shutil.rmtree(folder)
 
 

@@ -328,6 +328,28 @@ def test_a_stage_that_runs_again_takes_the_later_ones_with_it(road, tmp_path: Pa
     assert [name for name in first if first[name] != second[name]] == ["two", "three"]
 
 
+def test_a_kill_between_two_stages_does_not_make_the_later_ones_pass_for_new(road, tmp_path: Path):
+    stages = [
+        f'stage {name} {name}.out bash -c \'date +%N >"$0"\' "$RUN/{name}.out"' for name in ("one", "two", "three")
+    ]
+
+    def outputs() -> dict[str, str]:
+        return {path.stem: path.read_text() for path in (tmp_path / "run").glob("*.out")}
+
+    assert road(*stages)[0] == 0
+    first = outputs()
+    (tmp_path / "run" / "one.out").unlink()
+    assert road(stages[0], "kill -9 $$")[0] == 137
+    status, screen = road(*stages[:2], "kill -9 $$")
+    assert "== two: one ran again, so " in screen
+    status, screen = road(*stages)
+    assert status == 0 and "== three: two ran again, so " in screen
+    second = outputs()
+    assert first.keys() == second.keys() and not any(first[name] == second[name] for name in first)
+    status, screen = road(*stages)
+    assert screen.count("done before") == 3
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as listener:

@@ -1,6 +1,7 @@
 """`--mount_dir`: a mirror that brings a run back on a fresh machine, and never loses another's."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -249,3 +250,62 @@ def test_killed_after_the_last_step_trains_none_more(train: Train, tmp_path: Pat
     assert result(train(mount_dir=tmp_path / "other")) == straight
     assert steps(out) == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_kill_while_the_mirror_was_claimed_does_not_make_it_anothers(train: Train, tmp_path: Path):
+    mirror = tmp_path / "drive" / "dpo"
+    mirror.mkdir(parents=True)
+    (mirror / ".run.json.tmp").write_text('{"id"')
+    assert is_complete(train(max_steps=1)) and is_complete(mirror)
+
+
+def test_what_is_copied_is_on_the_disk_before_it_has_its_name(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced, unsynced = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def note(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def check(source: str, target: str) -> None:
+        if os.stat(source).st_ino not in synced:
+            unsynced.append(str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    train(max_steps=2)
+    assert synced and unsynced == []
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_with_the_next_command(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After the last save there is no other that would remove it. In part, and whole."""
+    straight = metrics(train(save_total_limit=1, output_dir=tmp_path / "straight", mount_dir=tmp_path / "other"))
+    for left in (0, 4):  # calls of `discard` that come through
+
+        def killed(folder: Path, left: int = left) -> None:
+            for file in sorted(folder.iterdir())[:left]:
+                file.unlink()
+            raise Lost
+
+        out, drive = tmp_path / "vm" / "dpo", tmp_path / f"drive{left}"
+        shutil.rmtree(tmp_path / "vm", ignore_errors=True)
+        with monkeypatch.context() as patch, pytest.raises(Lost):
+            train(save_total_limit=1, max_steps=6, lost_at=6, mount_dir=drive)
+        with monkeypatch.context() as patch, pytest.raises(Lost):
+            patch.setattr("tandem.training.trainers.checkpoints.discard", killed)
+            train(save_total_limit=1, max_steps=6, mount_dir=drive)
+        assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-6"]
+        train(save_total_limit=1, mount_dir=drive)
+        assert [path.name for path in checkpoints(out)] == ["checkpoint-6"]
+        assert [path.name for path in checkpoints(drive / "dpo")] == ["checkpoint-6"]
+        assert metrics(out) == straight
+
+
+def metrics(out: Path) -> dict[str, float]:
+    found = json.loads((out / "training_metrics.json").read_text())["train"]
+    return {name: value for name, value in found.items() if "runtime" not in name and "per_second" not in name}

@@ -3,8 +3,8 @@
     python -m tandem.launch.stamp begin|check ROOT RUN NAME OUTPUT < COMMAND
 
 ROOT is the checkout, RUN the run folder, NAME and OUTPUT are the stage's. On standard input comes its command, each
-word ended by a NUL. `begin` prints the stamp of a stage that now begins; `check` compares the one in RUN/.stages/NAME
-with what the stage would be done with now.
+word ended by a NUL. `begin` writes the stamp of a stage that now begins to RUN/.stages/NAME.begun, to be renamed when
+the stage is done; `check` compares the one in RUN/.stages/NAME with what the stage would be done with now.
 
 A stamp holds the stage's options, defaults included, and hashes of the content of the data and models that they name.
 RUN and ROOT may move: paths in them are kept relative.
@@ -86,7 +86,7 @@ def _is_ours(script: Path) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    """Print a stamp, or check one.
+    """Write a stamp, or check one.
 
     Raises:
         UserError: the stage was done with something else.
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     stage = Stage(root, run, name, output, words)
     hashes = Hashes(stage.file.with_name("hashes.json"))
     if action == "begin":
-        print(json.dumps(stamp(stage, hashes), ensure_ascii=True))
+        write_atomic(stage.file.with_name(f"{name}.begun"), json.dumps(stamp(stage, hashes)) + "\n")
     else:
         _check(stage, hashes)
     hashes.save()

@@ -15,11 +15,14 @@ from tandem.runs import (
     MANIFEST,
     RUN,
     checkpoints,
+    damage,
     discard,
     is_complete,
+    is_temporary,
     put_aside_after,
     run_id,
     step_of,
+    sync,
     write_atomic,
 )
 
@@ -49,7 +52,7 @@ class Mirror(TrainerCallback):
         Raises:
             UserError: another run's, or files of which none says what they are.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        if not self.folder.exists() or all(map(is_temporary, self.folder.iterdir())):
             return
         way_out = "choose another --mount_dir, or move that folder away"
         mirrored = run_id(self.folder)
@@ -88,7 +91,7 @@ class Mirror(TrainerCallback):
                 place = file.relative_to(self.folder)
                 if place.parts[0].startswith("checkpoint-") and place.parts[0] not in restored:
                     continue
-                if place == Path(MANIFEST) and not whole:
+                if place == Path(MANIFEST) and not (whole and damage(self.folder) is None):
                     continue
                 _copy(file, self.source / place)
 
@@ -168,11 +171,7 @@ class Mirror(TrainerCallback):
 
 def _manifests_last(folder: Path) -> list[Path]:
     """The files of a run. A checkpoint's `run.json` goes first: a copy that is cut off says whose it is."""
-    files = [
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and file.name != LOCK and not (file.name.startswith(".") and file.suffix in (".part", ".tmp"))
-    ]
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK and not is_temporary(file)]
     return sorted(files, key=lambda file: (file.name == MANIFEST, file.parent, file.name != RUN, file))
 
 
@@ -180,6 +179,7 @@ def _copy(file: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     part = copy.with_name(f".{copy.name}.part")
     shutil.copy2(file, part)
+    sync(part)
     part.replace(copy)
 
 

@@ -11,10 +11,22 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals  # transformer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tandem.errors import UserError
-from tandem.runs import COUNTERS, RUN, checkpoints, discard, is_complete, write_atomic, write_manifest
+from tandem.runs import (
+    COUNTERS,
+    MANIFEST,
+    RUN,
+    checkpoints,
+    discard,
+    is_complete,
+    step_of,
+    write_atomic,
+    write_manifest,
+)
 
 # What transformers reads with torch.load; training_args.bin is written only
 _PICKLES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
+
+_FEWEST_STEPS = 0.001  # by which transformers divides a loss after no step
 
 
 def refuse_code(checkpoint: str | Path) -> None:
@@ -40,6 +52,12 @@ def steps_done(checkpoint: str | Path) -> int:
     """Optimizer steps before a checkpoint, as its trainer counted them."""
     steps: int = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
     return steps
+
+
+def _is_cut_off(checkpoint: Path) -> bool:
+    """Whether it is a checkpoint of Tandem that a kill has left without a manifest: written, or removed, in part."""
+    names = {file.name for file in checkpoint.iterdir()}
+    return MANIFEST not in names and (not names or bool(names & {RUN, COUNTERS}))
 
 
 class CompleteCheckpoints:
@@ -83,17 +101,27 @@ class CompleteCheckpoints:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
-            if limit is not None:
-                best = Path(self.state.best_model_checkpoint or "").name if self.args.load_best_model_at_end else ""
-                for old in [path for path in checkpoints(self.args.output_dir) if is_complete(path)][:-limit]:
-                    if old.name != best:
-                        discard(old)
+            self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Remove checkpoints beyond `save_total_limit`, and what is left of those that a kill has cut off."""
+        found = checkpoints(self.args.output_dir)
+        whole = [path for path in found if is_complete(path)]
+        limit = self.args.save_total_limit
+        best = Path(self.state.best_model_checkpoint or "").name if self.args.load_best_model_at_end else ""
+        old = [path for path in whole[:-limit] if path.name != best] if limit is not None else []
+        cut_off = [path for path in found if whole and step_of(path) < step_of(whole[-1]) and _is_cut_off(path)]
+        for path in [*old, *cut_off]:
+            discard(path)
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint:
             self._restore_counters(json.loads((Path(resume_from_checkpoint) / COUNTERS).read_text()))
             self._resumed_at = steps_done(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)  # type: ignore[misc]
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)  # type: ignore[misc]
+        if self.args.should_save:  # a run that was killed after its last save has none before which to do so
+            self._remove_older()
+        return result
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
         """The batches of the next step; none where a checkpoint of the last step is gone on from. transformers looks at
@@ -165,9 +193,9 @@ class ContinuedLogs:
         return super()._run_epoch(*arguments, **keywords)  # type: ignore[misc]
 
     def _finalize_training(self, *arguments: Any, **keywords: Any) -> Any:
-        # The sum is over all steps, and transformers divides it by those since the resume
+        # The sum is over all steps, and transformers divides it by those since the resume, or by a fraction without any
         steps = self.state.global_step - self._initial_global_step
         total = self._total_loss_scalar + self._tr_loss.item()
-        self._total_loss_scalar = total * steps / max(self.state.global_step, 1)
+        self._total_loss_scalar = total * max(steps, _FEWEST_STEPS) / max(self.state.global_step, 1)
         self._tr_loss.zero_()
         return super()._finalize_training(*arguments, **keywords)  # type: ignore[misc]

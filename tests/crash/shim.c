@@ -1,0 +1,446 @@
+/* Counts the calls that change files below CRASH_ROOT, and ends the process in the place of one of them.
+ *
+ * Preloaded, so that it sees what Python, torch's C++, safetensors' Rust, bash and coreutils do alike. It sleeps until
+ * crash_arm is called, or from the start where the environment has CRASH_ROOT, CRASH_COUNTER and CRASH_AT.
+ *
+ * The count is in a file that all processes share. Call number CRASH_AT does not happen: a write of several bytes is torn
+ * in its middle, any other call is left out, and all processes of the group are killed. In the modes 1 and 2 what was
+ * written since a file's last fsync is lost as well, as after a power cut on a journalling file system, which keeps
+ * names in their order but not the data of files: 1, the file has its former length; 2, zeros are in the place of it.
+ * These two know what their own process has written, so that they are for one process.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/sendfile.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define FILES 1024
+
+struct file {
+  dev_t dev;
+  ino_t ino;
+  off_t synced; /* bytes that are safe */
+  char path[PATH_MAX];
+};
+
+static char root[PATH_MAX];
+static size_t root_length;
+static volatile long *counter;
+static long at;
+static int mode, log_fd = -1;
+static struct file *dirty;
+static int dirty_count;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+void crash_arm(const char *below, const char *counter_file, long when, int how, const char *log_file) {
+  int fd = syscall(SYS_openat, AT_FDCWD, counter_file, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (fd < 0 || syscall(SYS_ftruncate, fd, (off_t)sizeof(long)) != 0) abort();
+  counter = mmap(NULL, sizeof(long), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  syscall(SYS_close, fd);
+  if (counter == MAP_FAILED) abort();
+  if (log_file && *log_file) {
+    fd = syscall(SYS_openat, AT_FDCWD, log_file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    log_fd = fcntl(fd, F_DUPFD_CLOEXEC, 900); /* out of the way of a shell's own numbers */
+    syscall(SYS_close, fd);
+  }
+  if (!dirty) dirty = calloc(FILES, sizeof *dirty);
+  dirty_count = 0;
+  at = when;
+  mode = how;
+  snprintf(root, sizeof root, "%s", below);
+  root_length = strlen(root);
+}
+
+__attribute__((constructor)) static void arm_from_environment(void) {
+  const char *below = getenv("CRASH_ROOT"), *file = getenv("CRASH_COUNTER"), *when = getenv("CRASH_AT");
+  if (below && file && when) crash_arm(below, file, atol(when), 0, getenv("CRASH_LOG"));
+}
+
+static int ends_with(const char *path, const char *end) {
+  size_t length = strlen(path), of_end = strlen(end);
+  return length >= of_end && strcmp(path + length - of_end, end) == 0;
+}
+
+/* Logs are for reading: any prefix of one is right, and there are many writes to them. */
+static int watched(const char *path) {
+  return root_length && strncmp(path, root, root_length) == 0 && (path[root_length] == '/' || !path[root_length]) &&
+         !ends_with(path, ".log");
+}
+
+static void absolute(int folder, const char *path, char *found) {
+  char base[PATH_MAX] = "", link[64];
+  if (path[0] == '/') {
+    snprintf(found, PATH_MAX, "%s", path);
+  } else {
+    if (folder == AT_FDCWD) {
+      if (syscall(SYS_getcwd, base, sizeof base) < 0) base[0] = 0;
+    } else {
+      snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+      ssize_t length = syscall(SYS_readlinkat, AT_FDCWD, link, base, sizeof base - 1);
+      base[length < 0 ? 0 : length] = 0;
+    }
+    if (snprintf(found, PATH_MAX, "%s/%s", base, path) >= PATH_MAX) found[0] = 0;
+  }
+}
+
+/* The path of an open regular file below the root; 0 if it is none. */
+static int open_file(int fd, char *path, struct stat *status) {
+  char link[64];
+  if (!root_length || fd < 0 || fd == log_fd) return 0;
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t length = syscall(SYS_readlinkat, AT_FDCWD, link, path, PATH_MAX - 1);
+  if (length < 0) return 0;
+  path[length] = 0;
+  return watched(path) && fstat(fd, status) == 0 && S_ISREG(status->st_mode);
+}
+
+/* Open a file that may have been renamed unseen: Rust's rustix calls the kernel without the C library. */
+static int find(struct file *file) {
+  struct stat status;
+  int fd = syscall(SYS_openat, AT_FDCWD, file->path, O_WRONLY | O_CLOEXEC, 0);
+  if (fd >= 0 && fstat(fd, &status) == 0 && status.st_ino == file->ino) return fd;
+  if (fd >= 0) syscall(SYS_close, fd);
+  char *slash = strrchr(file->path, '/');
+  DIR *folder;
+  struct dirent *entry;
+  *slash = 0;
+  fd = -1;
+  if ((folder = opendir(file->path))) {
+    while (fd < 0 && (entry = readdir(folder)))
+      if (entry->d_ino == file->ino) fd = syscall(SYS_openat, dirfd(folder), entry->d_name, O_WRONLY | O_CLOEXEC, 0);
+    closedir(folder);
+  }
+  return fd;
+}
+
+static void lose_unsynced(void) {
+  static char zeros[1 << 16];
+  for (int index = 0; index < dirty_count; index++) {
+    struct file *file = &dirty[index];
+    struct stat status;
+    int fd = find(file);
+    if (fd < 0) continue;
+    if (fstat(fd, &status) == 0 && status.st_ino == file->ino && status.st_size > file->synced) {
+      if (mode == 1) {
+        syscall(SYS_ftruncate, fd, file->synced);
+      } else {
+        for (off_t place = file->synced; place < status.st_size; place += sizeof zeros) {
+          size_t count = status.st_size - place;
+          syscall(SYS_pwrite64, fd, zeros, count < sizeof zeros ? count : sizeof zeros, place);
+        }
+      }
+    }
+    syscall(SYS_close, fd);
+  }
+}
+
+static void end(void) {
+  if (mode) lose_unsynced();
+  kill(mode ? getpid() : 0, SIGKILL);
+  for (;;) pause();
+}
+
+/* Whether this call is the one that does not happen. */
+static int due(const char *call, const char *path) {
+  long number = __sync_add_and_fetch(counter, 1);
+  if (log_fd >= 0) {
+    char line[PATH_MAX + 64];
+    int length = snprintf(line, sizeof line, "%ld %s %s\n", number, call, path + (strlen(path) > root_length ? root_length + 1 : 0));
+    syscall(SYS_write, log_fd, line, length);
+  }
+  return number == at;
+}
+
+static void mark(const struct stat *status, const char *path) {
+  if (!mode || strstr(path, ".sqlite")) return; /* SQLite writes in the middle of files, and is proved elsewhere */
+  pthread_mutex_lock(&lock);
+  int index = 0;
+  while (index < dirty_count && !(dirty[index].ino == status->st_ino && dirty[index].dev == status->st_dev)) index++;
+  if (index == dirty_count) {
+    if (index == FILES) abort();
+    dirty_count++;
+    dirty[index].dev = status->st_dev;
+    dirty[index].ino = status->st_ino;
+    dirty[index].synced = status->st_size;
+  }
+  snprintf(dirty[index].path, PATH_MAX, "%s", path);
+  pthread_mutex_unlock(&lock);
+}
+
+static void forget(int index) { dirty[index] = dirty[--dirty_count]; }
+
+static void synced(const struct stat *status) {
+  pthread_mutex_lock(&lock);
+  for (int index = 0; index < dirty_count; index++)
+    if (dirty[index].ino == status->st_ino && dirty[index].dev == status->st_dev) {
+      forget(index);
+      break;
+    }
+  pthread_mutex_unlock(&lock);
+}
+
+static int is_below(const char *path, const char *folder) {
+  size_t length = strlen(folder);
+  return strncmp(path, folder, length) == 0 && (path[length] == '/' || !path[length]);
+}
+
+static void renamed(const char *from, const char *to) {
+  char path[PATH_MAX];
+  pthread_mutex_lock(&lock);
+  for (int index = dirty_count - 1; index >= 0; index--)
+    if (to && is_below(dirty[index].path, to)) forget(index);
+  for (int index = dirty_count - 1; index >= 0; index--)
+    if (is_below(dirty[index].path, from)) {
+      if (!to) {
+        forget(index);
+      } else if (snprintf(path, sizeof path, "%s%s", to, dirty[index].path + strlen(from)) < PATH_MAX) {
+        strcpy(dirty[index].path, path);
+      }
+    }
+  pthread_mutex_unlock(&lock);
+}
+
+/* ---- names ---- */
+
+static int on_names(const char *call, int from_folder, const char *from, int to_folder, const char *to) {
+  char old[PATH_MAX], new[PATH_MAX];
+  if (!root_length) return 0;
+  absolute(from_folder, from, old);
+  if (to) absolute(to_folder, to, new);
+  if (!watched(old) && !(to && watched(new))) return 0;
+  if (due(call, old)) end();
+  return 1;
+}
+
+static void after_names(int from_folder, const char *from, int to_folder, const char *to) {
+  char old[PATH_MAX], new[PATH_MAX];
+  if (!mode) return;
+  absolute(from_folder, from, old);
+  if (to) absolute(to_folder, to, new);
+  renamed(old, to ? new : NULL);
+}
+
+int rename(const char *from, const char *to) {
+  int mine = on_names("rename", AT_FDCWD, from, AT_FDCWD, to), result = REAL(rename)(from, to);
+  if (mine && result == 0) after_names(AT_FDCWD, from, AT_FDCWD, to);
+  return result;
+}
+int renameat(int a, const char *from, int b, const char *to) {
+  int mine = on_names("rename", a, from, b, to), result = REAL(renameat)(a, from, b, to);
+  if (mine && result == 0) after_names(a, from, b, to);
+  return result;
+}
+int renameat2(int a, const char *from, int b, const char *to, unsigned flags) {
+  int mine = on_names("rename", a, from, b, to), result = syscall(SYS_renameat2, a, from, b, to, flags);
+  if (mine && result == 0) after_names(a, from, b, to);
+  return result;
+}
+int link(const char *from, const char *to) {
+  on_names("link", AT_FDCWD, from, AT_FDCWD, to);
+  return REAL(link)(from, to);
+}
+int symlink(const char *from, const char *to) {
+  on_names("symlink", AT_FDCWD, to, 0, NULL);
+  return REAL(symlink)(from, to);
+}
+int unlink(const char *path) {
+  int mine = on_names("unlink", AT_FDCWD, path, 0, NULL), result = REAL(unlink)(path);
+  if (mine && result == 0) after_names(AT_FDCWD, path, 0, NULL);
+  return result;
+}
+int unlinkat(int folder, const char *path, int flags) {
+  int mine = on_names("unlink", folder, path, 0, NULL), result = REAL(unlinkat)(folder, path, flags);
+  if (mine && result == 0) after_names(folder, path, 0, NULL);
+  return result;
+}
+int remove(const char *path) {
+  int mine = on_names("unlink", AT_FDCWD, path, 0, NULL), result = REAL(remove)(path);
+  if (mine && result == 0) after_names(AT_FDCWD, path, 0, NULL);
+  return result;
+}
+int rmdir(const char *path) {
+  on_names("rmdir", AT_FDCWD, path, 0, NULL);
+  return REAL(rmdir)(path);
+}
+int mkdir(const char *path, mode_t rights) {
+  on_names("mkdir", AT_FDCWD, path, 0, NULL);
+  return REAL(mkdir)(path, rights);
+}
+int mkdirat(int folder, const char *path, mode_t rights) {
+  on_names("mkdir", folder, path, 0, NULL);
+  return REAL(mkdirat)(folder, path, rights);
+}
+
+/* ---- opening, where it makes or empties a file ---- */
+
+static void on_open(int folder, const char *path, int flags) {
+  struct stat status;
+  if (!(flags & (O_CREAT | O_TRUNC)) || (flags & O_DIRECTORY)) return;
+  if (!root_length) return;
+  if ((flags & O_CREAT) && !(flags & O_TRUNC) && fstatat(folder, path, &status, 0) == 0) return;
+  on_names("open", folder, path, 0, NULL);
+}
+
+
+#define RIGHTS                              \
+  mode_t rights = 0;                        \
+  if (flags & (O_CREAT | O_TMPFILE)) {      \
+    va_list rest;                           \
+    va_start(rest, flags);                  \
+    rights = va_arg(rest, mode_t);          \
+    va_end(rest);                           \
+  }
+
+int open(const char *path, int flags, ...) {
+  RIGHTS
+  on_open(AT_FDCWD, path, flags);
+  return REAL(open)(path, flags, rights);
+}
+int open64(const char *path, int flags, ...) {
+  RIGHTS
+  on_open(AT_FDCWD, path, flags);
+  return REAL(open64)(path, flags, rights);
+}
+int openat(int folder, const char *path, int flags, ...) {
+  RIGHTS
+  on_open(folder, path, flags);
+  return REAL(openat)(folder, path, flags, rights);
+}
+int openat64(int folder, const char *path, int flags, ...) {
+  RIGHTS
+  on_open(folder, path, flags);
+  return REAL(openat64)(folder, path, flags, rights);
+}
+int creat(const char *path, mode_t rights) {
+  on_open(AT_FDCWD, path, O_CREAT | O_TRUNC);
+  return REAL(creat)(path, rights);
+}
+FILE *fopen(const char *path, const char *how) {
+  if (how[0] == 'w') on_open(AT_FDCWD, path, O_CREAT | O_TRUNC);
+  return REAL(fopen)(path, how);
+}
+FILE *fopen64(const char *path, const char *how) {
+  if (how[0] == 'w') on_open(AT_FDCWD, path, O_CREAT | O_TRUNC);
+  return REAL(fopen64)(path, how);
+}
+
+/* ---- content ---- */
+
+/* Whether the write of `fd` is to be torn. */
+static int on_write(int fd) {
+  char path[PATH_MAX];
+  struct stat status;
+  int kept = errno, torn = 0;
+  if (open_file(fd, path, &status)) {
+    torn = due("write", path);
+    mark(&status, path);
+  }
+  errno = kept;
+  return torn;
+}
+
+ssize_t write(int fd, const void *data, size_t count) {
+  if (on_write(fd)) {
+    syscall(SYS_write, fd, data, count / 2);
+    end();
+  }
+  return REAL(write)(fd, data, count);
+}
+ssize_t pwrite(int fd, const void *data, size_t count, off_t place) {
+  if (on_write(fd)) {
+    syscall(SYS_pwrite64, fd, data, count / 2, place);
+    end();
+  }
+  return REAL(pwrite)(fd, data, count, place);
+}
+ssize_t pwrite64(int fd, const void *data, size_t count, off64_t place) {
+  if (on_write(fd)) {
+    syscall(SYS_pwrite64, fd, data, count / 2, place);
+    end();
+  }
+  return REAL(pwrite64)(fd, data, count, place);
+}
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+  if (on_write(fd)) {
+    syscall(SYS_writev, fd, parts, (count + 1) / 2);
+    end();
+  }
+  return REAL(writev)(fd, parts, count);
+}
+ssize_t sendfile(int to, int from, off_t *place, size_t count) {
+  if (on_write(to)) {
+    syscall(SYS_sendfile, to, from, place, count < 64 ? 1 : 64);
+    end();
+  }
+  return REAL(sendfile)(to, from, place, count);
+}
+ssize_t sendfile64(int to, int from, off64_t *place, size_t count) {
+  if (on_write(to)) {
+    syscall(SYS_sendfile, to, from, place, count < 64 ? 1 : 64);
+    end();
+  }
+  return REAL(sendfile64)(to, from, place, count);
+}
+ssize_t copy_file_range(int from, off64_t *a, int to, off64_t *b, size_t count, unsigned flags) {
+  if (on_write(to)) {
+    syscall(SYS_copy_file_range, from, a, to, b, count < 64 ? 1 : 64, flags);
+    end();
+  }
+  return REAL(copy_file_range)(from, a, to, b, count, flags);
+}
+static void on_truncate(int fd) {
+  char path[PATH_MAX];
+  struct stat status;
+  int kept = errno;
+  if (open_file(fd, path, &status) && due("truncate", path)) end();
+  errno = kept;
+}
+int ftruncate(int fd, off_t size) {
+  on_truncate(fd);
+  return REAL(ftruncate)(fd, size);
+}
+int ftruncate64(int fd, off64_t size) {
+  on_truncate(fd);
+  return REAL(ftruncate64)(fd, size);
+}
+int truncate(const char *path, off_t size) {
+  on_names("truncate", AT_FDCWD, path, 0, NULL);
+  return REAL(truncate)(path, size);
+}
+
+static int on_sync(int fd, struct stat *status) {
+  char path[PATH_MAX];
+  int kept = errno, mine = open_file(fd, path, status);
+  if (mine && due("fsync", path)) end();
+  errno = kept;
+  return mine;
+}
+int fsync(int fd) {
+  struct stat status;
+  int mine = on_sync(fd, &status), result = REAL(fsync)(fd);
+  if (mine && mode && result == 0) synced(&status);
+  return result;
+}
+int fdatasync(int fd) {
+  struct stat status;
+  int mine = on_sync(fd, &status), result = REAL(fdatasync)(fd);
+  if (mine && mode && result == 0) synced(&status);
+  return result;
+}
