@@ -151,9 +151,9 @@ class FaultServer:
         batch.update(status="completed", output_file_id=name)
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[str]:
-        """Serve on loopback; yields the base URL."""
-        server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": self}))
+    def serving(self, port: int = 0) -> Iterator[str]:
+        """Serve on loopback, at any free port or at `port`; yields the base URL."""
+        server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"state": self}))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
