@@ -89,10 +89,102 @@ def train(stage: str, **options: Any) -> Work:
     return run
 
 
+def shards(folder: Path) -> None:
+    """A checkpoint whose weights FSDP has left in shards."""
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    from tandem.runs import write_manifest
+
+    model(folder)
+    checkpoint = folder / "checkpoint-1"
+    tiny.save_model(checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    dcp.save({"model": weights}, checkpoint_id=checkpoint / "pytorch_model_fsdp_0", no_dist=True)
+    write_manifest(checkpoint)
+
+
+def trained_over(folder: Path) -> None:
+    """Another run has finished there, and is to be replaced."""
+    pairs(folder)
+    train("dpo", use_peft="true", max_steps=2, beta=0.3)(folder)
+
+
+def models(folder: Path) -> None:
+    pairs(folder)
+    tiny.save_model(folder / "sft", seed=1)
+    tiny.save_model(folder / "dpo", seed=2)
+
+
+def measured(folder: Path) -> None:
+    command(
+        "evaluate",
+        dataset_name=folder / "data",
+        max_length=128,
+        eval_bf16="false",
+        kl_prompts=2,
+        kl_max_new_tokens=4,
+        reference_model=folder / "model",
+        sft_model=folder / "sft",
+        dpo_model=folder / "dpo",
+        output_file=folder / "run" / "results.json",
+    )
+
+
+def compared(folder: Path) -> None:
+    given = {"base_model": folder / "model", "sft_model": folder / "sft", "finetuned_model": folder / "dpo"}
+    command("compare", dataset_name=folder / "data", max_new_tokens=8, output_dir=folder / "run", **given)
+
+
+def reported(folder: Path) -> None:
+    command("report", run_dir=folder / "run")
+
+
+def finished(folder: Path) -> None:
+    """A run whose report is to be written."""
+    models(folder)
+    measured(folder)
+    compared(folder)
+
+
+def prompts(folder: Path) -> None:
+    tiny.save_model(folder / "model", tied=False)
+    tiny.save_pairs(folder / "prompts.jsonl", [{"prompt": f"say {word}"} for word in tiny.WORDS[:4]])
+    (folder / "check.py").write_text("def score(prompt, answer, row):\n    return len(answer) % 7\n")
+
+
+def a_round(folder: Path) -> None:
+    """Answers are drawn, scored and paired."""
+    models = f"policy={folder / 'model'}"
+    sampling = {"num_samples": 3, "max_new_tokens": 300, "temperature": 1.0, "batch_size": 4}
+    command("sample", dataset_name=folder / "prompts.jsonl", models=models, output_dir=folder / "round", **sampling)
+    function = f"{folder}/check.py:score"
+    samples, scores = folder / "round" / "samples.jsonl", folder / "round" / "scores.jsonl"
+    command("score", samples=samples, score_function=function, output_dir=folder / "round")
+    pairing = {"keep_near_duplicates": "true", "fail_on": "none"}
+    command("make_pairs", scores=scores, round=1, output_dir=folder / "round" / "pairs", **pairing)
+
+
+def shards_merged(folder: Path) -> None:
+    command("merge_shards", checkpoint=folder / "checkpoint-1", output_dir=folder / "merged")
+
+
+def copied(folder: Path) -> None:
+    command("merge_lora", adapter=folder / "model", output_dir=folder / "merged")
+
+
 MERGED = ("merged",)
 SCENARIOS = {
     "merge": Scenario(adapter, merge, MERGED),
     "merge_over": Scenario(over_another, merge, MERGED),
+    "merge_shards": Scenario(shards, shards_merged, MERGED),
+    "merge_copy": Scenario(model, copied, MERGED),
     "dpo": Scenario(pairs, train("dpo", use_peft="true", mirrored=True, eval_strategy="steps", eval_steps=2)),
+    "dpo_anew": Scenario(trained_over, train("dpo", use_peft="true", max_steps=2, resume_from_checkpoint="no")),
     "sft": Scenario(pairs, train("sft")),
+    "evaluate": Scenario(models, measured),
+    "compare": Scenario(models, compared),
+    "report": Scenario(finished, reported),
+    "round": Scenario(prompts, a_round),
 }

@@ -1,4 +1,4 @@
-"""Saves and merges ended in the place of each call that changes a file: whole or absent, and the same command ends right.
+"""Saves and merges ended at each call that changes a file: whole or absent, and the same command ends right.
 
 The shim (shim.c) is preloaded, so that it sees the calls of Python, torch, safetensors and SQLite alike.
 """
