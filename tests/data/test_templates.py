@@ -69,7 +69,7 @@ SHIPPED = {
 }
 TEMPLATES = SHORT | SHIPPED
 # They cut every thought out of an answer that is asked for with one; or render parts of content only, for images
-MERGING = merging()
+BYTES, MERGING = tiny.tokenizer(), merging()
 NONE = (
     "keeps the last thought", "deepseek_r1_distill", "deepseekv3", "deepseekv3_training", "smolvlm", "smolvlm_training",
     "llava_next", "llava_next_training", "idefics3", "idefics3_training",
@@ -120,6 +120,24 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "white space": PLAIN | {"chosen": says("\n\nThe Nile."), "rejected": says("  Inland.")},
     "a user's turn inside": PLAIN | {"chosen": [*says("The Nile."), *turns("Another one?", "The Amazon.")]},
+    "system and several turns": PLAIN | {"prompt": [SYSTEM, *turns("Hello there.", "Good day.", "Which river?")]},
+    "a tool's result in the prompt": PLAIN
+    | {
+        "tools": TOOLS,
+        "prompt": [*turns("How warm?"), *says("", tool_calls=[CALL]), {"role": "tool", "content": "21 degrees"}],
+        "chosen": says("Warm."),
+        "rejected": says("Cold."),
+    },
+    "a tool's result inside": PLAIN
+    | {
+        "tools": TOOLS,
+        "chosen": [*says("", tool_calls=[CALL]), {"role": "tool", "content": "21 degrees"}, *says("Warm in Lima.")],
+    },
+    "reasoning in an earlier turn": PLAIN
+    | {"prompt": [*turns("Hello there."), *says("Good day.", reasoning_content="A greeting."), *turns("Which one?")]},
+    "reasoning, then a call": PLAIN
+    | {"tools": TOOLS, "chosen": says("", reasoning_content="I should look.", tool_calls=[CALL])},
+    "line ends first": PLAIN | {"chosen": says("\n\n\nThe Nile."), "rejected": says("\t Inland.\n\n")},
 }
 
 
@@ -130,33 +148,36 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_trained_is_what_is_asked_or_refused(name: str):
-    tokenizer = MERGING
-    tokenizer.chat_template = TEMPLATES[name]
-    trained = 0
-    for case, row in CASES.items():
-        try:
-            pair = tokenize_pair(row, tokenizer)
-        except TemplateFault as fault:
-            assert str(fault).startswith(("the chat template ", "tokens reach over")), fault
-            continue
-        trained += 1
-        keywords = {"tools": row.get("tools")}
-        asked = prompt_ids(row["prompt"], tokenizer, keywords)
-        assert pair["prompt_ids"] == asked, case
-        for side in ("chosen", "rejected"):
-            whole = tokenizer.decode(asked + pair[f"{side}_ids"])
-            own = pair.get(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
-            trained_text = tokenizer.decode([token for token, its in zip(pair[f"{side}_ids"], own, strict=True) if its])
-            for message in row["prompt"]:
-                assert message["content"].strip() in whole, case
-            for message in row[side]:
-                is_own = message["role"] == "assistant"
-                # Where the prompt already asks for a thought, its beginning is not the answer's own
-                content = message["content"].strip().removeprefix("<think>\n")
-                assert (content in trained_text) == is_own, (case, trained_text)
-                assert message.get("reasoning_content", "") in trained_text, case
-                assert "Lima" in trained_text or "tool_calls" not in message, case
-    assert trained or name in NONE, "no case is trained"
+    for tokenizer in (BYTES, MERGING):
+        tokenizer.chat_template = TEMPLATES[name]
+        trained = sum(_is_trained(case, row, tokenizer) for case, row in CASES.items())
+        assert trained or name in NONE, "no case is trained"
+
+
+def _is_trained(case: str, row: dict[str, Any], tokenizer: Any) -> bool:
+    try:
+        pair = tokenize_pair(row, tokenizer)
+    except TemplateFault as fault:
+        assert str(fault).startswith(("the chat template ", "tokens reach over")), fault
+        return False
+    asked = prompt_ids(row["prompt"], tokenizer, {"tools": row.get("tools")})
+    assert pair["prompt_ids"] == asked, case
+    for side in ("chosen", "rejected"):
+        ids = pair[f"{side}_ids"]
+        whole = tokenizer.decode(asked + ids)
+        own = pair.get(f"{side}_mask", [1] * len(ids))
+        trained_text = tokenizer.decode([token for token, its in zip(ids, own, strict=True) if its])
+        for message in row["prompt"]:
+            assert message["content"].strip() in whole, case
+            assert "Lima" in whole or "tool_calls" not in message, case
+        for message in row[side]:
+            is_own = message["role"] == "assistant"
+            # Where the prompt already asks for a thought, its beginning is not the answer's own
+            content = message["content"].strip().removeprefix("<think>\n")
+            assert not content or (content in trained_text) == is_own, (case, trained_text)
+            assert message.get("reasoning_content", "") in trained_text, case
+            assert "Lima" in trained_text or "tool_calls" not in message, case
+    return True
 
 
 def fault(row: dict[str, Any], template: str, tokenizer: Any = None) -> str:

@@ -130,6 +130,11 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
+def ends(ids: Sequence[int], specials: frozenset[int]) -> bool:
+    """Whether a special token ends an answer, so that a model learns where to stop."""
+    return not specials.isdisjoint(ids[-_END:])
+
+
 def special_texts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     """Finds what the tokenizer would read as one of its special tokens."""
     names = sorted(map(str, tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))), key=len, reverse=True)
@@ -142,7 +147,7 @@ def check_seen(
     """Findings of one pair as it is trained: name → what was found. `specials` are the tokenizer's `special_ids`."""
     found = _check_lengths(seen, text) | _check_template(seen, tokenizer)
     for side, whole, ids in seen.sides:
-        if not specials.intersection(ids[-_END:]):
+        if not ends(ids, specials):
             found.setdefault("template_no_end", f"{side} ends {whole[-60:]!r}")
         if len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in specials:
             found.setdefault("closed_twice", f"{side} ends {whole[-60:]!r}, and in tokens {ids[-3:]}")

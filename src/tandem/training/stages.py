@@ -16,6 +16,7 @@ from tandem.data.rendering import keywords_of
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, trim_prompt
 from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
+from tandem.data.tokens import ends, special_ids
 from tandem.devices import fast_bf16, has_accelerator
 from tandem.errors import UserError
 from tandem.log import logger
@@ -195,9 +196,20 @@ def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerB
     return all_placed(pairs, one)
 
 
+def _warn_of_endless(pairs: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase) -> None:
+    specials = special_ids(tokenizer)
+    endless = sum(not (ends(pair["chosen_ids"], specials) and ends(pair["rejected_ids"], specials)) for pair in pairs)
+    if endless:
+        logger.warning(
+            "%d of %d pairs have an answer that no special token ends: the model would not learn to stop; give a chat "
+            "template that writes the end-of-sequence token with --chat_template", endless, len(pairs)
+        )  # fmt: skip
+
+
 def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     tokenized = tokenize_rows(rows, tokenizer)
     pairs: list[Row] = [pair | {"pair_id": row["pair_id"]} for pair, row in zip(tokenized, rows, strict=True)]
+    _warn_of_endless(tokenized, tokenizer)
     same = sum(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs)
     if same:
         logger.warning("%d of %d pairs have the same tokens on both sides, which train nothing", same, len(pairs))
