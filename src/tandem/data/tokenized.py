@@ -245,14 +245,19 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> 
         return pair
 
     pairs = all_placed(rows, tokenized)
-    if counts:
-        names = listed([f"{name} in {count}" for name, count in counts.most_common()])
-        tell_once(f"the chat template leaves out, of {len(pairs)} pairs: {names}")
+    tell_left_out(counts, len(pairs), "pairs")
     if any(_MASKS[0] in pair for pair in pairs):
         for pair in pairs:
             for side in SIDES:
                 pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
     return pairs
+
+
+def tell_left_out(counts: Counter[str], total: int, what: str) -> None:
+    """Say once what the chat template leaves out (`unrendered.left_out`), and of how many of `total`."""
+    if counts:
+        names = listed([f"{name} in {count}" for name, count in counts.most_common()])
+        tell_once(f"the chat template leaves out, of {total} {what}: {names}")
 
 
 def token_hash(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:

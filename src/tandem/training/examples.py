@@ -1,5 +1,6 @@
 """Rows as SFT trains them: token ids, which of them count in the loss, and several examples in one row."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,8 @@ from datasets import Dataset
 from tandem.data.formats import TEXT
 from tandem.data.rendering import keywords_of, templated
 from tandem.data.rows import Row
-from tandem.data.tokenized import all_placed, check_rendered, closed, plain_ids, tokenize_pair
+from tandem.data.tokenized import all_placed, check_rendered, closed, plain_ids, tell_left_out, tokenize_pair
+from tandem.data.unrendered import left_out
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import completion_mask
 from tandem.errors import UserError
@@ -29,7 +31,16 @@ def tokenize_examples(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase",
         UserError: the template's fault with a row, or no example left.
     """
     longest = None if run.train.packing_strategy == "bfd_split" else run.text.max_length
-    examples = all_placed(rows, lambda row: _example(row, tokenizer, run))
+    counts: Counter[str] = Counter()
+
+    def example(row: Row) -> Example:
+        unrendered: set[str] = set()
+        made = _example(row, tokenizer, run, unrendered)
+        counts.update(unrendered)
+        return made
+
+    examples = all_placed(rows, example)
+    tell_left_out(counts, len(examples), "examples")
     cut = [{name: ids[:longest] for name, ids in example.items()} for example in examples]
     kept = [example for example in cut if any(label != IGNORED_LABEL for label in example["labels"])]
     if len(kept) < len(cut):
@@ -43,16 +54,16 @@ def tokenize_examples(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase",
     return Dataset.from_list(kept)
 
 
-def _example(row: Row, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet) -> Example:
+def _example(row: Row, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet, unrendered: set[str]) -> Example:
     train = run.train
     if row["format"] == TEXT:
         ids = list(tokenizer(closed(row["prompt"], tokenizer))["input_ids"])
         return {"input_ids": ids, "labels": ids}
     is_conversation = row.get("kind") == "conversation"
     if is_conversation and not train.assistant_only_loss:
-        ids = _whole(row, tokenizer)
+        ids = _whole(row, tokenizer, unrendered)
         return {"input_ids": ids, "labels": ids}
-    pair = tokenize_pair(row | {"rejected": row["chosen"]}, tokenizer)
+    pair = tokenize_pair(row | {"rejected": row["chosen"]}, tokenizer, unrendered)
     ids = pair["prompt_ids"] + pair["chosen_ids"]
     if train.completion_only_loss is False and not is_conversation:
         return {"input_ids": ids, "labels": ids}
@@ -60,12 +71,13 @@ def _example(row: Row, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet) 
     return {"input_ids": ids, "labels": [id if own else IGNORED_LABEL for id, own in zip(ids, mask, strict=True)]}
 
 
-def _whole(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _whole(row: Row, tokenizer: "PreTrainedTokenizerBase", unrendered: set[str]) -> list[int]:
     """A conversation as the template renders it from one end to the other; one of plain text is closed."""
     if isinstance(row["prompt"], str):
         return list(tokenizer(closed(row["prompt"] + row["chosen"], tokenizer))["input_ids"])
     text = templated(row["prompt"] + row["chosen"], tokenizer, keywords_of(row))
     check_rendered(row, "chosen", "", text, tokenizer)
+    unrendered |= left_out(row, "chosen", text, str(tokenizer.chat_template))
     return plain_ids(text, tokenizer)
 
 
