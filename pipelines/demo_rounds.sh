@@ -8,6 +8,8 @@ MODEL_NAME=${XDG_CACHE_HOME:-$HOME/.cache}/tandem/SmolLM2-135M-Instruct
 python -m tandem.demo "$MODEL_NAME"
 PROMPTS=${XDG_CACHE_HOME:-$HOME/.cache}/tandem/instructions
 python -m tandem.rounds.instructions "$PROMPTS"
-export MODEL_NAME PROMPTS VAL_RATIO=0 SCORER=function:tandem.rounds.instructions:success
+export MODEL_NAME PROMPTS VAL_RATIO=0
+# What ranks is how many of its constraints an answer keeps, what counts is whether it keeps all
+export SCORER=function:tandem.rounds.instructions:share SECOND_SCORER=function:tandem.rounds.instructions:success
 export RECIPE=${RECIPE:-$ROOT/pipelines/recipes/demo_rounds}
 exec "$ROOT/pipelines/rounds.sh"

@@ -71,6 +71,19 @@ held_out() {
     --samples "$RUN/$own/samples.jsonl" --output_dir "$RUN/$own"
 }
 
+# dpo_config ROUND: the recipe's, and after the first round one that goes on training its adapter
+dpo_config() {
+  local file=$RUN/round_$1/dpo.yaml
+  if (($1 == 1)); then
+    config dpo
+  else
+    [[ -z ${PREFLIGHT:-} ]] || file=$SCRATCH/dpo.yaml
+    mkdir -p "$(dirname "$file")"
+    python -m tandem.rounds.recipe "$(config dpo)" >"$file"
+    echo "$file"
+  fi
+}
+
 # pairs_of ROUND: what DPO trains on; before there are any, preflight looks at nothing but the options
 pairs_of() {
   if [[ -n ${PREFLIGHT:-} ]]; then
@@ -86,7 +99,7 @@ pairs_of() {
 }
 
 stages() {
-  local round policy=$MODEL_NAME own pairs reference mount split
+  local round policy=$MODEL_NAME own pairs recipe reference mount split
   held_out 0 "$MODEL_NAME"
   for ((round = 1; round <= ROUNDS; round++)); do
     own=round_$round
@@ -100,6 +113,7 @@ stages() {
       python "$ROOT/scripts/make_pairs.py" --config "$(config make_pairs)" --scores "$RUN/$own/scores.jsonl" \
       --round "$round" --output_dir "$RUN/$own/pairs"
     pairs=$(pairs_of "$round")
+    recipe=$(dpo_config "$round")
     reference=()
     [[ $REFERENCE == previous || $round == 1 ]] || reference=(--reference_model "$MODEL_NAME")
     mount=()
@@ -107,7 +121,7 @@ stages() {
     split=()
     [[ -z ${PREFLIGHT:-} ]] || split=("${data[@]:2}")
     stage "dpo_$round" "$own/dpo" \
-      launch "$ROOT/scripts/dpo.py" --config "$(config dpo)" --dataset_name "$pairs" "${split[@]}" \
+      launch "$ROOT/scripts/dpo.py" --config "$recipe" --dataset_name "$pairs" "${split[@]}" \
       --model_name_or_path "$policy" "${reference[@]}" "${mount[@]}" --output_dir "$RUN/$own/dpo"
     policy=$RUN/$own/dpo
     stage "report_$round" "$own/report.html" \
@@ -126,7 +140,13 @@ sys.exit(not next(row["stop"] for row in rows if row["round"] == int(sys.argv[2]
     python "$ROOT/scripts/report.py" --run_dir "$RUN"
 }
 
+if [[ -z ${TANDEM_LOG:-} ]]; then
+  SCRATCH=$(mktemp -d)
+  trap 'rm -rf "$SCRATCH"' EXIT
+fi
 preflight stages
+trap - EXIT
+[[ -z ${SCRATCH:-} ]] || rm -rf "$SCRATCH"
 log_to "$RUN/rounds.log"
 stages
 cat "$RUN/rounds.md"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tandem.data.options import DataOptions
-from tandem.rounds.instructions import CONSTRAINTS, HELD_OUT, kept, rows, success, write
+from tandem.rounds.instructions import CONSTRAINTS, HELD_OUT, kept, rows, share, success, write
 from tandem.rounds.prompts import held_out_prompts, training_prompts
 
 
@@ -29,6 +29,7 @@ def test_success_is_all_of_them():
     row = {"constraints": {"no_comma": None, "end_with_mark": None}}
     assert success([], "Go!", row) == 1
     assert success([], "Go, go!", row) == 0
+    assert [share([], text, row) for text in ("Go!", "Go, go!", "Go, go", "")] == [1, 0.5, 0, 0]
 
 
 def test_held_out_prompts_have_other_combinations(tmp_path: Path):

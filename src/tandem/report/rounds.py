@@ -107,7 +107,7 @@ def conclusion(results: Mapping[str, Any]) -> str:
     if len(results["rounds"]) == 1:
         return "Only round 0 has been measured."
     if not best["round"]:
-        return "No round is better than round 0."
+        return "No round is better than round 0 beyond its interval."
     lead, won = best["difference"], best["win_rate"]
     interval = f" (95% interval {show_interval(lead)})" if show_interval(lead) else ""
     text = f"Round {best['round']} is the best: its score is {show_value(lead)}{interval} above round 0's"

@@ -18,7 +18,7 @@ from tandem.errors import UserError, script_main
 from tandem.runs import write_atomic
 
 SEED = 20261129
-TRAINED, HELD_OUT = 160, 210  # prompts
+TRAINED, HELD_OUT = 240, 210  # prompts
 
 _TOPICS = (
     "a river", "winter", "bread", "a bicycle", "the moon", "a library", "tea", "a garden", "music", "a lighthouse",
@@ -73,6 +73,12 @@ def kept(answer: str, row: Mapping[str, Any]) -> Iterator[bool]:
 def success(prompt: Any, answer: str, row: Mapping[str, Any]) -> float:
     """1 where all constraints are kept, else 0: for `--score_function tandem.rounds.instructions:success`."""
     return float(all(kept(answer, row)))
+
+
+def share(prompt: Any, answer: str, row: Mapping[str, Any]) -> float:
+    """Share of the constraints that are kept: ranks answers of which none, or each, keeps all."""
+    found = list(kept(answer, row))
+    return sum(found) / len(found)
 
 
 def write(folder: Path) -> None:

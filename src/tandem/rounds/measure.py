@@ -124,18 +124,18 @@ def distinct_bigrams(texts: Sequence[str]) -> float | None:
 
 
 def _best(rows: Sequence[dict[str, Any]], rounds: Mapping[int, Sequence[Record]], options: RoundsOptions) -> int:
-    """The best round by the mean score's lead over round 0; gives each row its `gain` and whether to `stop` there.
+    """The best round; gives each row its `gain` over the best before it, prompt by prompt, and whether to `stop` there.
 
-    A round brings more where its lead over the best round before it, prompt by prompt, has an interval above 0. Each
-    row has its own `stop`, so that a pipeline that is run again takes the turns it took.
+    A round is better where that gain's interval is above 0. Each row has its own `stop`, so that a pipeline that is run
+    again takes the turns it took.
     """
     best = rows[0]
     best["gain"], best["stop"] = None, False
     for row in rows[1:]:
         own, before = (_by_prompt(rounds[one["round"]], None, options.non_answer_score) for one in (row, best))
         row["gain"] = gain = _difference(own, before, options.seed)
-        row["stop"] = gain["value"] is None or (gain["low"] if gain["low"] is not None else gain["value"]) <= 0
-        if (row["difference"]["value"] or 0.0) > (best["difference"]["value"] or 0.0):
+        row["stop"] = gain["low"] is None or gain["low"] <= 0  # too few prompts have no interval, and show nothing
+        if not row["stop"]:
             best = row
     number: int = best["round"]
     return number
