@@ -10,7 +10,7 @@
 # ROUNDS             2
 # REFERENCE          previous: the round's start; initial: MODEL_NAME (previous)
 # VAL_RATIO          share of the prompts to hold out (0.2; 0: the test split)
-# OFFLINE_PAIRS      pairs that others wrote, mixed in as OFFLINE_SHARE of the pairs of each round
+# OFFLINE_PAIRS      pairs that others wrote, mixed in as OFFLINE_SHARE of the pairs of each round; none of held-out prompts
 # OFFLINE_SHARE      0.5 where OFFLINE_PAIRS is set
 # JUDGE_BASE_URL     server of a judge; its key is read from OPENAI_API_KEY
 # RECIPE             folder with dpo.yaml, sample.yaml, held_out.yaml, score.yaml, make_pairs.yaml, rounds.yaml (recipes/rounds)
@@ -93,7 +93,7 @@ pairs_of() {
   else
     printf -- '- {dataset_name: "%s", weight: %s}\n- {dataset_name: "%s", weight: %s}\n' \
       "$RUN/round_$1/pairs/pairs.jsonl" "$(python -c "print(round(1 - $OFFLINE_SHARE, 6))")" \
-      "$OFFLINE_PAIRS" "$OFFLINE_SHARE" >"$RUN/round_$1/mixture.yaml"
+      "$RUN/offline/pairs.jsonl" "$OFFLINE_SHARE" >"$RUN/round_$1/mixture.yaml"
     echo "$RUN/round_$1/mixture.yaml"
   fi
 }
@@ -101,6 +101,8 @@ pairs_of() {
 stages() {
   local round policy=$MODEL_NAME own pairs recipe reference mount split
   held_out 0 "$MODEL_NAME"
+  [[ -z ${OFFLINE_PAIRS:-} ]] || stage offline offline/pairs.jsonl \
+    python -m tandem.rounds.offline "$OFFLINE_PAIRS" "$RUN/round_0/held_out/prompts.jsonl" "$RUN/offline/pairs.jsonl"
   for ((round = 1; round <= ROUNDS; round++)); do
     own=round_$round
     stage "sample_$round" "$own/samples.jsonl" \

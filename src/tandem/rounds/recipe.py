@@ -1,6 +1,6 @@
 """A recipe's dpo.yaml for the rounds after the first, which go on training the adapter of the round before.
 
-    python -m tandem.rounds.recipe dpo.yaml    prints it without the options that make a new adapter
+python -m tandem.rounds.recipe dpo.yaml    prints it without the options that make a new adapter
 """
 
 import dataclasses

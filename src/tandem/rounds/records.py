@@ -16,7 +16,7 @@ from typing import Any
 from tandem.data.files import read_rows
 from tandem.data.formats import Asked, Message, RowError, as_messages, kind_of, prompt_id
 from tandem.errors import UserError
-from tandem.runs import write_atomic
+from tandem.runs import read_jsonl, write_atomic
 
 Record = dict[str, Any]
 Key = tuple[str, str, int]  # label, prompt id, number of the draw
@@ -109,6 +109,21 @@ def _score(row: Mapping[str, Any]) -> float | None:
     if not math.isfinite(value):
         raise RowError("field 'score': is not finite; an answer without a score has null")
     return value
+
+
+def read_prompt_ids(path: Path) -> set[str]:
+    """The ids of the prompts in a `prompts.jsonl`.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    try:
+        found = {record["prompt_id"] for record in read_jsonl(path)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r})") from error
+    if not found:
+        raise UserError(f"{path}: no such file, or nothing in it")
+    return found
 
 
 def by_prompt(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -1,0 +1,44 @@
+"""Pairs that others wrote, without those of held-out prompts, for the rounds to mix in.
+
+    python -m tandem.rounds.offline PAIRS HELD_OUT_PROMPTS OUT
+
+Both may be of one data set: PROMPTS of its prompts and OFFLINE_PAIRS of its answers.
+"""
+
+import json
+from pathlib import Path
+
+from tandem.data.formats import as_messages, prompt_id
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_training
+from tandem.errors import UserError, script_main
+from tandem.rounds.records import read_prompt_ids
+from tandem.runs import write_atomic
+
+_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+
+def without_held_out(pairs: str, held_out: Path, out: Path) -> str:
+    """Write the pairs whose prompts are not held out as JSON lines; returns what was left out.
+
+    Raises:
+        UserError: a file cannot be read, or nothing is left.
+    """
+    shut = read_prompt_ids(held_out)
+    rows = load_training(DataOptions(dataset_name=pairs))
+    kept = [row for row in rows if prompt_id(as_messages(row["prompt"])) not in shut]
+    if not kept:
+        raise UserError(f"OFFLINE_PAIRS {pairs}: all of its prompts are held out")
+    lines = (json.dumps({name: row[name] for name in _COLUMNS if name in row}) + "\n" for row in kept)
+    write_atomic(out, "".join(lines))
+    return f"{len(kept)} pairs of {pairs}; {len(rows) - len(kept)} left out, whose prompts are held out"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 3:
+        raise UserError("usage: python -m tandem.rounds.offline PAIRS HELD_OUT_PROMPTS OUT")
+    print(without_held_out(argv[0], Path(argv[1]), Path(argv[2])))
+
+
+if __name__ == "__main__":
+    script_main(main)
