@@ -65,10 +65,8 @@ def commands(tmp_path: Path, **changes: str) -> dict[str, str]:
     done = subprocess.run([tmp_path / "pipelines" / "rounds.sh"], env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     lines = (tmp_path / "log").read_text().replace(f"{tmp_path}/", "").splitlines()
-    return {
-        f"{number} {re.split(r'scripts/|rounds[.]', line)[1].split('.py')[0].split()[0]}": line
-        for number, line in enumerate(lines)
-    }
+    names = [re.findall(r"(?:scripts/|tandem[.]rounds[.])(\w+)", line)[0] for line in lines]
+    return {f"{number} {name}": line for number, (name, line) in enumerate(zip(names, lines, strict=True))}
 
 
 @pytest.mark.parametrize("reference", ["previous", "initial"])
