@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tandem.models.scorer
 from tandem.answers.backends.options import GenerationOptions
-from tandem.answers.backends.transformers import TransformersEngine
+from tandem.answers.backends.transformers import TransformersBackend
 from tandem.answers.generate import GenerateOptions
 from tandem.answers.generate import generate as generate_all
 from tandem.data.formats import prompt_id
@@ -258,7 +258,7 @@ def test_the_type_of_the_weights(
     with monkeypatch.context() as patch:
         patch.setattr("tandem.devices.has_accelerator", lambda: accelerator)
         patch.setattr("tandem.devices.fast_bf16", lambda: fast)
-        engine = TransformersEngine(GenerationOptions(dtype=asked), options())
+        engine = TransformersBackend(GenerationOptions(dtype=asked), options())
     engine.load(str(tiny_model))
     assert str(engine._scorer.model.dtype) == f"torch.{expected}"
 

@@ -535,9 +535,9 @@ def test_options_reach_vllm(name: str, value: Any, tiny_model: Path, monkeypatch
     arguments = stand_in("vllm.engine.arg_utils", monkeypatch).AsyncEngineArgs
     for module in ("vllm", "vllm.lora.request", "vllm.usage.usage_lib", "vllm.v1.engine.async_llm"):
         stand_in(module, monkeypatch)
-    from tandem.answers.backends.vllm import VllmEngine
+    from tandem.answers.backends.vllm import VllmBackend
 
-    engine = VllmEngine([str(tiny_model)], GenerationOptions(engine="vllm", **{name: value}), SamplingOptions())
+    engine = VllmBackend([str(tiny_model)], GenerationOptions(backend="vllm", **{name: value}), SamplingOptions())
     engine.load(str(tiny_model))
     engine._loop.close()
     assert arguments.call_args.kwargs[name] == value

@@ -62,16 +62,16 @@ def test_every_draw_is_there_once_in_order(whole: Path, model: Path):
 def test_a_killed_run_draws_what_is_missing_and_no_more(
     tmp_path: Path, whole: Path, model: Path, keep: int, monkeypatch: pytest.MonkeyPatch
 ):
-    from tandem.answers.backends.transformers import TransformersEngine
+    from tandem.answers.backends.transformers import TransformersBackend
 
     asked: list[Any] = []
-    draws = TransformersEngine.draws
+    draws = TransformersBackend.draws
 
     def spy(self: Any, prompts: Any, count: int, wanted: Any) -> Any:
         asked.extend(wanted)
         return draws(self, prompts, count, wanted)
 
-    monkeypatch.setattr(TransformersEngine, "draws", spy)
+    monkeypatch.setattr(TransformersBackend, "draws", spy)
     lines = (whole / "draws_policy.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "draws_policy.jsonl").write_bytes(b"".join(lines[:keep]) + lines[keep][:20])  # torn
     drawn(tmp_path, f"policy={model}")

@@ -38,7 +38,7 @@ def prompts(count: int) -> list[Prompt]:
 
 def drawn(server: ChatServer, folder: Path, count: int) -> list[dict[str, Any]]:
     options = SampleOptions(models=["policy=served"], output_dir=str(folder), num_samples=4)
-    engine = GenerationOptions(engine="openai", base_url=server.url, batch_size=CONCURRENCY)
+    engine = GenerationOptions(backend="openai", base_url=server.url, batch_size=CONCURRENCY)
     return read_records(sample(options, engine, SamplingOptions(), prompts(count)))
 
 
@@ -74,7 +74,7 @@ def test_a_server_that_refuses_everything_is_told(tmp_path: Path):
 
 def run_killed(server: ChatServer, data: Path, folder: Path, kills: int, noise: random.Random) -> None:
     """Sample with the script, killed `kills` times at a random moment of what is left."""
-    line = f"--models policy=served --dataset_name {data} --output_dir {folder} --num_samples 4 --engine openai"
+    line = f"--models policy=served --dataset_name {data} --output_dir {folder} --num_samples 4 --backend openai"
     command = [sys.executable, str(ROOT / "scripts" / "sample.py"), *line.split(), "--base_url", server.url]
     command += ["--batch_size", str(CONCURRENCY)]
     for kill in range(kills + 1):

@@ -44,9 +44,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_prompt_is_asked_once_for_all_its_draws(asked: list[dict[str, Any]], tiny_model: Path):
-    from tandem.answers.backends.vllm import VllmEngine
+    from tandem.answers.backends.vllm import VllmBackend
 
-    engine = VllmEngine([str(tiny_model)], GenerationOptions(dtype="float32"), SamplingOptions(seed=7))
+    engine = VllmBackend([str(tiny_model)], GenerationOptions(dtype="float32"), SamplingOptions(seed=7))
     engine.load(str(tiny_model))
     seeds = [prompt_seed(7, prompt_id(prompt)) for prompt in PROMPTS]
     drawn = dict(engine.draws(PROMPTS, 3, [(0, 0), (0, 1), (0, 2), (1, 2)]))

@@ -64,12 +64,12 @@ def generate(
 
     Raises:
         UserError: a file holds answers of another model, of a model trained since or of other sampling, another
-            process writes into the folder, or the engine cannot answer.
+            process writes into the folder, or the backend cannot answer.
     """
-    if options.engine == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
-        raise UserError("--max_prompt_length has no effect with --engine openai: the server has the tokenizer")
-    if options.engine != "transformers":
-        ranks.refuse_several(f"--engine {options.engine}")
+    if options.backend == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
+        raise UserError("--max_prompt_length has no effect with --backend openai: the server has the tokenizer")
+    if options.backend != "transformers":
+        ranks.refuse_several(f"--backend {options.backend}")
     files = {label: folder / f"generations_{label}.jsonl" for label in models}
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
         sources = {label: source_of(model, sampling, options) for label, model in models.items()}
@@ -83,13 +83,13 @@ def generate(
             from tandem.data.adapt import day_of_models
 
             options.day = day_of_models(models.values())
-            from tandem.answers.backends.open import open_engine
+            from tandem.answers.backends.open import open_backend
 
-            with open_engine(unfinished.values(), options, sampling) as engine:
-                # Models on one base follow each other: an engine that shares it loads it once
+            with open_backend(unfinished.values(), options, sampling) as backend:
+                # Models on one base follow each other: an backend that shares it loads it once
                 for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
-                    engine.load(models[label])
-                    _write_answers(engine, label, prompts, wanted[label], sources[label], files[label])
+                    backend.load(models[label])
+                    _write_answers(backend, label, prompts, wanted[label], sources[label], files[label])
         if ranks.is_first():
             for label, file in files.items():
                 _warn_of_non_answers(label, file, {prompt_id(messages) for messages in prompts})
@@ -107,14 +107,14 @@ def _warn_of_non_answers(label: str, file: Path, asked: Collection[str]) -> None
 
 
 def _write_answers(
-    engine: Any, label: str, prompts: Sequence[list[Message]], wanted: set[int], source: dict[str, Any], file: Path
+    backend: Any, label: str, prompts: Sequence[list[Message]], wanted: set[int], source: dict[str, Any], file: Path
 ) -> None:
     from tqdm import tqdm
 
     done, tokens = len(prompts) - len(wanted), 0
     description, writes = f"answers of {label}", ranks.is_first()
     with tqdm(total=len(prompts), initial=done, desc=description, unit="prompt", disable=not writes) as bar:
-        for index, answer in engine.answers(prompts, wanted):
+        for index, answer in backend.answers(prompts, wanted):
             if not writes:
                 continue
             asked = prompts[index]
@@ -129,7 +129,7 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
     """The fields of a line that say where the answer comes from."""
     base, adapter, max_prompt_length, weights = model, None, None, None
     drawn = asdict(sampling.sampling)
-    if options.engine != "openai":  # there, the server's names say nothing
+    if options.backend != "openai":  # there, the server's names say nothing
         max_prompt_length = sampling.max_prompt_length
         if not options.is_own:
             drawn["template"] = [options.chat_template, options.chat_template_kwargs, options.system_prompt]
@@ -143,7 +143,7 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
         "model": base,
         "adapter": adapter,
         "weights": weights,
-        "engine": options.engine,
+        "engine": options.backend,
         **_setting(options),
         "sampling": drawn | {"max_prompt_length": max_prompt_length},
         "seed": sampling.seed,
@@ -152,12 +152,12 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
 
 def _setting(options: GenerationOptions) -> dict[str, Any]:
     """What changes an answer besides the model and the sampling; None where it does not matter."""
-    if options.engine == "openai":
+    if options.backend == "openai":
         return {"base_url": options.base_url, "dtype": None, "batch_size": None}
     from tandem.answers.backends.base import BATCH_SIZE, weights_dtype
 
     # vLLM's draws have seeds of their own; transformers' have one a batch, and are padded to the batch's longest
-    batch_size = (options.batch_size or BATCH_SIZE) if options.engine == "transformers" else None
+    batch_size = (options.batch_size or BATCH_SIZE) if options.backend == "transformers" else None
     return {"base_url": None, "dtype": weights_dtype(options), "batch_size": batch_size}
 
 
@@ -165,7 +165,7 @@ _SETTINGS = {"base_url": "another server", "dtype": "another --dtype", "batch_si
 
 
 def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:
-    """Refuse a file with lines that are not what `source` would draw. Which engine drew them makes no difference, nor
+    """Refuse a file with lines that are not what `source` would draw. Which backend drew them makes no difference, nor
     where a model lies whose weights are known.
 
     Args:

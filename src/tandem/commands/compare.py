@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tandem.answers.backends.options import GenerationOptions
+from tandem.answers.backends.options import FORMER, GenerationOptions
 from tandem.answers.compare import CompareOptions, compare, to_markdown
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_held_out
@@ -12,6 +12,6 @@ from tandem.options.parsing import parse, save
 
 def main(argv: list[str]) -> None:
     classes = (CompareOptions, GenerationOptions, SamplingOptions, DataOptions)
-    options, engine, sampling, data = parse(argv, classes, prog="compare.py", description=__doc__)
-    print(to_markdown(compare(options, engine, sampling, load_held_out(data))))
-    save(Path(options.output_dir) / "compare.yaml", options, engine, sampling, data)
+    options, backend, sampling, data = parse(argv, classes, prog="compare.py", description=__doc__, foreign=FORMER)
+    print(to_markdown(compare(options, backend, sampling, load_held_out(data))))
+    save(Path(options.output_dir) / "compare.yaml", options, backend, sampling, data)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tandem import ranks
-from tandem.answers.backends.options import GenerationOptions
+from tandem.answers.backends.options import FORMER, GenerationOptions
 from tandem.data.options import DataOptions
 from tandem.models.sampling import SamplingOptions
 from tandem.options.parsing import parse, save
@@ -14,8 +14,8 @@ from tandem.rounds.sample import sample
 
 def main(argv: list[str]) -> None:
     classes = (SampleOptions, GenerationOptions, SamplingOptions, DataOptions)
-    options, engine, sampling, data = parse(argv, classes, prog="sample.py", description=__doc__)
-    file = sample(options, engine, sampling, (held_out_prompts if options.held_out else training_prompts)(data))
+    options, backend, sampling, data = parse(argv, classes, prog="sample.py", description=__doc__, foreign=FORMER)
+    file = sample(options, backend, sampling, (held_out_prompts if options.held_out else training_prompts)(data))
     if ranks.is_first():
-        save(Path(options.output_dir) / "sample.yaml", options, engine, sampling, data)
+        save(Path(options.output_dir) / "sample.yaml", options, backend, sampling, data)
         print(file)

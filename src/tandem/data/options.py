@@ -14,7 +14,7 @@ from tandem.options.rules import Options
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
-    "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns", "min_score_margin",
+    "row_function", "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns", "min_score_margin",
     "pair_strategy", "score_key", "completion_key", "text_key",
 )  # fmt: skip
 
@@ -43,6 +43,11 @@ class DataOptions(Options):
     )
     data_seed: int = opt(42, "seed of the --val_ratio split, of a mixture and of --pair_strategy best_random")
     data_format: str | None = opt(None, "force a format instead of detecting it", choices=FORMATS)
+    row_function: str | None = opt(
+        None,
+        "function of your own, as module:function or file.py:function, that makes of each row one of a known format "
+        "(docs/extending.md)",
+    )
     prompt_key: str | None = opt(None, "column that holds the prompt")
     chosen_key: str | None = opt(None, "column that holds the preferred answer")
     rejected_key: str | None = opt(None, "column that holds the other answer")

@@ -259,8 +259,10 @@ def arranged(source: str, number: int, row: Any, options: DataOptions, balance: 
 
     Raises:
         UserError: a column that a `--…_key` option names is not there.
-        RowError: lists that Python's own notation wrote as text.
+        RowError: lists that Python's own notation wrote as text, or the user's function cannot read the row.
     """
+    if options.row_function is not None:
+        row = _made_by(options.row_function, row)
     row = known_names(row, options.keys)
     own = (options.completion_key, options.text_key) if isinstance(options, SFTDataOptions) else ()
     for key in (*options.keys.values(), *filter(None, own)):
@@ -274,6 +276,27 @@ def arranged(source: str, number: int, row: Any, options: DataOptions, balance: 
     for name, (value, why) in aside.items():
         balance.set_aside(name, value, why)
     return named
+
+
+def _made_by(name: str, row: Any) -> Row:
+    """What the user's function `name` makes of a row."""
+    function = _row_function(name)
+    try:
+        made = function(row)
+    except Exception as error:  # whatever a user's function raises, this row is the one it could not read
+        raise RowError(f"--row_function {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(made, dict):
+        raise RowError(f"--row_function {name}: gave a {type(made).__name__}, not a row")
+    return made
+
+
+@functools.cache
+def _row_function(name: str) -> Callable[[Any], Any]:
+    function = load_object(name, "--row_function")
+    if not callable(function):
+        raise UserError(f"--row_function {name}: is a {type(function).__name__}, not a function")
+    found: Callable[[Any], Any] = function
+    return found
 
 
 def _refuse_unused_keys(options: DataOptions, data_format: str) -> None:

@@ -20,6 +20,11 @@ class JudgeOptions(Options):
         "server with the Responses API or chat completions; its key, if any, is read from $OPENAI_API_KEY; unset: "
         "$OPENAI_BASE_URL, or OpenAI's own",
     )
+    judge_backend: str | None = opt(
+        None,
+        "what is asked instead of a server: a class of your own, as module:class or file.py:class (docs/extending.md)",
+        unless="batch",
+    )
     run_dir: str | None = opt(None, "run folder that holds generations_*.jsonl")
     policy: str = opt("dpo", "in --run_dir: the model to be judged, as generations_<policy>.jsonl")
     against: str = opt("base", "in --run_dir: the same of the other side; chosen: the answers that the data prefers")
@@ -84,9 +89,9 @@ class JudgeOptions(Options):
 
     @property
     def url(self) -> str:
-        """The server's address, `checked_url`."""
+        """The server's address, `checked_url`; of a backend of the user's own, its name."""
         assert self.base_url is not None
-        return self.base_url
+        return self.judge_backend or self.base_url
 
     @property
     def generation_files(self) -> tuple[Path, Path]:

@@ -13,6 +13,7 @@ from tandem.errors import UserError
 from tandem.judge import calibration
 from tandem.judge.admission import Admission
 from tandem.judge.asking import ask_all, worst_cost
+from tandem.judge.backends.base import Backend
 from tandem.judge.backends.batch import BatchBackend
 from tandem.judge.backends.server import ServerBackend, client_of, enforces_schema
 from tandem.judge.labels import read_labels, write_page
@@ -20,6 +21,7 @@ from tandem.judge.log import VerdictLog, guessed_tokens
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.summary import Plan, summarise, winners
+from tandem.objects import load_object
 from tandem.runs import locked, write_json
 from tandem.servers.client import AsyncClient
 
@@ -125,20 +127,34 @@ async def _have_judged(
     if options.max_cost is not None:
         left = options.max_cost - (log.usage()["cost"] or 0.0)
     admission = Admission(options.max_concurrency, left)
+    if options.judge_backend is not None:
+        own: Backend = load_object(options.judge_backend, "--judge_backend")(options)
+        judge = _judge_of(options, schema_enforced=False)
+        log.lenient = True
+        plan = _plan(options, judge, comparisons, labelled)
+        calls = _calls_of(plan, log)
+        await ask_all(options, own, own, admission, calls, log)
+        return judge, plan, {}
     known = _known_server(options)
     client = client_of(options, (known or {}).get("asked"), admission.too_many_requests)
     async with client.openai:
         judge = await _probed(options, client, known)
         log.lenient = not judge.schema_enforced
         plan = _plan(options, judge, comparisons, labelled)
-        calls = {call.key: call for part in plan.values() for call in part}
-        log.recover(calls)
+        calls = _calls_of(plan, log)
         client.has_answered = client.has_answered or any(map(log.is_judged, calls.values()))
-        for call in calls.values():
-            if call.free and not log.is_ok(call):
-                log.add_tie(call)
         await _ask(options, judge, client, admission, calls, log)
     return judge, plan, client.endpoint.state
+
+
+def _calls_of(plan: Plan, log: VerdictLog) -> dict[str, Call]:
+    """All calls by key, once what earlier runs have heard is read and what needs no asking is written down."""
+    calls = {call.key: call for part in plan.values() for call in part}
+    log.recover(calls)
+    for call in calls.values():
+        if call.free and not log.is_ok(call):
+            log.add_tie(call)
+    return calls
 
 
 async def _ask(

@@ -3,15 +3,11 @@
 import dataclasses
 import difflib
 import functools
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.objects import load_object
 from tandem.options.fields import changed, flags, opt
 from tandem.options.rules import Options
 
@@ -92,7 +88,7 @@ def loss_named(name: str) -> Loss:
         near = difflib.get_close_matches(name, LOSSES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
         raise UserError(f"--loss_type {name}: no such loss ({hint}); a loss of your own is named module:function")
-    found = load_object(name)
+    found = load_object(name, "--loss_type")
     if isinstance(found, Loss):
         if found.per_pair is None:
             raise UserError(f"--loss_type {name}: this Loss has no per_pair function")
@@ -100,35 +96,6 @@ def loss_named(name: str) -> Loss:
     if not callable(found):
         raise UserError(f"--loss_type {name}: is a {type(found).__name__}, neither a function nor a Loss")
     return Loss(name, per_pair=found, on_gaudi=True, coupled=True)
-
-
-def load_object(name: str) -> Any:
-    """What `module:name` or `file.py:name` refers to; modules are looked for in the current folder too.
-
-    Raises:
-        UserError: there is no such module or file, or it has nothing of this name.
-    """
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise UserError(f"--loss_type {name}: there is no file {place}")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.append(os.getcwd())
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name and not f"{place}.".startswith(f"{error.name}."):
-                raise  # the module is there, and lacks another
-            raise UserError(f"--loss_type {name}: there is no module {place} here or installed") from error
-        finally:
-            sys.path.remove(os.getcwd())
-    if not hasattr(module, attribute):
-        raise UserError(f"--loss_type {name}: {place} has no {attribute}")
-    return getattr(module, attribute)
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from tandem.data.formats import Message
 from tandem.errors import UserError, one_line
-from tandem.options.losses import load_object
+from tandem.objects import load_object
 
 FIRST = 10  # answers of which one at least must get its score
 
@@ -25,10 +25,7 @@ class Function:
     """
 
     def __init__(self, name: str) -> None:
-        try:
-            self._function: ScoreFunction = load_object(name)
-        except UserError as error:
-            raise UserError(str(error).replace("--loss_type", "--score_function")) from None
+        self._function: ScoreFunction = load_object(name, "--score_function")
         if not callable(self._function):
             raise UserError(f"--score_function {name}: is a {type(self._function).__name__}, not a function")
         self.name = name

@@ -1,6 +1,6 @@
 """Scores of a judge: answers compared in both orders within their prompt, or marked one by one by a rubric.
 
-All that knows how the judge is asked: `tandem.judge.run.judge` for comparisons, and the engine `openai` for marks.
+All that knows how the judge is asked: `tandem.judge.run.judge` for comparisons, and the backend `openai` for marks.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.answers.backends.openai import OpenAIEngine
+from tandem.answers.backends.openai import OpenAIBackend
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message
 from tandem.errors import UserError
@@ -107,22 +107,22 @@ def mark(
             rubric = Path(options.rubric).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"--rubric {options.rubric}: cannot be read: {error}") from error
-    engine = OpenAIEngine(
+    backend = OpenAIBackend(
         GenerationOptions(
-            engine="openai",
+            backend="openai",
             base_url=options.judge_base_url or JudgeOptions.base_url,
             batch_size=options.judge_concurrency,
         ),
         SamplingOptions(max_new_tokens=options.judge_max_output_tokens, greedy=options.judge_temperature in (None, 0)),
     )
-    engine.load(str(options.judge_model))
+    backend.load(str(options.judge_model))
     prompts = [_question(rubric, messages, answer) for messages, answer in texts]
     try:
-        for (index, _), answer in engine.draws(prompts, 1, [(index, 0) for index in range(len(prompts))]):
+        for (index, _), answer in backend.draws(prompts, 1, [(index, 0) for index in range(len(prompts))]):
             value = read_mark(answer.text)
             yield (index, value, "") if value is not None else (index, None, "no_mark")
     finally:
-        engine.close()
+        backend.close()
 
 
 def read_mark(text: str) -> float | None:

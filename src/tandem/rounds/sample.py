@@ -24,7 +24,7 @@ Drawn = dict[tuple[str, int], Record]  # by prompt id and number
 
 
 def sample(
-    options: SampleOptions, engine: GenerationOptions, sampling: SamplingOptions, prompts: Sequence[Prompt]
+    options: SampleOptions, backend: GenerationOptions, sampling: SamplingOptions, prompts: Sequence[Prompt]
 ) -> Path:
     """Have every model answer the prompts of this part `num_samples` times; returns `samples.jsonl`.
 
@@ -32,28 +32,28 @@ def sample(
     `samples.jsonl`, with all of them in the order of the models, the prompts and the draws, is written last.
 
     Raises:
-        UserError: a file holds draws of another model or of other sampling, or the engine cannot answer.
+        UserError: a file holds draws of another model or of other sampling, or the backend cannot answer.
     """
     if sampling.greedy and options.num_samples > 1:
         raise UserError(f"--greedy gives one answer to a prompt, not {options.num_samples}: set --num_samples 1")
-    if engine.engine == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
-        raise UserError("--max_prompt_length has no effect with --engine openai: the server has the tokenizer")
-    if engine.engine != "transformers":
-        ranks.refuse_several(f"--engine {engine.engine}")
+    if backend.backend == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
+        raise UserError("--max_prompt_length has no effect with --backend openai: the server has the tokenizer")
+    if backend.backend != "transformers":
+        ranks.refuse_several(f"--backend {backend.backend}")
     prompts = options.own_part(prompts)[: sampling.max_prompts]
     folder = Path(options.output_dir)
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
-        sources = {label: source_of(model, sampling, engine) for label, model in options.by_label.items()}
+        sources = {label: source_of(model, sampling, backend) for label, model in options.by_label.items()}
         files = {label: folder / f"draws_{label}.jsonl" for label in sources}
         done = {label: _drawn(files[label], sources[label]) for label in sources}
         missing = {label: _missing(prompts, options.num_samples, done[label]) for label in sources}
         unfinished = {label: options.by_label[label] for label in sources if missing[label]}
         if unfinished:
-            engine.day = day_of_models(unfinished.values())
-            from tandem.answers.backends.open import open_engine
+            backend.day = day_of_models(unfinished.values())
+            from tandem.answers.backends.open import open_backend
 
-            with open_engine(unfinished.values(), engine, sampling) as drawer:
-                # Models on one base follow each other: an engine that shares it loads it once
+            with open_backend(unfinished.values(), backend, sampling) as drawer:
+                # Models on one base follow each other: an backend that shares it loads it once
                 for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
                     drawer.load(unfinished[label])
                     _draw(drawer, label, prompts, options.num_samples, missing[label], sources[label], files[label])
@@ -72,7 +72,7 @@ def _missing(prompts: Sequence[Prompt], count: int, done: Collection[tuple[str, 
 
 
 def _draw(
-    engine: Any,
+    backend: Any,
     label: str,
     prompts: Sequence[Prompt],
     count: int,
@@ -88,7 +88,7 @@ def _draw(
         total=total, initial=total - len(wanted), desc=f"draws of {label}", unit="draw", disable=not writes
     ) as bar:
         answer: Answer
-        for (index, number), answer in engine.draws(messages, count, wanted):
+        for (index, number), answer in backend.draws(messages, count, wanted):
             if not writes:
                 continue
             key = prompts[index].prompt_id

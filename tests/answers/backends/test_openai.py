@@ -117,7 +117,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(server: Server, folder: Path, **more: Any) -> list[dict[str, Any]]:
     sampling = SamplingOptions(max_new_tokens=9, **more)
-    engine = GenerationOptions(engine="openai", base_url=server.url, batch_size=3)
+    engine = GenerationOptions(backend="openai", base_url=server.url, batch_size=3)
     return read_jsonl(generate({"dpo": "adapter"}, PROMPTS, sampling, engine, folder)["dpo"])
 
 
@@ -202,7 +202,7 @@ def test_a_server_that_refuses_every_prompt_is_not_taken_at_its_word(server: Ser
     assert read_jsonl(tmp_path / "generations_dpo.jsonl") == []
     many = [[{"role": "user", "content": f"question {index} of many"}] for index in range(60)]
     sampling = SamplingOptions(max_new_tokens=9)
-    engine = GenerationOptions(engine="openai", base_url=server.url, batch_size=3)
+    engine = GenerationOptions(backend="openai", base_url=server.url, batch_size=3)
     server.bodies.clear()
     with pytest.raises(UserError, match="refuses 20 prompts, one after another"):
         generate({"dpo": "adapter"}, many, sampling, engine, tmp_path / "many")
@@ -290,7 +290,7 @@ def test_kill_and_go_on(server: Server, tmp_path: Path):
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "import pathlib\n"
         "from tests.answers.backends.test_openai import PROMPTS, GenerationOptions, SamplingOptions, generate\n"
-        "engine = GenerationOptions(engine='openai', base_url=sys.argv[1], batch_size=3)\n"
+        "engine = GenerationOptions(backend='openai', base_url=sys.argv[1], batch_size=3)\n"
         "sampling = SamplingOptions(max_new_tokens=9)\n"
         "generate({'dpo': 'adapter'}, PROMPTS, sampling, engine, pathlib.Path(sys.argv[2]))"
     )
@@ -319,12 +319,12 @@ def test_kill_and_go_on(server: Server, tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"engine": "openai"}, "--engine openai needs --base_url or $OPENAI_BASE_URL: the server"),
-        ({"base_url": "http://h/v1"}, "--base_url has no effect with --engine transformers"),
-        ({"tensor_parallel_size": 2}, "--tensor_parallel_size has no effect with --engine transformers"),
+        ({"engine": "openai"}, "--backend openai needs --base_url or $OPENAI_BASE_URL: the server"),
+        ({"base_url": "http://h/v1"}, "--base_url has no effect with --backend transformers"),
+        ({"tensor_parallel_size": 2}, "--tensor_parallel_size has no effect with --backend transformers"),
         (
             {"engine": "openai", "base_url": "http://h", "dtype": "float32"},
-            "--dtype has no effect with --engine openai",
+            "--dtype has no effect with --backend openai",
         ),
         ({"engine": "openai", "base_url": "http://me:pw@h"}, "--base_url must hold no credentials"),
         ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
@@ -336,15 +336,15 @@ def test_options_without_effect(given: dict[str, Any], expected: str):
 
 
 def test_the_server_has_the_tokenizer(server: Server, tmp_path: Path):
-    with pytest.raises(UserError, match="--max_prompt_length has no effect with --engine openai"):
+    with pytest.raises(UserError, match="--max_prompt_length has no effect with --backend openai"):
         ask(server, tmp_path, max_prompt_length=20)
     assert not server.bodies
 
 
 def test_vllm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--engine vllm needs vLLM: pip install -e '.\[vllm\]'"):
-        GenerationOptions(engine="vllm")
+    with pytest.raises(UserError, match=r"--backend vllm needs vLLM: pip install -e '.\[vllm\]'"):
+        GenerationOptions(backend="vllm")
 
 
 def test_another_server_under_the_same_name(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -354,6 +354,6 @@ def test_another_server_under_the_same_name(server: Server, tmp_path: Path, caps
     ask(server, tmp_path)
     assert len(server.bodies) == count
     assert "12 answers from up to " in capsys.readouterr().err
-    other = GenerationOptions(engine="openai", base_url="http://127.0.0.1:9/v1")
+    other = GenerationOptions(backend="openai", base_url="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match=r"another server \(http://127.0.0.1:\d+/v1, now http://127.0.0.1:9/v1\)"):
         generate({"dpo": "adapter"}, PROMPTS, SamplingOptions(max_new_tokens=9), other, tmp_path)

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 from tandem.answers.backends.options import GenerationOptions
-from tandem.answers.backends.vllm import VllmEngine
+from tandem.answers.backends.vllm import VllmBackend
 from tandem.answers.generate import generate
 from tandem.data.formats import prompt_id
 from tandem.data.texts import prompt_ids
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 MODEL = Path.home() / ".cache" / "tandem" / "SmolLM2-135M-Instruct"
 WORDS = ("rain", "bread", "a river", "chess", "the moon", "a library", "tea", "snow")
 PROMPTS = [[{"role": "user", "content": f"Tell me something about {word}."}] for word in WORDS]
-ENGINE = GenerationOptions(engine="vllm", dtype="float32", enforce_eager=True, batch_size=8)
+ENGINE = GenerationOptions(backend="vllm", dtype="float32", enforce_eager=True, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def engine(models: dict[str, str]) -> Iterator[VllmEngine]:
-    started = VllmEngine(models.values(), ENGINE, SamplingOptions(max_new_tokens=32))
+def engine(models: dict[str, str]) -> Iterator[VllmBackend]:
+    started = VllmBackend(models.values(), ENGINE, SamplingOptions(max_new_tokens=32))
     yield started
     started.close()
 
 
-def log_probs_of_vllm(engine: VllmEngine, ids: list[int]) -> list[float]:
+def log_probs_of_vllm(engine: VllmBackend, ids: list[int]) -> list[float]:
     """Of every token but the first, in nats."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -64,7 +64,7 @@ def log_probs_of_vllm(engine: VllmEngine, ids: list[int]) -> list[float]:
     return engine._loop.run_until_complete(ask())
 
 
-def test_log_probs_of_base_and_adapter_are_those_of_transformers(engine: VllmEngine, models: dict[str, str]):
+def test_log_probs_of_base_and_adapter_are_those_of_transformers(engine: VllmBackend, models: dict[str, str]):
     """One engine for both, in float32; and the adapter does change them."""
     by_label = {}
     for label, name in models.items():
@@ -87,7 +87,7 @@ def test_log_probs_of_base_and_adapter_are_those_of_transformers(engine: VllmEng
 
 
 def test_greedy_answers_are_those_of_transformers(
-    engine: VllmEngine, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: VllmBackend, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     sampling = SamplingOptions(max_new_tokens=32, greedy=True)
     monkeypatch.setattr(engine, "_sampling", sampling)
@@ -102,7 +102,7 @@ def test_greedy_answers_are_those_of_transformers(
         }
 
 
-def test_a_draw_does_not_depend_on_what_else_is_asked(engine: VllmEngine, models: dict[str, str]):
+def test_a_draw_does_not_depend_on_what_else_is_asked(engine: VllmBackend, models: dict[str, str]):
     """So a resumed run draws what an undisturbed one would have."""
     engine.load(models["dpo"])
     together = dict(engine.answers(PROMPTS, range(8)))
@@ -116,7 +116,7 @@ def test_an_adapter_that_vllm_would_take_in_part_is_refused(tmp_path: Path, mode
     adapter.mkdir()
     config = f'{{"peft_type": "LORA", "r": 4, "modules_to_save": ["lm_head"], "base_model_name_or_path": "{MODEL}"}}'
     (adapter / "adapter_config.json").write_text(config)
-    refusing = VllmEngine([str(adapter)], ENGINE, SamplingOptions())
+    refusing = VllmBackend([str(adapter)], ENGINE, SamplingOptions())
     with pytest.raises(UserError, match="merge it first"):
         refusing.load(str(adapter))
     refusing.close()

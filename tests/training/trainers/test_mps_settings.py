@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.answers.backends.open import open_engine
+from tandem.answers.backends.open import open_backend
 from tandem.answers.backends.options import GenerationOptions
 from tandem.devices import fast_bf16
 from tandem.errors import UserError
@@ -66,7 +66,7 @@ def test_bf16_is_taken_where_macos_has_it(monkeypatch: pytest.MonkeyPatch):
 
 def test_vllm_is_refused():
     options = GenerationOptions()
-    options.engine = "vllm"  # past its own check, which wants vLLM
-    engine = open_engine(["m"], options, SamplingOptions())
-    with pytest.raises(UserError, match="--engine vllm does not run on MPS"), engine:
+    options.backend = "vllm"  # past its own check, which wants vLLM
+    engine = open_backend(["m"], options, SamplingOptions())
+    with pytest.raises(UserError, match="--backend vllm does not run on MPS"), engine:
         pass

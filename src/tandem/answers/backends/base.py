@@ -1,4 +1,4 @@
-"""What an engine is, and what those that hold the model here have in common."""
+"""What a backend is, and what those that hold the model here have in common."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tandem.data.formats import Asked, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZE = 8  # prompts at a time, where the user and the engine leave it open
+BATCH_SIZE = 8  # prompts at a time, where the user and the backend leave it open
 
 
 Draw = tuple[int, int]  # index of the prompt, and which of its draws, counted from 0
@@ -26,14 +26,14 @@ class Answer:
     finish_reason: str  # stop: the model ended it; length: the limit did; a server may have further words
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """Draws answers, one model at a time."""
 
     def load(self, model: str) -> None:
         """Make `model` the one that answers: a model's or adapter's folder or Hub name, or the name served.
 
         Raises:
-            UserError: there is no such model, or the engine cannot take it.
+            UserError: there is no such model, or the backend cannot take it.
         """
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
@@ -58,7 +58,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the backend holds."""
 
 
 def weights_dtype(options: GenerationOptions) -> str:

@@ -1,42 +1,47 @@
-"""The engine that the options name."""
+"""The backend that the options name."""
 
 import contextlib
 from collections.abc import Collection, Iterator
 
-from tandem.answers.backends.base import Engine
-from tandem.answers.backends.options import GenerationOptions
+from tandem.answers.backends.base import Backend
+from tandem.answers.backends.options import BACKENDS, GenerationOptions
 from tandem.devices import has_mps
 from tandem.errors import UserError
 from tandem.models.load import check_model
 from tandem.models.sampling import SamplingOptions
+from tandem.objects import load_object
 
 
 @contextlib.contextmanager
-def open_engine(models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> Iterator[Engine]:
-    """The engine of `options`, which will be asked to load some of `models`.
+def open_backend(models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> Iterator[Backend]:
+    """The backend of `options`, which will be asked to load some of `models`.
 
     Raises:
         UserError: one of the models cannot be loaded here; or vLLM where there is an Apple GPU, which it does not know.
     """
-    engine: Engine
-    if options.engine == "vllm" and has_mps():
-        raise UserError("--engine vllm does not run on MPS: use --engine transformers, or a server with openai")
-    if options.engine != "openai":
-        for model in models:
-            check_model(model)
-    if options.engine == "vllm":
-        from tandem.answers.backends.vllm import VllmEngine
-
-        engine = VllmEngine(models, options, sampling)
-    elif options.engine == "openai":
-        from tandem.answers.backends.openai import OpenAIEngine
-
-        engine = OpenAIEngine(options, sampling)
-    else:
-        from tandem.answers.backends.transformers import TransformersEngine
-
-        engine = TransformersEngine(options, sampling)
+    backend = _made(models, options, sampling)
     try:
-        yield engine
+        yield backend
     finally:
-        engine.close()
+        backend.close()
+
+
+def _made(models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> Backend:
+    if options.backend not in BACKENDS:
+        own: Backend = load_object(options.backend, "--backend")(options, sampling)
+        return own
+    if options.backend == "openai":
+        from tandem.answers.backends.openai import OpenAIBackend
+
+        return OpenAIBackend(options, sampling)
+    if options.backend == "vllm" and has_mps():
+        raise UserError("--backend vllm does not run on MPS: use --backend transformers, or a server with openai")
+    for model in models:
+        check_model(model)
+    if options.backend == "vllm":
+        from tandem.answers.backends.vllm import VllmBackend
+
+        return VllmBackend(models, options, sampling)
+    from tandem.answers.backends.transformers import TransformersBackend
+
+    return TransformersBackend(options, sampling)

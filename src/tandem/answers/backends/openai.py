@@ -38,7 +38,7 @@ class Fatal(UserError):
 Failure = Refused | UserError
 
 
-class OpenAIEngine:
+class OpenAIBackend:
     """An `Engine` that asks a server; a served adapter is a model by its served name.
 
     Chat completions are asked for first, since they alone take a seed; the Responses API where there are none.

@@ -1,4 +1,4 @@
-"""Options of the engines that draw answers. Light to import."""
+"""Options of the backends that draw answers. Light to import."""
 
 import dataclasses
 import importlib.util
@@ -7,20 +7,23 @@ from collections.abc import Iterator
 from tandem import contract
 from tandem.errors import UserError
 from tandem.options.fields import opt
+from tandem.options.migration import Counterpart
 from tandem.options.model import TemplateOptions
 from tandem.servers.address import checked_url, default_url
 
-_NOT_VLLM = "engine=transformers|openai"
+FORMER = {"engine": Counterpart(to="backend")}  # the name that an option had
+BACKENDS = ("transformers", "vllm", "openai")
+_NOT_VLLM = "backend=transformers|openai"
 
 
 @dataclasses.dataclass
 class GenerationOptions(TemplateOptions):
-    """Generation engine."""
+    """Backend of generation."""
 
-    engine: str = opt(
+    backend: str = opt(
         "transformers",
-        "what draws the answers; vllm needs the extra vllm, openai any server with OpenAI's interface",
-        choices=("transformers", "vllm", "openai"),
+        "what draws the answers: transformers, vllm (the extra vllm), openai (any server with OpenAI's interface), or "
+        "one of your own as module:class or file.py:class (docs/extending.md)",
     )
     batch_size: int | None = opt(
         None,
@@ -31,13 +34,13 @@ class GenerationOptions(TemplateOptions):
         None,
         "type of the weights; unset: bfloat16 on a GPU that multiplies it in hardware, else float32",
         choices=("float32", "bfloat16", "float16"),
-        unless="engine=openai",
+        unless="backend=openai",
     )
     base_url: str | None = opt(
         None,
-        "server of --engine openai, as http://127.0.0.1:8000/v1; its key, if any, is read from $OPENAI_API_KEY; unset: "
-        "$OPENAI_BASE_URL",
-        unless="engine=transformers|vllm",
+        "server of --backend openai, as http://127.0.0.1:8000/v1; its key, if any, is read from $OPENAI_API_KEY; "
+        "unset: $OPENAI_BASE_URL",
+        unless="backend=transformers|vllm",
     )
     tensor_parallel_size: int = opt(1, "vllm: GPUs that one copy of the model is spread over", low=1, unless=_NOT_VLLM)
     data_parallel_size: int = opt(
@@ -55,22 +58,25 @@ class GenerationOptions(TemplateOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.engine == "openai" and (url := self._given_url) is not None:
+        if self.backend == "openai" and (url := self._given_url) is not None:
             self.base_url = checked_url(url)
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
-        if self.engine == "openai" and not self.is_own:
-            yield "--chat_template and its like have no effect with --engine openai: the server has the template"
-        if self.engine == "openai" and self._given_url is None:
-            yield "--engine openai needs --base_url or $OPENAI_BASE_URL: the server, as http://127.0.0.1:8000/v1"
-        if self.engine == "openai" and (url := self._given_url) is not None:
+        if self.backend not in BACKENDS and ":" not in self.backend:
+            known = f"one of {', '.join(BACKENDS)}, or module:class"
+            yield f"--backend must be {known}, not {self.backend}"
+        if self.backend == "openai" and not self.is_own:
+            yield "--chat_template and its like have no effect with --backend openai: the server has the template"
+        if self.backend == "openai" and self._given_url is None:
+            yield "--backend openai needs --base_url or $OPENAI_BASE_URL: the server, as http://127.0.0.1:8000/v1"
+        if self.backend == "openai" and (url := self._given_url) is not None:
             try:
                 checked_url(url)
             except UserError as problem:
                 yield str(problem)
-        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-            yield f"--engine vllm needs vLLM: {contract.extra('vllm')}, or see docs/vllm.md for a CPU"
+        if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+            yield f"--backend vllm needs vLLM: {contract.extra('vllm')}, or see docs/vllm.md for a CPU"
 
     @property
     def _given_url(self) -> str | None:

@@ -10,7 +10,7 @@ from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.models.scorer import Scorer, load_scorer
 
 
-class TransformersEngine:
+class TransformersBackend:
     """An `Engine` that holds one model in this process, and shares the batches with the others of a launch."""
 
     def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:

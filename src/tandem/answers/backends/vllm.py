@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
-class VllmEngine:
+class VllmBackend:
     """An `Engine` over vLLM's asynchronous one, which alone spreads prompts over data-parallel copies by itself.
 
     Each prompt has a seed of its own, so that its draw depends neither on the others nor on a resume (but for the

@@ -1,8 +1,9 @@
 """What a judge's backend is."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from tandem.judge.requests import Call
 
@@ -13,6 +14,12 @@ class Reply:
 
     body: str | None = None
     error: str = ""
+
+    @classmethod
+    def of_text(cls, text: str) -> Self:
+        """A reply that says `text`, as a chat completion: for backends that are no server."""
+        message = {"role": "assistant", "content": text}
+        return cls(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}))
 
 
 class Backend(Protocol):

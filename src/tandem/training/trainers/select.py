@@ -5,6 +5,7 @@ import os
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models import habana
+from tandem.objects import load_object
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions
 from tandem.options.training import GaudiOptions, TrainOptions
@@ -20,15 +21,19 @@ def builders(
     """What builds the trainers of this run. Before any model is loaded.
 
     optimum-habana's on an HPU where it is installed; else TRL's, which on an HPU is experimental. `TANDEM_TRAINERS`
-    (`gaudi` or `trl`) decides instead, so that optimum-habana's trainers can be tested on a CPU.
+    (`gaudi`, `trl`, or `module:object` for builders of an accelerator of one's own) decides instead, so that
+    optimum-habana's trainers can be tested on a CPU.
 
     Raises:
         UserError: an option that they do not have; `TANDEM_TRAINERS` is something else, or asks for optimum-habana
             where it is not installed.
     """
     name = os.environ.get(VARIABLE) or _default()
+    if ":" in name:
+        own: Builders = load_object(name, VARIABLE)
+        return own
     if name not in ("gaudi", "trl"):
-        raise UserError(f"{VARIABLE} must be gaudi or trl, not {name}")
+        raise UserError(f"{VARIABLE} must be gaudi, trl or module:object, not {name}")
     if name == "gaudi":
         check_gaudi(model, lora, train, dpo, lazy=habana.is_lazy())
         if not habana.has_optimum_habana():

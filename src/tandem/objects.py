@@ -1,0 +1,42 @@
+"""What a user's own file or module holds: a loss, a data format, a backend (docs/extending.md)."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+
+
+def load_object(name: str, option: str) -> Any:
+    """What `module:name` or `file.py:name` refers to; modules are looked for in the current folder too.
+
+    Args:
+        option: that names it, for the errors.
+
+    Raises:
+        UserError: there is no such module or file, or it has nothing of this name.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise UserError(f"{option} {name}: there is no file {place}")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name and not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module is there, and lacks another
+            raise UserError(f"{option} {name}: there is no module {place} here or installed") from error
+        finally:
+            sys.path.remove(os.getcwd())
+    if not hasattr(module, attribute):
+        raise UserError(f"{option} {name}: {place} has no {attribute}")
+    return getattr(module, attribute)
