@@ -27,7 +27,7 @@ FLOORS = (
     ("launch",),
     ("commands",),
     ("__main__",),
-)
+)  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ARITHMETIC = (
     "intervals", "engine.balance", "engine.layout", "monitor.tail", "judge.bradley_terry", "judge.corrected",

@@ -710,6 +710,7 @@ PROOFS: dict[str, dict[str, str]] = {
             ("dataset_config", "dataset_revision"), f"{HERE}::test_configuration_and_revision_of_a_hub_dataset"
         ),
         **dict.fromkeys(("dataset_train_split", "dataset_test_split", "val_ratio", "data_seed"), SPLITS),
+        "row_function": "test_extending.py::test_a_data_format",
         **dict.fromkeys(("data_format", "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key"), KEYS),
         "ignore_columns": "data/test_balance.py::test_what_was_refused_can_be_named_or_left_out",
         "pair_strategy": "data/test_rated.py::test_strategies",
@@ -761,7 +762,7 @@ PROOFS: dict[str, dict[str, str]] = {
     },
     "GenerateOptions": dict.fromkeys(("models", "output_dir"), LINE + "test_each_script_replays_what_it_saved"),
     "GenerationOptions": {
-        "engine": "answers/backends/test_openai.py::test_kill_and_go_on",
+        "backend": "answers/backends/test_openai.py::test_kill_and_go_on",
         "batch_size": f"{HERE}::test_prompts_in_a_batch",
         "dtype": "answers/test_generate.py::test_the_type_of_the_weights",
         "base_url": "answers/backends/test_openai.py::test_kill_and_go_on",
@@ -797,6 +798,7 @@ PROOFS: dict[str, dict[str, str]] = {
         ("checkpoint", "output_dir"), "models/test_merge.py::test_a_checkpoint_in_shards"
     ),
     "JudgeOptions": {
+        "judge_backend": "test_extending.py::test_a_judges_backend",
         **dict.fromkeys(
             (
                 "judge_model",

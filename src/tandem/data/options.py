@@ -14,8 +14,8 @@ from tandem.options.rules import Options
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
-    "row_function", "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns", "min_score_margin",
-    "pair_strategy", "score_key", "completion_key", "text_key",
+    "row_function", "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key", "ignore_columns",
+    "min_score_margin", "pair_strategy", "score_key", "completion_key", "text_key",
 )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Where preference pairs come from: a file, a folder, the Hub or a mixture; split, converted and checked row by row."""
 
 import dataclasses
+import functools
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tandem.data.balance import Balance
@@ -28,6 +29,7 @@ from tandem.data.scores import scores_of
 from tandem.data.shapes import known_names, known_shape
 from tandem.data.splits import Located, has_test_split, is_local, read_split
 from tandem.errors import UserError, one_line
+from tandem.objects import load_object
 from tandem.ranks import tell_once
 
 _CRLF = "line ends of Windows (CRLF) made line feeds"

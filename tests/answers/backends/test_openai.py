@@ -319,14 +319,14 @@ def test_kill_and_go_on(server: Server, tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"engine": "openai"}, "--backend openai needs --base_url or $OPENAI_BASE_URL: the server"),
+        ({"backend": "openai"}, "--backend openai needs --base_url or $OPENAI_BASE_URL: the server"),
         ({"base_url": "http://h/v1"}, "--base_url has no effect with --backend transformers"),
         ({"tensor_parallel_size": 2}, "--tensor_parallel_size has no effect with --backend transformers"),
         (
-            {"engine": "openai", "base_url": "http://h", "dtype": "float32"},
+            {"backend": "openai", "base_url": "http://h", "dtype": "float32"},
             "--dtype has no effect with --backend openai",
         ),
-        ({"engine": "openai", "base_url": "http://me:pw@h"}, "--base_url must hold no credentials"),
+        ({"backend": "openai", "base_url": "http://me:pw@h"}, "--base_url must hold no credentials"),
         ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
     ],
 )
