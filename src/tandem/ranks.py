@@ -27,6 +27,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_first_here() -> bool:
+    """Whether this process is the first of a launch on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 @functools.cache
 def tell_once(line: str) -> None:
     """Say a line on stderr: once, however often its cause comes up, and by one process."""

@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RUN_SCRIPT = Path(__file__).with_name("run_script.py")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -52,7 +52,7 @@ def launcher(config: str, processes: int) -> list[str]:
 def start(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "FSDP"))}
     return subprocess.run(
-        command, env=inherited | _ENVIRONMENT | environment, capture_output=True, text=True, timeout=120
+        command, env=inherited | ENVIRONMENT | environment, capture_output=True, text=True, timeout=120
     )
 
 

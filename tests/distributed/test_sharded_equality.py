@@ -228,12 +228,19 @@ def test_evaluated_and_resumed(
 def test_an_adapter_trains_on(
     script: Callable[[str], ModuleType], alone: dict[str, Path], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ):
-    """Its reference is the policy as it begins, its adapter on."""
+    """Its reference is the policy as it begins, its adapter on. Then it is the reference itself, merged on one rank
+    alone, of a policy that no reference pass has sharded."""
     begun = alone["lora"]
-    script("dpo").main(flags(begun, tiny_data, tmp_path / "one", tmp_path / "own_cache", 1, ""))
-    run("fsdp", 2, ["dpo.py", *flags(begun, tiny_data, tmp_path / "two", tmp_path / "cache", 2, "")])
-    check_equal(tmp_path / "one", tmp_path / "two", nats=2e-5)  # the last bit of a log-prob beyond -128
-    check_saved(tmp_path / "one", tmp_path / "two", tiny_model)
+    cases = {"on": (begun, ""), "given": (tiny_model, f"--reference_model {begun}")}
+    several = []
+    for name, (model, variant) in cases.items():
+        script("dpo").main(flags(model, tiny_data, tmp_path / name / "one", tmp_path / name / "own", 1, variant))
+        several.append(flags(model, tiny_data, tmp_path / name / "two", tmp_path / name / "cache", 2, variant))
+    run("fsdp", 2, *(["dpo.py", *each] for each in several))
+    for name in cases:
+        check_close(tmp_path / name / "one", tmp_path / name / "two", nats=2e-5)  # one bit of a log-prob of -128
+        check_saved(tmp_path / name / "one", tmp_path / name / "two", tiny_model)
+    assert steps(tmp_path / "on" / "one")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -11,12 +11,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tandem.engine.ref_cache import RefCache, fingerprint, pair_key
+from tandem.engine import ref_cache
+from tandem.engine.ref_cache import RefCache, Source, fingerprint, pair_key, source_key
 from tandem.errors import UserError
 
 KEY: dict[str, Any] = {"model": "m", "ids": [[1, 2, 3], [1, 2, 4]], "scored": [1, 1], "dtype": "fp32", "ld_alpha": None}
@@ -89,6 +90,31 @@ def test_an_adapters_settings_count(change: dict[str, Any]):
     assert adapted(**change) != adapted()
 
 
+def test_a_source_is_known_by_its_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file put in another's place is another, though its size and date are the same."""
+    llama().save_pretrained(tmp_path)
+    (weights,) = files = [tmp_path / "model.safetensors"]
+    assert source_key(llama(), Source(files)) is None  # written as the process runs: its dates may not tell
+    monkeypatch.setattr(ref_cache, "_STARTED", time.time() + 3600)
+    key = source_key(llama(), Source(files))
+    assert key is not None and key == source_key(llama(), Source(files))
+    others = [
+        source_key(llama(), Source(files, "bfloat16")),
+        source_key(llama().to(torch.bfloat16), Source(files)),
+        source_key(llama(rms_norm_eps=1e-4), Source(files)),
+        source_key(get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=2)), Source(files)),
+    ]
+    content, found = bytearray(weights.read_bytes()), weights.stat()
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns))
+    others.append(source_key(llama(), Source(files)))
+    assert weights.stat().st_mtime_ns == found.st_mtime_ns and weights.stat().st_size == found.st_size
+    assert len({key, *others}) == 6
+    assert source_key(llama(), Source()) is None
+
+
+@settings(deadline=None)  # a disk's
 @given(st.lists(st.tuples(st.floats(-1e4, 0, width=32), st.floats(-1e4, 0, width=32)), max_size=700))
 def test_values_come_back_bit_for_bit(values: list[tuple[float, float]]):
     import tempfile

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +15,9 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tandem.engine import ref_cache
 from tandem.engine.modes import disable_dropout
+from tandem.engine.ref_cache import fingerprint
 from tandem.errors import UserError
 from tandem.models.merge import MergeOptions, merge
 from tandem.training.trainers.reference import gap
@@ -160,6 +164,31 @@ def test_a_reference_that_is_another_model_is_told_before_anything_is_trained(
     with pytest.raises(UserError, match=r"the reference is not the policy before training: .* Nothing was trained"):
         first_loss(adapter)
     first_loss(adapter, reference_model=model)
+
+
+def test_weights_are_hashed_once_as_long_as_their_files_stay(
+    model: Path, tmp_path: Path, first_loss: Step, monkeypatch: pytest.MonkeyPatch
+):
+    hashed = []
+
+    def hash_of(*arguments: Any, **keywords: Any) -> str:
+        hashed.append(fingerprint(*arguments, **keywords))
+        return hashed[-1]
+
+    monkeypatch.setattr("tandem.training.trainers.trl.fingerprint", hash_of)
+    monkeypatch.setattr(ref_cache, "_STARTED", time.time() + 3600)
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    losses = [first_loss(own), first_loss(own)]
+    assert len(hashed) == 1
+    weights = load_file(own / "model.safetensors")
+    save_file({name: 1.5 * weight for name, weight in weights.items()}, own / "model.safetensors", {"format": "pt"})
+    losses.append(first_loss(own))
+    assert len(set(hashed)) == 2
+    assert losses == pytest.approx([LN2] * 3, abs=1e-6)
+    adapter = save_kind(tmp_path / "adapter", own, "lora")
+    assert [first_loss(adapter), first_loss(adapter)] == pytest.approx([LN2] * 2, abs=1e-6)
+    assert len(set(hashed)) == len(hashed) == 3
 
 
 def test_a_gap_is_per_token_or_per_nat():

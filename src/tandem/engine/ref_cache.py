@@ -7,15 +7,18 @@ truncation, adapter or of one weight finds nothing.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 import xxhash
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -27,6 +30,9 @@ DEFAULT_CACHE = Path("~/.cache/tandem/reference")
 _DATABASE = "log_probs.sqlite"
 # Another run may hold the write lock for as long as its own insert takes
 _LOCK_SECONDS = 60
+# Longer than a file system may take to date a change: a file that was written just before cannot be told by its dates
+_SETTLED_SECONDS = 60.0
+_STARTED = time.time()
 
 
 def fingerprint(model: PreTrainedModel, *, adapter: bool = True) -> str:
@@ -39,20 +45,67 @@ def fingerprint(model: PreTrainedModel, *, adapter: bool = True) -> str:
         adapter: whether a PEFT model is the reference with its active adapters on. Without, it has the fingerprint of
             its base.
     """
+    settings, tensors = _parts(model, adapter)
     digest = xxhash.xxh3_128()
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures", "pad_token_id"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    known = getattr(model, "peft_config", {})
-    active = _active_adapters(model) if adapter else []
-    for name in sorted(active):
-        digest.update(json.dumps(_adapter_settings(known[name]), sort_keys=True, default=_plain).encode())
-    for name, tensor in sorted(_reference_tensors(model, off=set(known) - set(active)).items()):
+    for each in settings:
+        digest.update(each)
+    for name, tensor in tensors:
         whole = _whole(tensor)
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
         digest.update(whole.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a model's weights were read from.
+
+    Attributes:
+        files: none where the weights are not those of files alone.
+        dtype: that they were read as.
+    """
+
+    files: Sequence[Path] = ()
+    dtype: str = "auto"
+
+
+def source_key(model: PreTrainedModel, source: Source, *, adapter: bool = True) -> bytes | None:
+    """Key of a model's fingerprint by the files that its weights were read from, as the file system tells one file
+    from another: by device, inode, size and the times of its last changes. It costs no reading of weights.
+
+    Args:
+        adapter: as in `fingerprint`.
+
+    Returns:
+        None where the files cannot vouch for the weights: there are none, or one has changed since, or shortly
+        before, this process began, so that the weights may be of another content.
+    """
+    marks = []
+    for file in source.files:
+        found = file.stat()
+        if max(found.st_mtime, found.st_ctime) > _STARTED - _SETTLED_SECONDS:
+            return None
+        marks.append([file.name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+    if not marks:
+        return None
+    settings, tensors = _parts(model, adapter)
+    shapes = [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors]
+    read = [marks, source.dtype, transformers.__version__]
+    text = json.dumps([read, [each.decode() for each in settings], shapes])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _parts(model: PreTrainedModel, adapter: bool) -> tuple[list[bytes], list[tuple[str, torch.Tensor]]]:
+    """The settings of `fingerprint`, and its tensors by name and in order."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures", "pad_token_id"):
+        config.pop(name, None)
+    settings = [json.dumps(config, sort_keys=True, default=str).encode()]
+    known = getattr(model, "peft_config", {})
+    active = _active_adapters(model) if adapter else []
+    for name in sorted(active):
+        settings.append(json.dumps(_adapter_settings(known[name]), sort_keys=True, default=_plain).encode())
+    return settings, sorted(_reference_tensors(model, off=set(known) - set(active)).items())
 
 
 def _active_adapters(model: Any) -> list[str]:
@@ -131,6 +184,7 @@ class RefCache:
         if is_first():
             with self._database() as database:
                 database.execute("CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen REAL, rejected REAL)")
+                database.execute("CREATE TABLE IF NOT EXISTS models (key BLOB PRIMARY KEY, fingerprint TEXT)")
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
@@ -158,3 +212,14 @@ class RefCache:
         rows = [(key, *values) for key, values in entries.items() if np.isfinite(values).all()]
         with self._database() as database:
             database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
+
+    def fingerprint_of(self, key: bytes) -> str | None:
+        """The fingerprint that was kept under a `source_key`."""
+        with self._database() as database:
+            found = database.execute("SELECT fingerprint FROM models WHERE key = ?", (key,)).fetchone()
+        return found[0] if found else None
+
+    def keep_fingerprint(self, key: bytes, fingerprint: str) -> None:
+        """Keep the fingerprint of a model under its `source_key`."""
+        with self._database() as database:
+            database.execute("INSERT OR IGNORE INTO models VALUES (?, ?)", (key, fingerprint))

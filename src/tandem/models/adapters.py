@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+def weights_are_sent() -> bool:
+    """Whether one process a machine loads a model, and accelerate sends the others their shards of it: FSDP with
+    `fsdp_cpu_ram_efficient_loading`."""
+    from transformers.modeling_utils import is_fsdp_enabled
+
+    return bool(is_fsdp_enabled())
+
+
 def merged(model: "PeftModel") -> PreTrainedModel:
     """The base of `model` with the active adapter in its weights; `model` is of no use afterwards.
 
@@ -28,7 +36,10 @@ def merged(model: "PeftModel") -> PreTrainedModel:
         raise UserError(f"cannot be merged: {getattr(kind, 'value', kind)} is no change of its base's weights")
     _untie(model.get_base_model())
     try:
-        whole: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+        if _is_on_meta(model):  # what the merge gives is sent
+            whole: PreTrainedModel = model.base_model.unload()
+        else:
+            whole = model.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"cannot be merged: {str(error).strip().splitlines()[0]}") from error
     _settle_tie(whole)
@@ -44,6 +55,19 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if tensor.is_floating_point() and not any(part in name for part in kept):
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in model.parameters())
+
+
+def _of_first(value: bool) -> bool:
+    """The first process's value, where that one's weights are sent to the others. Collective there."""
+    if not weights_are_sent():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def _inside(module: Any) -> Any:
@@ -71,7 +95,7 @@ def _settle_tie(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not model.config.tie_word_embeddings or head is None or head.weight is embedding.weight:
         return
-    if torch.equal(head.weight, embedding.weight):
+    if _of_first(not _is_on_meta(model) and torch.equal(head.weight, embedding.weight)):
         head.weight = embedding.weight
         return
     for config in (model.config, model.config.get_text_config()):

@@ -14,13 +14,14 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem import contract
+from tandem import contract, ranks
 from tandem.data.adapt import adapt_template
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.devices import gpu_without_bf16
 from tandem.errors import UserError, first_line
 from tandem.log import logger
-from tandem.models.adapters import merged, rounded
+from tandem.models.adapters import merged, rounded, weights_are_sent
+from tandem.models.weights import check_weights, pickled
 from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, is_adapter
 from tandem.places import not_here
 
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 
 # Of transformers, PEFT and safetensors over files that are missing, torn or of another model
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 
 
 def base_of_adapter(folder: str) -> str:
@@ -121,7 +118,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
     adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism), sharded over the processes
-    that have the same slice.
+    that have the same slice. Where weights are sent (`adapters.weights_are_sent`), one process a machine reads them,
+    and the others get the model on the meta device.
 
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
@@ -149,6 +147,8 @@ def load_model(
 
         alike = int(os.environ["WORLD_SIZE"]) // tp_size
         keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
+    elif weights_are_sent() and not ranks.is_first_here() and not quantize:
+        keywords["device_map"] = "meta"
     else:
         keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
     if options.attn_implementation:
@@ -169,6 +169,32 @@ def load_model(
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
     return model
+
+
+def weight_files(options: ModelOptions) -> list[Path]:
+    """The files that `load_model` reads the model of `options` from, its adapter's too; none where weights may come
+    from elsewhere: code beside the model, a merge on the way, or an adapter whose making changes its base or draws what
+    it does not save."""
+    name = options.model_name_or_path
+    if options.trust_remote_code:
+        return []
+    if is_adapter(name):
+        base = _base_options(options, name)
+        config = _adapter_config(name)
+        plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights") in (True, False, "gaussian")
+        if is_adapter(base.model_name_or_path) or not plain:
+            return []
+        inner = weight_files(base)
+        own = [Path(name) / "adapter_config.json", Path(name) / "adapter_model.safetensors"]
+        return inner + own if inner and all(file.is_file() for file in own) else []
+    folder = Path(name)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(name, "config.json", revision=options.model_revision)
+        if not isinstance(cached, str):
+            return []
+        folder = Path(cached).parent
+    weights = sorted(folder.glob("*.safetensors"))
+    return [*weights, *sorted(folder.glob("*.json"))] if weights else []
 
 
 def load_merged(options: ModelOptions) -> PreTrainedModel:
@@ -240,7 +266,7 @@ def _check_adapter(folder: str) -> None:
     if (Path(folder) / "adapter_model.safetensors").is_file():
         return
     if (Path(folder) / "adapter_model.bin").is_file():
-        raise _pickled(folder, "adapter_model.bin")
+        raise pickled(folder, "adapter_model.bin")
     raise UserError(f"{folder}: not an adapter's folder: it has no adapter_model.safetensors")
 
 
@@ -341,37 +367,6 @@ def _check_folder(name: str, needed: str) -> None:
         raise UserError(f"{name}: not a model folder: it has no {needed}")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{name}: no such model folder")
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse what a model's folder must not hold; a Hub name is no folder, and passes.
-
-    Raises:
-        UserError: its weights are a pickle, or its index names files anywhere else.
-    """
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(
-            file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name not in _NO_WEIGHTS
-        )
-        if pickles:
-            raise _pickled(str(folder), pickles[0])
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
-    for name in sorted(map(str, names)):
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
-
-
-def _pickled(folder: str, name: str) -> UserError:
-    return UserError(
-        f"{folder}: {name} is a pickle, which can run code when it is loaded; "
-        "convert it to safetensors first: SECURITY.md says how"
-    )
 
 
 def _base_options(options: ModelOptions, adapter: str) -> ModelOptions:

@@ -105,7 +105,7 @@ def _check_target(folder: str) -> None:
 
 
 def _copy_model(folder: str, staging: Path) -> None:
-    from tandem.models.load import check_weights
+    from tandem.models.weights import check_weights
 
     check_weights(Path(folder))
     files = model_files(folder)

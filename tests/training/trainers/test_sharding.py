@@ -133,6 +133,6 @@ def test_whole_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch, main: bo
     hashed: list[torch.nn.Module] = []
     monkeypatch.setattr(trl, "of_rank_0", lambda value: value)
     monkeypatch.setattr(trl, "PartialState", lambda: SimpleNamespace(is_main_process=main))
-    with trl._weights_hashed_by(lambda model: hashed.append(model) or "a hash"):
+    with trl._weights_hashed_by(lambda model: None, lambda model: hashed.append(model) or "a hash"):
         value = trl_dpo_trainer.hash_module(torch.nn.Linear(2, 2))
     assert (len(hashed), value) == ((1, "a hash") if main else (0, None))

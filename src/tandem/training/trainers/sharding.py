@@ -63,6 +63,10 @@ class Sharded:
         return {}
 
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.is_fsdp_enabled:
+            # Before there is an optimizer: accelerate finds its weights' shards by their addresses, and weights on meta
+            # have none
+            fsdp2_prepare_model(self.accelerator, self.model)
         prepared = super()._prepare_for_training(*arguments, **keywords)  # type: ignore[misc]
         if self.topology.engine == "tp_fsdp":
             average_cut_adapter(self.model, self.accelerator)

@@ -24,13 +24,15 @@ from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import ExampleCollator, PairCollator, longest_row, sequence_logps
 from tandem.engine.precision import is_sharded
-from tandem.engine.ref_cache import RefCache, fingerprint
-from tandem.models.load import lora_config
+from tandem.engine.ref_cache import RefCache, Source, fingerprint, source_key
+from tandem.models.load import lora_config, weight_files
 from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
+from tandem.options.model import is_adapter
 from tandem.options.training import EngineOptions
+from tandem.ranks import is_first
 from tandem.training.dealing import pair_costs, why_undealt
 from tandem.training.examples import packed
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
@@ -41,7 +43,7 @@ from tandem.training.trainers.deferred import DeferredGather, Promise
 from tandem.training.trainers.evenly import Evenly
 from tandem.training.trainers.held_out import EachExampleOnce, EachPairOnce
 from tandem.training.trainers.pair_trainer import PairTrainer
-from tandem.training.trainers.reference import without_trls_copy
+from tandem.training.trainers.reference import starts_as_its_base, without_trls_copy
 from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
 
 
@@ -55,6 +57,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
     Args:
         dpo: says which losses are not TRL's, and whether there is a reference at all; None: all are TRL's.
         undealt: see `Evenly`.
+        reference_source: that the reference was read from; by it, its fingerprint is remembered.
     """
 
     unit = "pairs"
@@ -76,6 +79,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
         self._dpo = dpo or DPOOptions()
         self._ref_cache = RefCache(engine.ref_cache) if self._dpo.needs_reference else None
         self._layout, self._undealt = engine.layout, undealt
+        self._reference_source = keywords.pop("reference_source", Source())
         self._reference_name = ref_model.name_or_path if ref_model is not None else None
         splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
         # Planned where batches are made, so that no step waits for its plan
@@ -84,7 +88,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
         self._added_adapter = keywords.get("peft_config")
         with (
             pair_engine(layout=engine.layout, longest=longest),
-            _weights_hashed_by(self._hash),
+            _weights_hashed_by(self._remembered_hash, self._hash),
             policy_is_reference(ref_model),
             without_trls_copy(keywords["model"]),
         ):
@@ -112,7 +116,21 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
         return pair_costs(lengths, self.model.config.get_text_config(), self._layout)
 
     def _hash(self, model: Any) -> str:
-        return fingerprint(model, adapter=self._with_adapter()) if self._ref_cache is not None else ""
+        """The reference's fingerprint, kept for the next run. Collective where the reference is sharded."""
+        if self._ref_cache is None:
+            return ""
+        found = fingerprint(model, adapter=self._with_adapter())
+        key = self._source_key(model)
+        if key is not None and is_first():
+            self._ref_cache.keep_fingerprint(key, found)
+        return found
+
+    def _remembered_hash(self, model: Any) -> str | None:
+        key = self._source_key(model)
+        return self._ref_cache.fingerprint_of(key) if self._ref_cache is not None and key is not None else None
+
+    def _source_key(self, model: Any) -> bytes | None:
+        return source_key(model, self._reference_source, adapter=self._with_adapter())
 
     @contextlib.contextmanager
     def _reference_ready(self) -> Iterator[Any]:
@@ -256,14 +274,20 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
 
 
 @contextlib.contextmanager
-def _weights_hashed_by(function: Any) -> Iterator[None]:
+def _weights_hashed_by(remembered: Callable[[Any], str | None], function: Callable[[Any], str]) -> Iterator[None]:
     """While TRL's constructor runs, its hash of the reference is ours: taken at the same moment, cheaper, and blind
     to adapters that are off."""
     original = trl_dpo_trainer.hash_module
-    # Where each rank has the whole, one hashes it; a part's hash is a collective
-    trl_dpo_trainer.hash_module = lambda model: of_rank_0(
-        function(model) if PartialState().is_main_process or is_sharded(model) else None
-    )
+
+    def hash_module(model: Any) -> Any:
+        main = PartialState().is_main_process
+        found = of_rank_0(remembered(model) if main else None)
+        if found is None:
+            # Where each rank has the whole, one hashes it; a part's hash is a collective
+            found = of_rank_0(function(model) if main or is_sharded(model) else None)
+        return found
+
+    trl_dpo_trainer.hash_module = hash_module
     try:
         yield
     finally:
@@ -352,7 +376,18 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
         monitor=run.monitor,
         logs_dir=build.logs_dir,
         dpo=dpo,
+        reference_source=_reference_source(run),
         data_collator=PairCollator(build.tokenizer.pad_token_id, max_length, static=has_hpu()),
         undealt=functools.partial(why_undealt, run.train, dpo),
         **build.splits,
     )
+
+
+def _reference_source(run: DPOOptionSet) -> Source:
+    """What the reference is read from; of no files where its weights are more than what files hold."""
+    if named := run.dpo.reference_model:
+        own = dataclasses.replace(run.model, model_name_or_path=named, model_revision=None)
+        return Source([] if is_adapter(named) else weight_files(own), own.dtype)
+    added = lora_config(run.lora, run.model)
+    changed = run.lora.load_in_4bit or (added is not None and not starts_as_its_base(added))
+    return Source([] if changed else weight_files(run.model), run.model.dtype)

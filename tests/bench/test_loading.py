@@ -1,0 +1,16 @@
+"""A sharded start holds one copy of the model in host memory and not one a rank."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import loading
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--use_peft", "true"]], ids=["full", "lora"])
+def test_eight_ranks_hold_one_copy(tmp_path: Path, flags: list[str]):
+    """Of 300M random bfloat16 weights, trained in float32: each rank that loads them adds a copy."""
+    found = loading.measure(tmp_path, 8, 24, 1024, [*flags, "--dtype", "float32"])
+    assert found["loading"] < 1.3
+    assert found["sharding"] < 2.4
