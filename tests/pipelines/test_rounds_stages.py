@@ -20,7 +20,7 @@ STAND_IN = r"""#!/usr/bin/env bash
 case "$*" in
   *tandem.launch.preflight*) cat >/dev/null; exit ;;
   *tandem.launch.supervise*) shift 2; TANDEM_LOG=$2 exec "$3" ;;
-  *tandem.launch.stamp*) cat; exit ;;
+  *tandem.launch.stamp*) cat >/dev/null; [[ $3 != begin ]] || touch "$5/.stages/$6.begun"; exit ;;
   *tandem.rounds.recipe*) echo '{}'; exit ;;
   -c*) [[ $* == *round*stop* ]] && exit 1; exec "$REAL" "$@" ;;
 esac
