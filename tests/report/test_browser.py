@@ -1,5 +1,6 @@
 """The report as a person meets it: opened in Chromium, filtered, searched and paged, by mouse and by keyboard."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -206,3 +207,30 @@ def test_dark_follows_the_system(page: Any) -> None:
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         backgrounds.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert backgrounds == ["rgb(252, 252, 250)", "rgb(20, 23, 26)"]
+
+
+def test_a_link_to_a_prompt_shows_it_whatever_was_filtered(driver: Any, report: Path) -> None:
+    driver.get(report.as_uri())
+    driver.find_element(By.CSS_SELECTOR, '[data-outcome="tie"]').click()
+    lost = driver.find_element(By.CSS_SELECTOR, 'a[href="#prompt-60"]')
+    driver.execute_script("arguments[0].click()", lost)
+    article = WebDriverWait(driver, 10).until(lambda page: page.find_element(By.ID, "prompt-60"))
+    assert article.find_element(By.CSS_SELECTOR, "details.rationales").get_attribute("open") is not None
+    assert "no verdict (malformed)" in article.text
+    assert driver.find_element(By.CSS_SELECTOR, '[data-outcome="all"]').get_attribute("aria-pressed") == "true"
+    assert abs(driver.execute_script("return arguments[0].getBoundingClientRect().top", article)) < 300
+
+
+def test_markdown_is_drawn_as_elements_and_text(driver: Any, tmp_path: Path) -> None:
+    folder = sample_run.write_whole_run(tmp_path / "run", 3)
+    comparison = folder / "dpo_comparison_results.json"
+    results = json.loads(comparison.read_text())
+    hostile = f"# Rice\n\n4. **rest** {sample_run.HOSTILE}\n5. `lid`"
+    results["comparisons"][0]["answers"]["dpo"] = hostile
+    comparison.write_text(json.dumps(results))
+    driver.get(write_report(ReportOptions(str(folder))).as_uri())
+    answer = driver.find_element(By.CSS_SELECTOR, "#prompt-1 .m-dpo .formatted")
+    assert answer.find_element(By.TAG_NAME, "ol").get_attribute("start") == "4"
+    assert answer.find_element(By.TAG_NAME, "strong").text == "rest"
+    assert "</script><script>" in answer.text and answer.find_elements(By.TAG_NAME, "img") == []
+    assert driver.title.startswith("run")

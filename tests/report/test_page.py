@@ -17,7 +17,7 @@ import pytest
 from tandem.errors import UserError
 from tandem.judge.verdicts import outcome
 from tandem.report import numbers, page
-from tandem.report.collect import OUTCOMES, read_run
+from tandem.report.collect import OUTCOMES, column_order, read_run
 from tandem.report.page import ReportOptions, write_report
 from tandem.runs import append_jsonl
 from tests.report import sample_run
@@ -215,6 +215,31 @@ def test_a_file_that_is_there_is_not_said_to_be_missing(copy: Path) -> None:
     assert "No times of the stages: nothing of them in dpo_pipeline_sanity.log" in report_of(copy).text
 
 
+def test_lost_replies_link_to_their_prompts(whole_page: Parsed) -> None:
+    """Of ten prompts the last has no verdict in one order."""
+    assert "malformed: cut off – 10 , 20 , 30 , 40" in whole_page.text
+    links = [value for name, value in whole_page.attributes if name == "href" and value and "#prompt-" in value]
+    assert links == ["#prompt-10", "#prompt-20", "#prompt-30", "#prompt-40"]
+
+
+def test_other_judgements_in_the_folder_are_shown(copy: Path) -> None:
+    summary = json.loads((copy / "judge_summary.json").read_text())
+    summary |= {"labels": {"side_1": "chosen", "side_2": "dpo"}, "conclusion": "No winner between dpo and chosen: so."}
+    summary["judge"]["model"] = f"/models/{sample_run.HOSTILE}"
+    (copy / "judge_vs_chosen_summary.json").write_text(json.dumps(summary))
+    text = report_of(copy).text
+    assert "Also judged" in text and "DPO against Chosen in the data" in text
+    assert "No winner between DPO and Chosen in the data: so." in text
+    (copy / "judge_vs_chosen_summary.json").write_text('{"conclusion": "x"}')
+    with pytest.raises(UserError, match=r"judge_vs_chosen_summary\.json"):
+        report_of(copy)
+
+
+def test_columns_have_one_order_on_every_page() -> None:
+    assert column_order({"chosen", "dpo", "mine", "base", "sft"}) == ["base", "sft", "dpo", "mine", "chosen"]
+    assert column_order(("chosen", "dpo")) == ["dpo", "chosen"]
+
+
 def test_rows_agree_with_the_summary(whole: Path) -> None:
     """The page counts prompt by prompt from the log, the summary in arrays: they must agree."""
     run = read_run(whole)
@@ -234,7 +259,8 @@ def test_model_text_stays_text(whole: Path, whole_page: Parsed) -> None:
     assert "textarea" not in whole_page.tags
     assert not [name for name, _ in whole_page.attributes if name.startswith("on")]
     embedded = json.loads(whole_page.scripts[0])
-    assert embedded["rows"] == read_run(whole).answers
+    shown = [{name: value for name, value in row.items() if name != "formatted"} for row in embedded["rows"]]
+    assert shown == read_run(whole).answers
     assert sample_run.HOSTILE in embedded["rows"][1]["answers"]["dpo"]
     assert sample_run.HOSTILE in embedded["rows"][1]["verdicts"][0]["text"]
     assert "<" not in whole_page.scripts[0]
@@ -270,7 +296,7 @@ def test_ids_are_unique_and_references_hit(whole_page: Parsed) -> None:
     ids = [value for name, value in whole_page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     used = {value[1:] for name, value in whole_page.attributes if name.endswith("href") and value}
-    assert used <= set(ids)
+    assert {name for name in used if not name.startswith("prompt-")} <= set(ids)  # the script draws the prompts
 
 
 def test_results_alone_make_a_report(tmp_path: Path) -> None:
@@ -472,9 +498,23 @@ def test_text_has_contrast_in_light_and_dark() -> None:
 
 def test_the_page_leaves_out_where_a_model_lies(tmp_path: Path) -> None:
     run = read_run(sample_run.write_whole_run(tmp_path / "run", prompts=4))
-    top = page.render(run).partition('<section id="training">')[0].partition("</style>")[2]
-    assert "SmolLM2-135M-Instruct, trained on sample" in top
-    assert "/models/" not in top and "/data/" not in top
+    shown = page.render(run).partition("</style>")[2]
+    assert "SmolLM2-135M-Instruct, trained on sample" in shown
+    assert "dataset_name: PATH_TO/sample" in shown
+    for place in ("/models", "/data/", "/runs/", "/work/", str(tmp_path)):
+        assert place not in shown, place
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a: /models/x/y\nb: ~/z/w", "a: PATH_TO/y\nb: PATH_TO/w"),
+        ("--out '/data/the sample' --to=/a/b/c.json", "--out 'PATH_TO/the sample' --to=PATH_TO/c.json"),
+        ("runs/demo/sft owner/name 1/2 https://host/v1/x", "runs/demo/sft owner/name 1/2 https://host/v1/x"),
+    ],
+)
+def test_places_of_the_machine_are_taken_out_of_text(text: str, shown: str) -> None:
+    assert page.without_places(text) == shown
 
 
 def test_paper_has_every_column_and_every_prompt(tmp_path: Path) -> None:
@@ -482,6 +522,6 @@ def test_paper_has_every_column_and_every_prompt(tmp_path: Path) -> None:
     printed = whole.partition("@media print {")[2].partition("</style>")[0]
     assert (
         ".scroll { overflow: visible; }" in printed
-        and ".pair.short .answer .text, pre { max-height: none; }" in printed
+        and ".pair.short .answer :is(.text, .formatted), pre { max-height: none; }" in printed
     )
     assert 'addEventListener("beforeprint"' in whole

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from tandem.report.collect import Json, Run
+from tandem.report.numbers import ELSEWHERE
 
 _SETTING = re.compile(r"[A-Z_]+=")  # as `stage` of pipelines/lib.sh puts before a command
 
@@ -18,7 +19,7 @@ def commands(run: Run) -> Json:
 
     The pipeline's are those that its stages ran with, from the root of a checkout.
     """
-    folder = run.folder.resolve()
+    folder = Path(ELSEWHERE) / run.folder.resolve().name
     again = folder.with_name(f"{folder.name}_again")
     return {
         "pipeline": _pipeline_again(run),

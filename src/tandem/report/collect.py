@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Run:
     comparison: Json | None = None
     judge: Json | None = None  # judge_summary.json
     usage: Json | None = None  # judge/usage.json
+    others_judged: dict[str, Json] = dataclasses.field(default_factory=dict)  # <name>_summary.json of other judgements
     data: Json | None = None  # data_report.json
     answers: list[Json] = dataclasses.field(default_factory=list)
     unmatched_verdicts: int = 0  # verdicts of another judge, or on answers that are not shown
@@ -64,10 +65,14 @@ class Run:
     @property
     def labels(self) -> list[str]:
         """The columns of the side-by-side: models in the order of training, the data's own answer last."""
-        known = ("base", "sft", "dpo")
-        present = {label for row in self.answers for label in row["answers"]}
-        others = sorted(present - {*known, "chosen"})
-        return [label for label in (*known, *others, "chosen") if label in present]
+        return column_order({label for row in self.answers for label in row["answers"]})
+
+
+def column_order(labels: Collection[str]) -> list[str]:
+    """Labels in the one order of every page: models in the order of training, others, the data's own answer last."""
+    known = ("base", "sft", "dpo")
+    others = sorted(set(labels) - {*known, "chosen"})
+    return [label for label in (*known, *others, "chosen") if label in labels]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -90,6 +95,7 @@ def read_run(folder: str | Path) -> Run:
         comparison=comparison,
         judge=judge,
         usage=read_json(folder / "judge" / "usage.json"),
+        others_judged=_others_judged(folder),
         data=read_json(folder / "data_report.json"),
         answers=answers,
         unmatched_verdicts=unmatched,
@@ -104,6 +110,16 @@ def read_run(folder: str | Path) -> Run:
             "sft/, dpo/ …)"
         )
     return run
+
+
+def _others_judged(folder: Path) -> dict[str, Json]:
+    """Summaries of judgements beside that of judge/, as judge_vs_chosen_summary.json, by the name of their folder."""
+    found = {}
+    for path in sorted(folder.glob("*_summary.json")):
+        summary = read_json(path)
+        if path.name != "judge_summary.json" and isinstance(summary, dict) and "conclusion" in summary:
+            found[path.name.removesuffix("_summary.json")] = summary
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Numbers and names as a person reads them, on the page and in a model card."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def public(value: Any) -> str:
     """A model or a data set as the page may show it: of a path on this machine, its last part."""
     text = str(value)
     return Path(text).name if text.startswith(("/", "./", "../", "~")) else text
+
+
+ELSEWHERE = "PATH_TO"  # stands for folders of the machine that a run was on
+_ABSOLUTE = re.compile(r"""(?<![\w.:/~<-])(?:~\w*)?/(?:[^\s/'":,]+/)*(?=[^\s/'",])""")
+
+
+def without_places(text: str) -> str:
+    """A text in which `PATH_TO/` stands for the folders of this machine that absolute paths begin with."""
+    return _ABSOLUTE.sub(f"{ELSEWHERE}/", text)
 
 
 def model_name(label: str) -> str:

@@ -14,6 +14,7 @@ from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 from tandem.report.again import commands
 from tandem.report.collect import OUTCOMES, Json, Run, as_written, read_run
+from tandem.report.markdown import ELEMENTS, formatted
 from tandem.report.numbers import (
     duration,
     model_name,
@@ -23,6 +24,7 @@ from tandem.report.numbers import (
     show_difference,
     show_interval,
     show_value,
+    without_places,
 )
 from tandem.report.rounds import rounds_section
 from tandem.report.tables import (
@@ -130,6 +132,7 @@ def environment(*, autoescape: bool) -> jinja2.Environment:
         "duration": duration,
         "model_name": model_name,
         "public": public,
+        "without_places": without_places,
     }
     return templates
 
@@ -162,5 +165,9 @@ def browser_data(run: Run) -> Json:
         "judged_name": model_name(labels["side_2"]) if labels else "Policy",
         "judged": [labels["side_1"], labels["side_2"]] if labels else [],
         "counts": {name: sum(row["outcome"] == name for row in run.answers) for name in OUTCOMES},
-        "rows": run.answers,
+        "elements": sorted(ELEMENTS),
+        "rows": [
+            row | {"formatted": {label: nodes for label, text in row["answers"].items() if (nodes := formatted(text))}}
+            for row in run.answers
+        ],
     }

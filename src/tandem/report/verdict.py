@@ -132,6 +132,8 @@ def judgement(run: Run) -> Json | None:
             "untried": None if why is None else f"No numbers: {why.words}.",
             "kappa": labelled["cohen_kappa"],
             "endings": list(run.judge["accounting"]["main"]),
+            "lost": lost_prompts(run),
+            "others": others_judged(run),
             "accounting": [(CALLS[kind], list(ends.values())) for kind, ends in run.judge["accounting"].items()],
         }
 
@@ -146,6 +148,36 @@ def _corrected(result: Json) -> list[tuple[str, str, Json]]:
         alone = "the labels without the judge"
         return [("Score, corrected", about, found["by_people"]), ("Score by people", alone, found["people_alone"])]
     return [("Score, corrected", f"if {found['by_error_rates']['assumes']}; ties as halves", found["by_error_rates"])]
+
+
+def lost_prompts(run: Run) -> list[Json]:
+    """Why prompts of the side-by-side have no verdict in an order: `status`, `reason` and their `numbers` there."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(run.answers, start=1):
+        for verdict in row["verdicts"]:
+            if verdict["status"] != "ok":
+                numbers = found.setdefault((verdict["status"], verdict["text"] or ""), [])
+                if place not in numbers:
+                    numbers.append(place)
+    rows = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [{"status": status, "reason": reason, "numbers": numbers} for (status, reason), numbers in rows]
+
+
+def others_judged(run: Run) -> list[Json]:
+    """Other judgements in the run's folder: `sides`, `model`, `sentence` and the `win_rate` of the model judged."""
+    rows = []
+    for name, summary in run.others_judged.items():
+        with as_written(run.folder / f"{name}_summary.json"):
+            labels = summary["labels"]
+            rows.append(
+                {
+                    "sides": f"{model_name(labels['side_2'])} against {model_name(labels['side_1'])}",
+                    "model": summary["judge"]["model"],
+                    "sentence": _with_names(summary["conclusion"], labels.values()),
+                    "win_rate": summary["result"]["orders_agree"]["win_rate"],
+                }
+            )
+    return rows
 
 
 def spent(run: Run) -> str | None:

@@ -55,20 +55,33 @@
     messages.slice(-1).forEach((turn) => drawTurn(parent, turn));
   }
 
-  function drawAnswers(parent, answers, nonAnswers) {
+  // A node is text, or its element's name and its children (report/markdown.py, which knows no other elements)
+  const ELEMENTS = new Set(data.elements);
+  function addNodes(parent, nodes) {
+    for (const node of nodes) {
+      if (typeof node === "string") { parent.append(node); continue; }
+      const [name, ...children] = node;
+      const block = add(parent, ELEMENTS.has(name) ? name : "span");
+      if (typeof children[0] === "number") block.setAttribute("start", String(children.shift()));
+      addNodes(block, children);
+    }
+  }
+
+  function drawAnswers(parent, { answers, non_answers: nonAnswers, formatted }) {
     const grid = add(parent, "div", "answers");
     for (const { id, name } of data.labels) {
       if (!(id in answers)) continue;
       const block = add(grid, "div", `answer m-${id}`);
       const title = add(block, "h4", "", name);
       if (id in nonAnswers) add(title, "span", "mark", data.reasons[nonAnswers[id]] || nonAnswers[id]);
-      add(block, "div", answers[id] ? "text" : "empty", answers[id] || "(empty)");
+      if (id in formatted) addNodes(add(block, "div", "formatted"), formatted[id]);
+      else add(block, "div", answers[id] ? "text" : "empty", answers[id] || "(empty)");
     }
   }
 
   // Long answers are cut to a readable height, which is known only once they are on the page
   function offerMore(article) {
-    const texts = [...article.querySelectorAll(".answer .text")];
+    const texts = [...article.querySelectorAll(".answer :is(.text, .formatted)")];
     if (!texts.some((text) => text.scrollHeight > text.clientHeight + 1)) return;
     const button = element("button", "more", "Show whole answers");
     button.type = "button";
@@ -101,12 +114,13 @@
 
   function drawPair(row) {
     const article = element("article", "pair short");
+    article.id = `prompt-${row.number}`;
     const head = add(article, "header");
     add(head, "h3", "", `Prompt ${row.number}`);
     add(head, "span", `outcome ${row.outcome}`, OUTCOMES[row.outcome]);
     add(head, "code", "", row.prompt_id);
     drawPrompt(article, row.messages);
-    drawAnswers(article, row.answers, row.non_answers);
+    drawAnswers(article, row);
     drawVerdicts(article, row.verdicts);
     return article;
   }
@@ -127,6 +141,25 @@
       && (query === "" || haystack(row).includes(query)));
     start = 0;
     draw();
+  }
+
+  function choose(wanted) {
+    outcome = wanted;
+    buttons.forEach((other) => other.setAttribute("aria-pressed", String(other.dataset.outcome === wanted)));
+  }
+
+  // #prompt-12, as the list of lost verdicts links to it
+  function goToPrompt() {
+    const number = Number((/^#prompt-(\d+)$/.exec(location.hash) || [])[1]);
+    if (!(number >= 1 && number <= data.rows.length)) return;
+    choose("all");
+    search.value = query = "";
+    find();
+    start = Math.floor((number - 1) / PAGE) * PAGE;
+    draw();
+    const article = document.getElementById(`prompt-${number}`);
+    article.querySelectorAll("details.rationales").forEach((fold) => { fold.open = true; });
+    article.scrollIntoView();
   }
 
   function turn(pages) {
@@ -153,8 +186,7 @@
   data.rows.forEach((row, index) => { row.number = index + 1; });
   for (const button of buttons) {
     button.addEventListener("click", () => {
-      outcome = button.dataset.outcome;
-      buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+      choose(button.dataset.outcome);
       find();
     });
   }
@@ -166,4 +198,6 @@
   previous.addEventListener("click", () => turn(-1));
   next.addEventListener("click", () => turn(1));
   find();
+  window.addEventListener("hashchange", goToPrompt);
+  goToPrompt();
 })();
