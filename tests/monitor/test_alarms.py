@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tandem.monitor.alarms import GRAD_WARMUP, AlarmState, check_finite, check_grad_norm, check_log
+from tandem.monitor.alarms import GRAD_WARMUP, AlarmState, check_finite, check_grad_norm, check_log, check_stuck
 from tandem.monitor.gather import Step
 from tandem.monitor.options import MonitorOptions
 
@@ -48,10 +48,36 @@ def test_kl_fires_on_crossing() -> None:
     assert fired(list(range(7)), [0.7] * 7, kl) == [(1, "kl"), (4, "kl"), (6, "kl")]
 
 
+@pytest.mark.parametrize(
+    ("margins", "step", "at_end", "fires"),
+    [
+        ([1e-4, -2e-3], 100, False, True),
+        ([1e-4, -2e-3], 99, False, False),
+        ([1e-4, -2e-3], 60, True, True),  # the run is over
+        ([1e-4], 19, True, False),  # too short to tell
+        ([0.3, 1e-4], 100, False, False),  # it was away, and came back: other alarms' business
+    ],
+)
+def test_a_loss_that_stays_at_ln_2(margins: list[float], step: int, at_end: bool, fires: bool) -> None:
+    state = AlarmState()
+    for earlier in margins[:-1]:
+        assert check_stuck(state, earlier, 10, OPTIONS) is None
+    found = check_stuck(state, margins[-1], step, OPTIONS, at_end=at_end)
+    assert (found is not None) == fires
+    if found:
+        assert f"after {step} steps the loss is still at ln 2" in found.message
+        assert check_stuck(state, margins[-1], step + 1, OPTIONS) is None, "once is enough"
+
+
 def test_zero_turns_off() -> None:
     off = MonitorOptions(
-        alarm_chosen_falling_logs=0, alarm_accuracy_pinned_logs=0, alarm_kl_max=0, alarm_grad_spike_factor=0
+        alarm_chosen_falling_logs=0,
+        alarm_accuracy_pinned_logs=0,
+        alarm_kl_max=0,
+        alarm_grad_spike_factor=0,
+        alarm_stuck_steps=0,
     )
+    assert check_stuck(AlarmState(), 0.0, 1000, off) is None
     assert fired([0.0, -1, -2, -3], [0.5] * 4, [1e9] * 4, off) == []
     state = AlarmState()
     assert [check_grad_norm(state, norm, off) for norm in [1.0] * 20 + [1e9]] == [None] * 21

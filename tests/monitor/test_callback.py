@@ -213,6 +213,7 @@ def test_warn_goes_on(tmp_path: Path) -> None:
         {"alarm_accuracy_pinned": "stop", "alarm_accuracy_pinned_logs": 3, "alarm_accuracy_pinned_within": 0.2},
         {"alarm_chosen_falling": "stop", "alarm_chosen_falling_logs": 1},
         {"alarm_kl": "stop", "alarm_kl_max": 1e-4},
+        {"alarm_stuck": "stop", "alarm_stuck_steps": 2},
     ],
 )
 def test_other_alarms_stop_after_a_checkpoint(tmp_path: Path, changes: dict[str, object]) -> None:

@@ -23,6 +23,7 @@ BAD = {
     "alarm_chosen_falling_logs": ("-1",),
     "alarm_accuracy_pinned_logs": ("-1",),
     "alarm_accuracy_pinned_within": ("0.25", "-0.1"),
+    "alarm_stuck_steps": ("-1",),
     "alarm_kl_max": ("-1",),
     "alarm_grad_spike_factor": ("1", "-2"),
 }
@@ -44,6 +45,7 @@ def test_nonsense_is_refused_by_name(name: str, value: str) -> None:
         (["--beta_gamma", "1"], "--beta_control risk"),
         (["--alarm_kl", "stop", "--alarm_kl_max", "0"], "--alarm_kl_max 0"),
         (["--alarm_accuracy_pinned_within", "0.1", "--alarm_accuracy_pinned_logs", "0"], "pinned_logs 0"),
+        (["--alarm_stuck", "stop", "--alarm_stuck_steps", "0"], "stuck_steps 0"),
         (["--alarm_grad_spike", "stop", "--alarm_grad_spike_factor", "0"], "spike_factor 0"),
         (["--alarm_chosen_falling", "stop", "--alarm_chosen_falling_logs", "0"], "falling_logs 0"),
     ],

@@ -43,6 +43,7 @@ from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
 from tandem.runs import read_jsonl
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.settings import as_begun
 from tandem.training.stages import _arguments, _render, _splits, _tokenized_pairs, _trainable
 from tandem.training.trainers import gaudi_settings, trl
 from tandem.training.trainers.build import Build
@@ -114,13 +115,16 @@ DPO_CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def trl_arguments(monkeypatch: pytest.MonkeyPatch, train: TrainOptions, dpo: DPOOptions) -> DPOConfig:
+def trl_arguments(
+    monkeypatch: pytest.MonkeyPatch, train: TrainOptions, dpo: DPOOptions, lora: LoraOptions | None = None
+) -> DPOConfig:
     """The DPOConfig that a run with these options gives to TRL's trainer."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(trl, "TandemDPOTrainer", lambda **keywords: given.update(keywords))
     others = (EngineOptions(), MonitorOptions(), GaudiOptions())
-    run = DPOOptionSet(ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
-    trl.dpo_trainer(Build(run, None, tiny.tokenizer(), _arguments(train, run.model), {}))
+    run = DPOOptionSet(ModelOptions("m"), lora or LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
+    run = as_begun(run)
+    trl.dpo_trainer(Build(run, None, tiny.tokenizer(), _arguments(run.train, run.model), {}))
     config: DPOConfig = given["args"]
     return config
 
@@ -158,12 +162,16 @@ def test_the_global_batch_size_sets_the_accumulation(monkeypatch: pytest.MonkeyP
         trl_config(monkeypatch, asked, {})
 
 
-def test_sft_has_a_learning_rate_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    rates = [
-        trl_arguments(monkeypatch, SFTOptions(**(TRAIN | given)), DPOOptions()).learning_rate
+def test_the_learning_rate_fits_stage_and_mode_where_none_is_given(monkeypatch: pytest.MonkeyPatch):
+    rates = {
+        (cls, use_peft, *given): trl_arguments(
+            monkeypatch, cls(**(TRAIN | given)), DPOOptions(), LoraOptions(use_peft=use_peft)
+        ).learning_rate
+        for cls in (TrainOptions, SFTOptions)
+        for use_peft in (False, True)
         for given in ({}, {"learning_rate": 3e-3})
-    ]
-    assert rates == [2e-5, 3e-3]
+    }
+    assert list(rates.values()) == [1e-6, 3e-3, 1e-5, 3e-3, 2e-5, 3e-3, 2e-4, 3e-3]
 
 
 def test_the_cpu_where_there_is_an_accelerator(monkeypatch: pytest.MonkeyPatch):
@@ -670,7 +678,6 @@ PROOFS: dict[str, dict[str, str]] = {
         "debug": "training/test_stages.py::test_debug_is_short_and_loud",
     },
     "SFTOptions": {
-        "learning_rate": f"{HERE}::test_sft_has_a_learning_rate_of_its_own",
         **dict.fromkeys(
             ("loss_type", "completion_only_loss", "assistant_only_loss"),
             "training/test_examples.py::test_equals_stock_sft_trainer",
@@ -748,6 +755,8 @@ PROOFS: dict[str, dict[str, str]] = {
         "alarm_chosen_falling_logs": ALARM_STOPS,
         "alarm_accuracy_pinned": ALARM_STOPS,
         "alarm_accuracy_pinned_logs": ALARM_STOPS,
+        "alarm_stuck": ALARM_STOPS,
+        "alarm_stuck_steps": ALARM_STOPS,
         "alarm_accuracy_pinned_within": "monitor/test_alarms.py::test_accuracy_pinned",
         "alarm_kl": ALARM_STOPS,
         "alarm_kl_max": ALARM_STOPS,

@@ -275,10 +275,10 @@ def test_the_global_batch_is_what_all_processes_take_in_a_step():
 
 def test_what_sft_shares_with_dpo_has_the_same_default_but_for_the_learning_rate():
     def defaults(cls: type) -> dict[str, object]:
-        return {field.name: field.default for field in dataclasses.fields(cls)} | {"learning_rate": None}
+        return {field.name: field.default for field in dataclasses.fields(cls)}
 
     assert defaults(TrainOptions).items() <= defaults(SFTOptions).items()
-    assert SFTOptions("out").learning_rate == 2e-5
+    assert SFTOptions("out").usual_rates == (2e-5, 2e-4)
 
 
 def test_no_option_is_in_two_groups():

@@ -17,6 +17,9 @@ from tandem.monitor.options import MonitorOptions
 
 GRAD_WINDOW = 50  # steps the running median looks back
 GRAD_WARMUP = 10  # fewest steps a median is taken of
+# Of β times the mean margin of a log: half of it is what the loss has left ln 2 by; in bfloat16 it is 0.001 by noise
+STUCK_WITHIN = 0.01
+STUCK_END = 20  # fewest steps of a run whose end is looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,8 @@ class AlarmState:
     accuracy_pinned: int = 0
     """Logs in a row in which accuracy was pinned at the same of 0.5 and 1.0."""
     accuracy_at: float | None = None
+    has_moved: bool = False
+    """Whether some log had margins that were not those of a policy still equal to its reference."""
     kl_over: bool = False
     grad_norms: list[float] = dataclasses.field(default_factory=list)
     """The latest gradient norms, at most GRAD_WINDOW."""
@@ -141,6 +146,28 @@ def check_log(
         _kl_over(state, kl, options),
     )
     return [alarm for alarm in alarms if alarm is not None]
+
+
+def check_stuck(
+    state: AlarmState, reward_margin: float, step: int, options: MonitorOptions, *, at_end: bool = False
+) -> Alarm | None:
+    """The alarm for a policy that has not left its reference. Updates `state`.
+
+    Args:
+        reward_margin: β times the mean margin of the steps since the log before.
+        step: optimizer steps done.
+        at_end: training ends here.
+    """
+    state.has_moved |= abs(reward_margin) > STUCK_WITHIN
+    limit = options.alarm_stuck_steps
+    if state.has_moved or not limit or step < (min(STUCK_END, limit) if at_end else limit):
+        return None
+    state.has_moved = True  # told once
+    message = (
+        f"after {step} steps the loss is still at ln 2 (β times the mean margin is {reward_margin:.1e}): the learning "
+        "rate is too low, the weights are held too coarsely for it, or the answers of a pair are the same"
+    )
+    return Alarm("stuck", options.alarm_stuck, reward_margin, message)
 
 
 def _chosen_falling(state: AlarmState, chosen_logps: float, options: MonitorOptions) -> Alarm | None:

@@ -14,6 +14,7 @@ Every rank computes the same state from the same gathered array, so τ and β ar
 broadcast; rank 0 alone writes the logs.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from tandem.errors import AlarmStop
 from tandem.monitor import gather, memory
 from tandem.monitor.alarm_log import AlarmLog
-from tandem.monitor.alarms import Alarm, AlarmState, check_finite, check_grad_norm, check_log
+from tandem.monitor.alarms import Alarm, AlarmState, check_finite, check_grad_norm, check_log, check_stuck
 from tandem.monitor.interval import Interval
 from tandem.monitor.margins import MarginsLog
 from tandem.monitor.options import MonitorOptions
@@ -85,6 +86,7 @@ class Monitor:
         self._epoch, self._epoch_rows = 0, 0
         self._alarm_state = AlarmState()
         self._interval = Interval()
+        self._reward_margin: float | None = None  # of the last log
         self._record: dict[str, Any] | None = None
         self._usage = memory.RankUsage()
         self._micro_batches: list[gather.MicroBatch] = []
@@ -197,12 +199,20 @@ class Monitor:
             return {}
         usage = self._usage.gather(self._accelerator, self.step)
         alarms = check_log(self._alarm_state, interval.mean_chosen, interval.accuracy, interval.mean_kl, self.options)
+        if interval.mean_kl is not None:  # there is a reference
+            self._reward_margin = self.beta * interval.mean_margin
+            alarms += [alarm for alarm in [self._stuck()] if alarm is not None]
         for alarm in alarms:
             self._sound(alarm)
         if not self._accelerator.is_main_process:
             return {}
         values = {"failures": self.state.failures, "tau0": interval.tau0} | (self._record or {})
         return tail_logs(values) | usage
+
+    def _stuck(self, *, at_end: bool = False) -> Alarm | None:
+        if self._reward_margin is None:
+            return None
+        return check_stuck(self._alarm_state, self._reward_margin, self.step, self.options, at_end=at_end)
 
     def _sound(self, alarm: Alarm, batches: list[str] | None = None, *, step: int | None = None) -> None:
         self._margins_log.flush()
@@ -227,6 +237,8 @@ class Monitor:
         Raises:
             AlarmStop: if one did.
         """
+        if self.alarms.stopped_by is None and (stuck := self._stuck(at_end=True)):
+            self._sound(dataclasses.replace(stuck, action="warn"))  # there is nothing left to stop
         self._margins_log.flush()
         alarm = self.alarms.stopped_by
         if alarm is not None:

@@ -68,6 +68,10 @@ class MonitorOptions(Options):
         below=0.25,
         unless=_off_at("alarm_accuracy_pinned_logs"),
     )
+    alarm_stuck: str = opt("warn", "on --alarm_stuck_steps", choices=ACTIONS, unless=_off_at("alarm_stuck_steps"))
+    alarm_stuck_steps: int = opt(
+        100, "the loss is where it began, at ln 2, after this many steps, or at an earlier end; 0: off", low=0
+    )
     alarm_kl: str = opt("warn", "on --alarm_kl_max", choices=ACTIONS, unless=_off_at("alarm_kl_max"))
     alarm_kl_max: float = opt(100.0, "mean KL estimate between policy and reference, in nats per answer; 0: off", low=0)
     alarm_grad_spike: str = opt(

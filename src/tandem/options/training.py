@@ -58,7 +58,9 @@ class TrainOptions(Options):
     global_batch_size: int | None = opt(
         None, "pairs per optimizer step over all processes, instead of --gradient_accumulation_steps", low=1
     )
-    learning_rate: float = opt(1e-6, "peak learning rate", low=0, trl=True)
+    learning_rate: float | None = opt(
+        None, "peak learning rate; unset: 1e-6, and 1e-5 for an adapter (SFT: 2e-5 and 2e-4)", low=0, trl=True
+    )
     lr_scheduler_type: str = opt("linear", "learning rate schedule", choices=SCHEDULES, trl=True)
     lr_scheduler_kwargs: dict[str, Any] | None = opt(
         None, 'the schedule\'s own settings, as {"min_lr_rate": 0.1} for cosine_with_min_lr', trl=True
@@ -211,6 +213,11 @@ class TrainOptions(Options):
         stops = self.early_stopping_patience is not None
         return self.load_best_model_at_end or self.save_strategy == "best" or stops or plateau
 
+    @property
+    def usual_rates(self) -> tuple[float, float]:
+        """The learning rates where none is given: of all weights, and of an adapter, whose B begins at zero."""
+        return 1e-6, 1e-5
+
     def accumulation(self, processes: int) -> int:
         """Micro-batches per optimizer step on each of so many data-parallel processes.
 
@@ -232,7 +239,6 @@ class TrainOptions(Options):
 class SFTOptions(TrainOptions):
     """Training."""
 
-    learning_rate: float = opt(2e-5, "peak learning rate", low=0, trl=True)
     loss_type: Literal["nll", "dft"] = opt(
         "nll",
         "negative log-likelihood, or weighted by the tokens' own probabilities (DFT, arXiv 2508.05629)",
@@ -253,6 +259,10 @@ class SFTOptions(TrainOptions):
         choices=("bfd", "bfd_split"),
         needs="packing",
     )
+
+    @property
+    def usual_rates(self) -> tuple[float, float]:
+        return 2e-5, 2e-4
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from tandem.errors import Preempted, UserError
 from tandem.log import log_to, logger
 from tandem.models.companions import carry
 from tandem.options.model import is_adapter
-from tandem.options.parsing import defaults, resolved
+from tandem.options.parsing import resolved
 from tandem.options.training import TrainOptions
 from tandem.options.yaml_text import to_yaml
 from tandem.ranks import count, end_with_launcher, is_first
@@ -44,7 +44,16 @@ from tandem.runs import (
     write_manifest,
 )
 from tandem.training.mirror import Mirror
-from tandem.training.settings import changes, check_changes, contents_of, day_of, environment, run_in, settings_of
+from tandem.training.settings import (
+    changes,
+    check_changes,
+    contents_of,
+    day_of,
+    environment,
+    run_in,
+    settings_of,
+    usual,
+)  # fmt: skip
 from tandem.training.storage import storage_errors
 from tandem.training.trackers import join_trackers
 from tandem.training.trainers.callbacks import EarlyStop, Preemption, RateProgress
@@ -73,12 +82,12 @@ class Session:
         mirror: Mirror | None,
     ) -> None:
         self.options, self.unit, self.config = train, unit, resolved(*options)
-        self._defaults = defaults(*options)
+        self._usual = usual(*options)
         self.folder = Path(train.output_dir)
         self.id = before["id"] if before else uuid.uuid4().hex
         self._before, self._mirror = before, mirror
         named = train.resume_from_checkpoint not in ("auto", "no")
-        self.day = day_of(run_in(train.resume_from_checkpoint, self._defaults) if named else before)
+        self.day = day_of(run_in(train.resume_from_checkpoint, self._usual) if named else before)
 
     def start(self, pairs: list[Row], tokens: str) -> None:
         """Make `output_dir` this run's own. Called when the inputs are known to be good: bad ones change nothing.
@@ -95,8 +104,10 @@ class Session:
         if asked not in ("auto", "no"):
             if not is_complete(asked):
                 raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint of Tandem")
-            before = run_in(asked, self._defaults)
-        settings = settings_of(self.config) | {"data": sha256_json([pair["pair_id"] for pair in pairs])}
+            before = run_in(asked, self._usual)
+        settings = settings_of(self.config, self._usual, before) | {
+            "data": sha256_json([pair["pair_id"] for pair in pairs])
+        }
         settings |= contents_of(self.config) | {"tokens": tokens}
         check_changes(before, settings, self.options)
         if not is_first():
@@ -247,7 +258,8 @@ def _found(
     Raises:
         UserError: there is a run with other settings, or a finished model that would be trained over.
     """
-    folder, settings, known = Path(train.output_dir), settings_of(resolved(*options)), defaults(*options)
+    folder, known = Path(train.output_dir), usual(*options)
+    settings = settings_of(resolved(*options), known)
     asked = train.resume_from_checkpoint
     if mirror:
         own = _ids(folder) or ({run_id(asked) or ""} if asked not in ("auto", "no") else set())

@@ -4,16 +4,23 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tandem
 from tandem.digests import manifest_digest
 from tandem.errors import UserError
+from tandem.options.fields import names_of
+from tandem.options.model import LoraOptions, ModelOptions, is_adapter
+from tandem.options.parsing import defaults
 from tandem.options.training import TrainOptions
-from tandem.runs import RUN
+from tandem.runs import RUN, checkpoints, is_complete
+from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+
+Run = TypeVar("Run", SFTOptionSet, DPOOptionSet)
 
 # Options that change how a run is watched or where it lies, not what it computes: they may differ when it is resumed
 FREE_ON_RESUME = {
@@ -23,6 +30,9 @@ FREE_ON_RESUME = {
 # These come back from the checkpoint with the optimizer's state, so that another value would change nothing
 _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
 
+# Of versions that did not note which options were given
+_FORMER_DEFAULTS = {"learning_rate": (1e-6, 2e-5)}
+
 # What the models that a run begins with hold, where their folders say so
 _CONTENTS = {"model_content": "model_name_or_path", "reference_content": "reference_model"}
 
@@ -30,9 +40,77 @@ _CONTENTS = {"model_content": "model_name_or_path", "reference_content": "refere
 _NOTED_LATER = (*_CONTENTS, "tokens")
 
 
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run's result depends on, as `run.json` has it."""
-    return {"config": config, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+def usual(*options: Any) -> dict[str, Any]:
+    """The value of every option where it is not given, flat: its default, or what that stands for in this run."""
+    known = defaults(*options)
+    for each in options:
+        if isinstance(each, TrainOptions):
+            known["learning_rate"] = each.usual_rates[_trains_adapter(options)]
+    return known
+
+
+def _trains_adapter(options: tuple[Any, ...]) -> bool:
+    return any(
+        (isinstance(each, LoraOptions) and each.use_peft)
+        or (isinstance(each, ModelOptions) and is_adapter(each.model_name_or_path))
+        for each in options
+    )
+
+
+def as_begun(run: Run) -> Run:
+    """`run` with a value for each option: given now, else that of the run which it goes on with where that one was not
+    given it either, else the usual one. A default may have become another since the run began.
+
+    Raises:
+        UserError: the folder's `run.json` is not one of ours.
+    """
+    known, asked = usual(*run), run.train.resume_from_checkpoint
+    folder = Path(run.train.output_dir if asked in ("auto", "no") else asked)
+    before = run_in(folder, known) if asked != "no" else None
+    kept = before if before and (is_complete(folder) or checkpoints(folder) or asked != "auto") else None
+
+    def settled(part: Any) -> Any:
+        values = {}
+        for name in names_of(type(part)):
+            value = known[name] if name == "learning_rate" and getattr(part, name) is None else getattr(part, name)
+            if kept and value == known[name] and name in kept["config"] and name not in given(kept, known):
+                value = kept["config"][name]
+            if value != getattr(part, name):
+                values[name] = value
+        return replace(part, **values) if values else part
+
+    return type(run)(*map(settled, run))
+
+
+def given(run: dict[str, Any], known: dict[str, Any]) -> set[str]:
+    """The options that a run was given; of one that has not noted them, those that have not a default's value.
+
+    Args:
+        run: of `run.json`.
+        known: `usual` values.
+    """
+    noted = run.get("given")
+    if noted is not None:
+        return set(noted)
+    return {
+        name
+        for name, value in run["config"].items()
+        if value != known.get(name) and value not in _FORMER_DEFAULTS.get(name, ())
+    }
+
+
+def settings_of(config: dict[str, Any], known: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a run's result depends on, as `run.json` has it.
+
+    Args:
+        config: its options.
+        known: their `usual` values.
+        before: of the `run.json` that is gone on with, whose values that were not given are not given here either.
+    """
+    own = {name for name, value in config.items() if value != known.get(name)}
+    if before:
+        own -= {name for name in own if before["config"].get(name) == config[name]} - given(before, known)
+    return {"config": config, "given": sorted(own), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def contents_of(config: dict[str, Any]) -> dict[str, str]:
@@ -84,7 +162,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     found = {
         name: f"{name} was {was.get(name)}, is {value}"
         for name, value in (now["config"] | now).items()
-        if name != "config"
+        if name not in ("config", "given")
         and name not in FREE_ON_RESUME
         and not name.startswith("alarm_")
         and (name in was or name not in _NOTED_LATER)

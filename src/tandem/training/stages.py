@@ -26,14 +26,14 @@ from tandem.models.load import load_merged, load_model, load_tokenizer
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
-from tandem.options.parsing import defaults
 from tandem.options.training import TrainOptions, check_training
 from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.examples import packed, tokenize_examples
+from tandem.training.held import held_fine
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
-from tandem.training.settings import day_of, run_in
+from tandem.training.settings import as_begun, day_of, run_in, usual
 from tandem.training.trainers import select
 from tandem.training.trainers.build import Build
 from tandem.training.trainers.topology import check_launch
@@ -41,8 +41,10 @@ from tandem.training.trainers.topology import check_launch
 
 def run_sft(run: SFTOptionSet) -> None:
     """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
+    run = as_begun(run)
     check_training(run.model, run.lora, run.train)
     arguments = _arguments(run.train, run.model)
+    held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi)
     with open_session(run.train, run, "examples") as session, gpu.memory_told(run):
         if session is None:
@@ -51,18 +53,18 @@ def run_sft(run: SFTOptionSet) -> None:
         splits = _splits(run, tokenizer)
         examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
         builders.start_processes(arguments)
-        policy = _trainable(run.model, run.lora, run.train.tp_size)
-        stop_at_turn_end(policy, tokenizer)
-        _check_experts(run.train, policy)
+        policy = _policy(run, held, tokenizer)
         session.start(splits["train_dataset"], token_hash(examples))
         session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, examples)))
 
 
 def run_dpo(run: DPOOptionSet) -> None:
     """Optimise the policy on preference pairs and leave it (or its adapter) in `output_dir`."""
+    run = as_begun(run)
     check_training(run.model, run.lora, run.train, run.dpo)
     run.monitor.check_beta(run.dpo.beta)
     arguments = _arguments(run.train, run.model)
+    held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
     with open_session(run.train, run, "pairs") as session, gpu.memory_told(run):
         if session is None:
@@ -71,9 +73,7 @@ def run_dpo(run: DPOOptionSet) -> None:
         rendered = _splits(run, tokenizer)
         splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         builders.start_processes(arguments)
-        policy = _trainable(run.model, run.lora, run.train.tp_size)
-        stop_at_turn_end(policy, tokenizer)
-        _check_experts(run.train, policy)
+        policy = _policy(run, held, tokenizer)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"], token_hash(splits))
         logs = session.folder / "logs"
@@ -95,9 +95,11 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     """
     if not run.dpo.needs_reference:
         return
+    run = as_begun(run)
     arguments = _arguments(run.train, run.model)
+    held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
-    tokenizer = load_tokenizer(run.model, day=day_of(run_in(run.train.output_dir, defaults(*run))))
+    tokenizer = load_tokenizer(run.model, day=day_of(run_in(run.train.output_dir, usual(*run))))
     splits = {
         name: _tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
         for name, rows in _splits(run, tokenizer).items()
@@ -110,7 +112,7 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
         builders.dpo_trainer(
             Build(
                 run,
-                _trainable(run.model, run.lora, tp_size=1),
+                _trainable(held, run.lora, tp_size=1),
                 tokenizer,
                 arguments | {"output_dir": folder, "report_to": ["none"]},
                 splits,
@@ -131,6 +133,16 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
     reference = load_merged(own)
     reference.name_or_path = dpo.reference_model  # of which the start table tells
     return reference
+
+
+def _policy(run: SFTOptionSet | DPOOptionSet, held: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What is trained, held as `held` says."""
+    if held != run.model:
+        logger.info("--dtype auto: held in %s, not in the stored type, since all weights are trained", held.dtype)
+    policy = _trainable(held, run.lora, run.train.tp_size)
+    stop_at_turn_end(policy, tokenizer)
+    _check_experts(run.train, policy)
+    return policy
 
 
 def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:

@@ -21,6 +21,7 @@ from tandem.data.turn_end import named
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.load import adapters_of_whole_layers
+from tandem.training.held import upcast_trained
 from tandem.training.trainers.topology import Topology
 
 
@@ -40,6 +41,8 @@ class Sharded:
         self._ends = named(keywords["processing_class"])
         with adapters_of_whole_layers():
             super().__init__(*arguments, **keywords)
+        if self.topology.engine in ("single", "ddp") and (self.args.bf16 or self.args.fp16):
+            upcast_trained(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.n_gpu > 1:  # for which transformers takes one process that sees several GPUs as DataParallel
@@ -55,7 +58,7 @@ class Sharded:
             gather_tied_head(self.model)
         self.topology = Topology.of(self.accelerator, self.args, self.model)
         if self.accelerator.is_main_process:
-            rows = self.table_rows() | {"answers end with": self._ends}
+            rows = self.table_rows() | {"learning rate": learning_rate(self.args), "answers end with": self._ends}
             logger.info("%s", self.topology.table(self.unit, **rows))
 
     def table_rows(self) -> dict[str, str]:
@@ -89,6 +92,16 @@ class Sharded:
         else:
             weights = self.accelerator.get_state_dict(self.model)  # whole, on rank 0, whatever the plugin's type
             self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+
+
+def learning_rate(args: Any) -> str:
+    """The peak, and how it comes and goes."""
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if not args.warmup_steps:
+        return f"{args.learning_rate:g}, {name}"
+    steps = args.warmup_steps
+    warmup = f"{steps:.0%} of all steps" if steps < 1 else f"{steps:g} step{'s' * (steps != 1)}"
+    return f"{args.learning_rate:g}, {name}, after {warmup} of warm-up"
 
 
 def save_without_weights(model: PreTrainedModel | PeftModel, folder: str) -> None:
