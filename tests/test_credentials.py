@@ -1,5 +1,6 @@
 """Keys and passwords stay where they are: planted ones are looked for in everything that a run shows and leaves."""
 
+import json
 import logging
 import os
 import subprocess
@@ -9,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from tandem.credentials import hide, holds_secret, names_secret
+from tandem.credentials import hide, hide_key, holds_secret, names_secret
 from tandem.errors import UserError, script_main
 from tandem.log import log_to, logger
 
@@ -153,3 +154,22 @@ def test_the_pipeline_refuses_addresses_with_a_password(planted: None, tmp_path:
     assert done.stderr.startswith(f"UserError: {next(iter(variables))} holds a user, a password or a query")
     assert_clean((done.stdout + done.stderr).encode(), "what is shown")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["x", "text", "token", "assistant", "output_text", "input_tokens", "completed"])
+def test_a_key_that_is_a_word_of_the_interface_leaves_the_reply_readable(key: str):
+    reply = {
+        "status": "completed",
+        "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A wins"}]}],
+        "usage": {"input_tokens": 3, "output_tokens": 2},
+    }
+    assert json.loads(hide_key(json.dumps(reply), key)) == reply
+
+
+def test_a_key_that_a_server_repeats_is_not_kept():
+    key = "sk-local-01"
+    said = hide_key(json.dumps({"text": f"you sent {key}, älter", "more": [{"a": key}]}), key)
+    assert json.loads(said) == {"text": "you sent [key], älter", "more": [{"a": "[key]"}]}
+    assert hide_key(f"<html>{key}</html>", key) == "<html>[key]</html>"
+    assert hide_key("asks-local-012", key) == "asks-local-012", "a part of another word"
+    assert hide_key("no key", None) == "no key"

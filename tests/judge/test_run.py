@@ -223,6 +223,15 @@ def test_the_key_is_sent_and_is_in_no_file(tmp_path, monkeypatch, caplog, capsys
 # ---- faults
 
 
+@pytest.mark.parametrize("key", ["x", "text", "output_text"])
+def test_a_placeholder_for_a_key_leaves_the_replies_as_they_are(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serving() as (server, url):
+        summary = judge(options(url, str(tmp_path / "j"), max_attempts=1), comparisons(10), [])
+    assert summary["winner"] == "dpo", summary["conclusion"]
+    assert server.keys_seen == {f"Bearer {key}"}
+
+
 def test_refusals_and_garbage_are_counted_and_never_scored(tmp_path):
     for fault, status in (("refusal", "refusal"), ("wrong_word", "malformed"), ("truncated_json", "malformed")):
         folder = tmp_path / fault

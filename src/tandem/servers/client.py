@@ -6,6 +6,7 @@ from typing import Any
 import httpx2
 import openai
 
+from tandem.credentials import hide_key
 from tandem.errors import UserError
 from tandem.servers.address import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key, parse_address
 from tandem.servers.dialects import Form, Request
@@ -37,7 +38,7 @@ class _Client:
 
     def scrub(self, text: str) -> str:
         """What a server sends goes to disk; the key must not, though the server may repeat it."""
-        return text.replace(self._key, "[key]") if self._key else text
+        return hide_key(text, self._key)
 
     def say(self, error: openai.APIError) -> str:
         """An error for people, without the key."""
