@@ -153,6 +153,48 @@ def test_a_missing_option_is_answered_at_once(script: str):
     assert usage.ru_utime + usage.ru_stime < 1
 
 
+_DATA = "--dataset_name nope.jsonl"
+_HELD_OUT = "--dataset_name {data} --val_ratio 0.5"
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (f"dpo --model_name_or_path {{model}} --output_dir o {_DATA}", "nope.jsonl"),
+        ("dpo --model_name_or_path ./nope --output_dir o --dataset_name {data}", "./nope"),
+        ("dpo --model_name_or_path {model} --reference_model ./nope --output_dir o --dataset_name {data}", "./nope"),
+        (f"sft --model_name_or_path ./nope --output_dir o {_DATA}", "./nope"),
+        (f"evaluate --reference_model {{model}} --dpo_model {{model}} {_DATA}", "nope.jsonl"),
+        (f"evaluate --reference_model {{model}} --dpo_model ./nope {_HELD_OUT}", "./nope"),
+        (f"compare --base_model ./nope --finetuned_model {{model}} {_HELD_OUT} --output_dir o", "./nope"),
+        (f"generate --models a=./nope {_HELD_OUT} --output_dir o", "./nope"),
+        (f"sample --models a=./nope {_HELD_OUT} --output_dir o", "./nope"),
+        (f"check_data {_DATA}", "nope.jsonl"),
+        ("check_data --dataset_name {data} --tokenizer_name_or_path ./nope", "./nope"),
+        ("make_pairs --scores nope.jsonl --output_dir o", "nope.jsonl"),
+        ("merge_lora --adapter ./nope --output_dir o", "./nope"),
+        ("merge_shards --checkpoint ./nope --output_dir o", "nope"),
+        ("report --run_dir ./nope", "nope"),
+        ("upload_hf --folder ./nope --repo_id a/b", "nope"),
+    ],
+)
+def test_what_is_not_there_is_told_at_once(
+    command: str, missing: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+):
+    """A file, folder or model that was named; in a tenth of the time that the libraries take to import."""
+    name, *argv = command.format(model=tiny_model, data=tiny_data).split()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *argv], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stderr
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 2, said
+    assert said.count("\n") == 1 and f"{missing}: " in said, said
+    assert usage.ru_utime + usage.ru_stime < 1
+
+
 @pytest.mark.parametrize("option", ["--learning-rate", "--bogus", "--trainable"])
 def test_an_unknown_option_is_answered_at_once(option: str):
     command = [sys.executable, str(ROOT / "scripts" / "dpo.py"), option, "1"]

@@ -19,7 +19,7 @@ from tandem.digests import model_digest
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
 from tandem.options.fields import REQUIRED, opt
-from tandem.options.model import is_adapter
+from tandem.options.model import check_models, is_adapter
 from tandem.options.rules import Options
 from tandem.runs import append_jsonl, locked, read_jsonl, sha256_json
 
@@ -71,6 +71,8 @@ def generate(
     if options.backend != "transformers":
         ranks.refuse_several(f"--backend {options.backend}")
     files = {label: folder / f"generations_{label}.jsonl" for label in models}
+    if options.engine != "openai":
+        check_models(model for label, model in models.items() if not files[label].exists())
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
         sources = {label: source_of(model, sampling, options) for label, model in models.items()}
         done = {label: _answered(files[label], sources[label]) for label in models}

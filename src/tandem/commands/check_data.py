@@ -5,7 +5,7 @@ from pathlib import Path
 from tandem.data.balance import Balance
 from tandem.data.options import CheckOptions, DataOptions
 from tandem.data.sources import load_splits
-from tandem.options.model import ModelOptions, TextOptions
+from tandem.options.model import ModelOptions, TextOptions, check_folder, is_adapter
 from tandem.options.parsing import parse, save
 
 
@@ -13,6 +13,8 @@ def main(argv: list[str]) -> None:
     options, text, data = parse(
         argv, (CheckOptions, TextOptions, DataOptions), prog="check_data.py", description=__doc__
     )
+    if (name := options.tokenizer_name_or_path) and not is_adapter(name):
+        check_folder(name, "tokenizer_config.json")
     skipped: list[str] = []
     balances: list[Balance] = []
     train, held_out = load_splits(data, skipped, balances)

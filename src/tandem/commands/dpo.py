@@ -3,7 +3,7 @@
 from tandem import contract
 from tandem.options.parsing import parse
 from tandem.options.training import PlanOptions
-from tandem.training.option_sets import DPOOptionSet, check, classes, foreign
+from tandem.training.option_sets import DPOOptionSet, check, check_there, classes, foreign
 
 
 def main(argv: list[str]) -> None:
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> None:
         foreign=foreign(DPOOptionSet),
     )
     run = DPOOptionSet(*options)
+    check_there(run)
     contract.check()
     if plan.plan:
         from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds

@@ -27,7 +27,7 @@ from tandem.data.rated import paired
 from tandem.data.rows import columns_of
 from tandem.data.scores import scores_of
 from tandem.data.shapes import known_names, known_shape
-from tandem.data.splits import Located, has_test_split, is_local, read_split
+from tandem.data.splits import Located, has_test_split, is_local, local_splits, read_split
 from tandem.errors import UserError, one_line
 from tandem.objects import load_object
 from tandem.ranks import tell_once
@@ -188,6 +188,17 @@ def load_held_out(options: DataOptions) -> list[Row]:
         parts = (load_pairs(source.options, source.options.dataset_train_split) for source in sources)
         pairs = [pair for part in parts for pair in part]
     return _shuffled(pairs, sources, options.data_seed)
+
+
+def check_sources(options: DataOptions) -> None:
+    """Refuse sources that are named by a path where there is no data; nothing is read of the others.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for source in sources_of(options):
+        if is_local(source.options.dataset_name):
+            local_splits(source.options.dataset_name, source.options.dataset_config)
 
 
 def may_hold_out(options: DataOptions) -> bool:

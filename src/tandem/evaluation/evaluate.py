@@ -13,7 +13,7 @@ from tandem.data.formats import Row
 from tandem.errors import UserError
 from tandem.intervals import Array, Estimate, bootstrap, length_terciles, mean, wilson
 from tandem.options.fields import REQUIRED, opt
-from tandem.options.model import TemplateOptions
+from tandem.options.model import TemplateOptions, check_models
 from tandem.runs import write_atomic, write_json
 
 REFERENCE = "base"  # label of the reference among the models
@@ -234,6 +234,7 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
 
     One model is in memory at a time; the reference, last, scores the pairs and every policy's samples.
     """
+    check_models([*options.policies.values(), options.reference_model])
     from tandem.data.adapt import day_of_models
     from tandem.data.texts import render
     from tandem.data.tokenized import all_placed, tokenize_rows

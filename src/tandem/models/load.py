@@ -22,7 +22,7 @@ from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.models.adapters import merged, rounded, weights_are_sent
 from tandem.models.weights import check_weights, pickled
-from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, is_adapter
+from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, check_folder, is_adapter
 from tandem.places import not_here
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_tokenizer(
     revision = options.model_revision if options.tokenizer_name_or_path is None else None
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").exists():
         name, revision = base_of_adapter(name), revision_of_base(name)
-    _check_folder(name, "tokenizer_config.json")
+    check_folder(name, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -137,7 +137,7 @@ def load_model(
         else:
             model = load_merged(base)
         return load_adapter(model, name, trainable=trainable_adapter)
-    _check_folder(name, "config.json")
+    check_folder(name, "config.json")
     check_weights(Path(name))
     if Path(name).is_dir():
         name = str(Path(name).absolute())  # an adapter's config names its base so, and is read from other folders
@@ -237,7 +237,7 @@ def check_model(name: str, revision: str | None = None) -> None:
         check_model(base_of_adapter(name), revision_of_base(name))
     else:
         folder = Path(name)
-        _check_folder(name, "config.json")
+        check_folder(name, "config.json")
         stored_dtype(name, revision)
         check_weights(folder)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -359,14 +359,6 @@ def _outside_decoder(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and id(module) not in inside
     ]
-
-
-def _check_folder(name: str, needed: str) -> None:
-    path = Path(name)
-    if path.is_dir() and not (path / needed).is_file():
-        raise UserError(f"{name}: not a model folder: it has no {needed}")
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{name}: no such model folder")
 
 
 def _base_options(options: ModelOptions, adapter: str) -> ModelOptions:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tandem.options.fields import REQUIRED, opt
+from tandem.errors import UserError
+from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.rules import Options
 
 
@@ -126,6 +127,37 @@ class TextOptions(Options):
     def conflicts(self) -> Iterator[str]:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length > 1:
             yield f"--max_prompt_length must be below --max_length {self.max_length}, not {self.max_prompt_length}"
+
+
+def check_folder(name: str, needed: str = "config.json") -> None:
+    """Refuse what cannot be a model: a path that is no folder, or one without the file `needed`. A Hub name passes.
+
+    Light, so that it can be asked before torch is imported.
+
+    Raises:
+        UserError: saying which.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / needed).is_file():
+        raise UserError(f"{name}: not a model folder: it has no {needed}")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name}: no such model folder")
+
+
+def check_models(names: Iterable[str]) -> None:
+    """`check_folder` of each that is no adapter; all that are wrong are told at once.
+
+    Raises:
+        UserError: naming them.
+    """
+    problems = []
+    for name in dict.fromkeys(names):
+        if not is_adapter(name):
+            try:
+                check_folder(name)
+            except UserError as problem:
+                problems.append(str(problem))
+    refuse(problems)
 
 
 def is_adapter(name: str) -> bool:

@@ -24,6 +24,16 @@ Key = tuple[str, str, int]  # label, prompt id, number of the draw
 _ROLES = ("system", "user", "assistant", "tool")
 
 
+def check_there(path: str | Path) -> None:
+    """Refuse a file that is not there.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+
+
 def read_records(path: str | Path, *, scored: bool = False) -> list[Record]:
     """The lines of `samples.jsonl`, or of `scores.jsonl` if `scored`, checked and with what they may leave out.
 
@@ -32,9 +42,8 @@ def read_records(path: str | Path, *, scored: bool = False) -> list[Record]:
     Raises:
         UserError: naming file, row and field of what is wrong.
     """
+    check_there(path)
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     records: list[Record] = []
     seen: dict[Key, int] = {}
     draws: dict[tuple[str, str], int] = {}

@@ -14,6 +14,7 @@ from tandem.data.adapt import day_of_models
 from tandem.data.messages import extras_of
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions, draw_seed
+from tandem.options.model import check_models
 from tandem.rounds.names import DATA, PROMPTS, SAMPLES
 from tandem.rounds.options import SampleOptions
 from tandem.rounds.prompts import Prompt
@@ -42,6 +43,10 @@ def sample(
         ranks.refuse_several(f"--backend {backend.backend}")
     prompts = options.own_part(prompts)[: sampling.max_prompts]
     folder = Path(options.output_dir)
+    if engine.engine != "openai":
+        check_models(
+            model for label, model in options.by_label.items() if not (folder / f"draws_{label}.jsonl").exists()
+        )
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
         sources = {label: source_of(model, sampling, backend) for label, model in options.by_label.items()}
         files = {label: folder / f"draws_{label}.jsonl" for label in sources}

@@ -4,17 +4,19 @@ Light to import: the scripts parse these before anything loads.
 """
 
 import typing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tandem.data.options import DataOptions, SFTDataOptions
-from tandem.data.sources import may_hold_out
+from tandem.data.sources import check_sources, may_hold_out
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
 from tandem.options.fields import names_of, refuse
 from tandem.options.losses import DPOOptions
 from tandem.options.migration import COUNTERPARTS, Counterpart
-from tandem.options.model import LoraOptions, ModelOptions, TextOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions, check_folder, check_models, is_adapter
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions, check_training
+from tandem.runs import MANIFEST
 
 
 class SFTOptionSet(NamedTuple):
@@ -78,6 +80,32 @@ def check(*options: Any) -> None:
         except UserError as problem:
             problems.append(str(problem))
     refuse(problems)
+
+
+def check_there(run: SFTOptionSet | DPOOptionSet) -> None:
+    """Refuse models and data that are named by a path where there are none, before anything is imported to read them.
+
+    A run that has finished may have lost what it was made from.
+
+    Raises:
+        UserError: naming all of them together.
+    """
+    if (Path(run.train.output_dir) / MANIFEST).exists():
+        return
+    name, reference = run.model.model_name_or_path, run.dpo.reference_model if isinstance(run, DPOOptionSet) else None
+    tokenizer = run.model.tokenizer_name_or_path or name
+    problems: dict[str, None] = {}
+    for look in (
+        lambda: None if is_adapter(tokenizer) else check_folder(tokenizer, "tokenizer_config.json"),
+        lambda: check_models([name] if tokenizer != name or not problems else []),
+        lambda: check_models([reference] if reference else []),
+        lambda: check_sources(run.data),
+    ):
+        try:
+            look()
+        except UserError as problem:
+            problems[str(problem)] = None
+    refuse(list(problems))
 
 
 def _check_held_out(train: TrainOptions, data: DataOptions) -> None:
