@@ -71,7 +71,7 @@ def generate(
     if options.backend != "transformers":
         ranks.refuse_several(f"--backend {options.backend}")
     files = {label: folder / f"generations_{label}.jsonl" for label in models}
-    if options.engine != "openai":
+    if options.backend in ("transformers", "vllm"):
         check_models(model for label, model in models.items() if not files[label].exists())
     with ranks.joined(), locked(folder) if ranks.is_first() else contextlib.nullcontext():
         sources = {label: source_of(model, sampling, options) for label, model in models.items()}

@@ -43,7 +43,7 @@ def sample(
         ranks.refuse_several(f"--backend {backend.backend}")
     prompts = options.own_part(prompts)[: sampling.max_prompts]
     folder = Path(options.output_dir)
-    if engine.engine != "openai":
+    if backend.backend in ("transformers", "vllm"):
         check_models(
             model for label, model in options.by_label.items() if not (folder / f"draws_{label}.jsonl").exists()
         )
