@@ -148,7 +148,8 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     ),
     "LoRA's rank without LoRA": dpo("--lora_r 8", "--lora_r has no effect without --use_peft…"),
     "4 bits without LoRA": dpo(
-        "--load_in_4bit", "--load_in_4bit needs --use_peft: weights in 4 bits cannot be trained themselves"
+        "--load_in_4bit",
+        "--load_in_4bit needs --use_peft or an adapter: 4-bit weights cannot be trained themselves",
     ),
     "two precisions": dpo(
         "--bf16 --fp16",

@@ -82,7 +82,6 @@ TRAIN = {"output_dir": "out"}
     [
         (LoraOptions, {"lora_r": 0}, "--lora_r must be at least 1, not 0"),
         (LoraOptions, {"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
-        (LoraOptions, {"load_in_4bit": True}, "--load_in_4bit needs --use_peft: weights in 4 bits cannot be "),
         (TextOptions, {"max_length": 1}, "--max_length must be at least 2, not 1"),
         (
             TextOptions,
@@ -295,3 +294,13 @@ def test_no_option_is_in_two_groups():
     ]
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     assert len(names) == len(set(names))
+
+
+def test_an_adapter_may_go_on_from_a_base_in_four_bits(tmp_path: Path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    train, four_bits = TrainOptions("out"), LoraOptions(load_in_4bit=True)
+    check_training(ModelOptions(str(folder)), four_bits, train)
+    with pytest.raises(UserError, match="--load_in_4bit needs --use_peft or an adapter"):
+        check_training(ModelOptions("base"), four_bits, train)

@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from tandem.errors import UserError
-from tandem.options.convert import ConvertOptions, convert_recipe
+from tandem.options.convert import ConvertOptions, convert_recipe, without_idle
 from tandem.options.fields import options_of
 from tandem.options.parsing import faults_of, parse
 from tandem.runs import write_atomic
@@ -19,11 +20,16 @@ def main(argv: list[str]) -> None:
     converted = convert_recipe(options.recipe, {each.name: each for cls in classes(run) for each in options_of(cls)})
     if not converted.values:
         raise UserError(f"--recipe {options.recipe}: none of its keys is known")
+
+    def faults(values: dict[str, Any]) -> list[str]:
+        return faults_of(values, classes(run), check)
+
+    converted = without_idle(converted, faults)
     if options.output:
         write_atomic(Path(options.output), converted.text)
     else:
         print(converted.text, end="")
     told = [f"not taken: {key}" for key in converted.open]
-    told += [f"to settle: {fault}" for fault in faults_of(converted.values, classes(run), check)]
+    told += [f"to settle: {fault}" for fault in faults(converted.values)]
     for line in told:
         print(f"note: {line}", file=sys.stderr)

@@ -57,6 +57,13 @@ def _adapter_config(folder: str) -> dict[str, Any]:
         raise UserError(f"{folder}: adapter_config.json cannot be read: {first_line(error)}") from error
 
 
+def _said(error: Exception) -> str:
+    """What a library says of a model that it cannot load, in Tandem's words where it names an argument of its own."""
+    if "trust_remote_code" in str(error):
+        return "its repository has code of its own, which only --trust_remote_code runs: read that code first"
+    return first_line(error)
+
+
 def stored_dtype(name: str, revision: str | None = None) -> str:
     """The type that the weights of a model are stored in, by its config; an adapter's is its base's.
 
@@ -68,7 +75,7 @@ def stored_dtype(name: str, revision: str | None = None) -> str:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: {not_here(name)}its config cannot be read: {first_line(error)}") from error
+        raise UserError(f"{name}: {not_here(name)}its config cannot be read: {_said(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
     return str(dtype or torch.float32).removeprefix("torch.")
 
@@ -91,7 +98,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: {not_here(name)}no tokenizer can be loaded: {first_line(error)}") from error
+        raise UserError(f"{name}: {not_here(name)}no tokenizer can be loaded: {_said(error)}") from error
     template = template or options
     if tokenizer.chat_template is not None and template.chat_template is None:
         _try_template(name, tokenizer)
@@ -165,7 +172,7 @@ def load_model(
             **keywords,
         )
     except _LOADING_ERRORS as error:
-        raise UserError(f"{name}: cannot be loaded as a model: {first_line(error)}") from error
+        raise UserError(f"{name}: cannot be loaded as a model: {_said(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
     return model

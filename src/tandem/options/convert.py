@@ -5,7 +5,8 @@ last part says what it is, where needed together with its section.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ _ALIASES = {
     "dataset.path": "dataset_name",
     "data.path": "dataset_name",
     "data.name": "dataset_name",
+    "train_data": "dataset_name",
+    "train_file": "dataset_name",
+    "train_path": "dataset_name",
     "train_split": "dataset_train_split",
     "test_split": "dataset_test_split",
     "eval_split": "dataset_test_split",
@@ -41,6 +45,9 @@ _ALIASES = {
     "max_seq_len": "max_length",
     "max_seq_length": "max_length",
     "cutoff_len": "max_length",
+    "sequence_length": "max_length",
+    "seq_length": "max_length",
+    "seq_len": "max_length",
     "max_prompt_len": "max_prompt_length",
     "prompt_length": "max_prompt_length",
     "dpo_beta": "beta",
@@ -85,6 +92,7 @@ _ALIASES = {
     "tail.test": "tail_test",
 }
 _SWITCHES = {"use_wandb": "wandb", "use_tensorboard": "tensorboard", "wandb.enabled": "wandb"}  # → one of --report_to
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of types
 _ELSEWHERE = {
     "strategy_args": "the accelerate config says how processes share the model: accelerate_configs/",
     "strategy_name": "the accelerate config says how processes share the model: accelerate_configs/",
@@ -144,7 +152,7 @@ def convert_recipe(recipe: str | Path, known: Mapping[str, Option]) -> Converted
         name, reason = _counterpart(key, value, known)
         if name is not None:
             try:
-                taken = convert(known[name], value, key)
+                taken = convert(known[name], _SHORT.get(str(value), value) if name == "dtype" else value, key)
             except UserError as problem:
                 name, reason = None, str(problem)
             else:
@@ -166,6 +174,23 @@ def convert_recipe(recipe: str | Path, known: Mapping[str, Option]) -> Converted
 
 
 _NOT_NEEDED = "(not needed: "
+_NO_EFFECT = re.compile(r"--(\w+) has no effect\b")
+
+
+def without_idle(converted: Converted, faults: Callable[[dict[str, Any]], list[str]]) -> Converted:
+    """The same recipe without the options that would do nothing beside its others, which a run refuses.
+
+    Args:
+        faults: options → what a run would refuse of them.
+    """
+    text, values = converted.text.splitlines(), dict(converted.values)
+    while idle := next(
+        ((found[1], told) for told in faults(values) if (found := _NO_EFFECT.match(told)) and found[1] in values), None
+    ):
+        name, told = idle
+        del values[name]
+        text = [f"# NO EFFECT  {line}  ({told})" if line.startswith(f"{name}: ") else line for line in text]
+    return Converted("\n".join(text) + "\n", values, converted.open)
 
 
 def _counterpart(key: str, value: Any, known: Mapping[str, Option]) -> tuple[str | None, str]:

@@ -112,8 +112,6 @@ class LoraOptions(Options):
     def conflicts(self) -> Iterator[str]:
         if self.lora_layers_pattern and not self.lora_layers_to_transform:
             yield "--lora_layers_pattern has no effect without --lora_layers_to_transform"
-        if self.load_in_4bit and not self.use_peft:
-            yield "--load_in_4bit needs --use_peft: weights in 4 bits cannot be trained themselves"
 
 
 @dataclasses.dataclass

@@ -317,6 +317,8 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, 
             f"--use_peft would add an adapter to the adapter {model.model_name_or_path}: "
             "leave it out to go on training that one, or merge it first"
         )
+    if lora.load_in_4bit and not lora.use_peft and not is_adapter(model.model_name_or_path):
+        problems.append("--load_in_4bit needs --use_peft or an adapter: 4-bit weights cannot be trained themselves")
     if model.model_revision is not None and Path(model.model_name_or_path).is_dir():
         problems.append(f"--model_revision has no effect: {model.model_name_or_path} is a folder")
     if train.fp16 and not _accelerator_for(train):

@@ -23,6 +23,7 @@ from tandem.log import logger
 from tandem.models.ends import stop_at_turn_end
 from tandem.models.habana import is_lazy
 from tandem.models.load import load_merged, load_model, load_tokenizer
+from tandem.models.vocabulary import check_vocabulary
 from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
@@ -72,6 +73,8 @@ def run_dpo(run: DPOOptionSet) -> None:
         tokenizer = load_tokenizer(run.model, day=session.day)
         rendered = _splits(run, tokenizer)
         splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
+        if run.dpo.reference_model:
+            check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
         builders.start_processes(arguments)
         policy = _policy(run, held, tokenizer)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
