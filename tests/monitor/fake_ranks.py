@@ -16,6 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from tandem.errors import AlarmStop
+from tandem.monitor.gather import Sampling
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 
@@ -47,7 +48,7 @@ def run(
     options = MonitorOptions(tail_warmup_steps=2, beta_control="risk", tail_delta=0.3)
 
     def new_monitor() -> Monitor:
-        return Monitor(options, folder, accelerator, 0.1, save_checkpoint=lambda: None, epoch_pairs=pairs)
+        return Monitor(options, folder, accelerator, 0.1, save_checkpoint=lambda: None, sampling=Sampling(pairs))
 
     monitor = new_monitor()
     monitor.begin(0)

@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tandem.monitor.callback import MonitorCallback
+from tandem.monitor.gather import Sampling
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 
@@ -97,7 +98,7 @@ class MonitoredTrainer(DPOTrainer):
             self.accelerator,
             self.beta,
             save_checkpoint=lambda: self._save_checkpoint(self.model_wrapped, None),
-            epoch_pairs=len(self.train_dataset),
+            sampling=Sampling(epoch_pairs=len(self.train_dataset)),
         )
         self.add_callback(MonitorCallback(self))
 

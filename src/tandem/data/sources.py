@@ -75,16 +75,10 @@ def load_pairs(
     pairs = []
     for source, number, read in rows:
         try:
-            if (read.kind == "text") != (data_format == TEXT):
-                raise RowError("a source is of texts alone, or of rows that have an answer; this row is the other kind")
             if first:
                 check_format(read.row, data_format, first)
-            scores, of_scores = scores_of(read.row, needed=options.min_score_margin is not None)
-            row = {name: read.row[name] for name in read.row if name not in of_scores}
-            pair = to_canonical(row, data_format, balance)
-            balance.read.update(of_scores)
-            kind = {"kind": read.kind} if read.kind is not None else {}
-            pairs.append({**pair, **scores, **kind, "source": source, "row": number, "format": data_format})
+            pair = _pair_of(read, data_format, options, balance)
+            pairs.append({**pair, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, read.in_its_words(error)), options.max_bad_rows, bad)
     if columns := {read.column for _, _, read in rows if read.kind is not None}:
@@ -100,6 +94,17 @@ def load_pairs(
         balances.append(balance)
     balance.tell()
     return pairs
+
+
+def _pair_of(read: Example, data_format: str, options: DataOptions, balance: Balance) -> Row:
+    """The canonical row, with its scores and, of an example without a rejected answer, its kind."""
+    if (read.kind == "text") != (data_format == TEXT):
+        raise RowError("a source is of texts alone, or of rows that have an answer; this row is the other kind")
+    scores, of_scores = scores_of(read.row, needed=options.min_score_margin is not None)
+    row = {name: read.row[name] for name in read.row if name not in of_scores}
+    pair = to_canonical(row, data_format, balance)
+    balance.read.update(of_scores)
+    return {**pair, **scores, **({"kind": read.kind} if read.kind is not None else {})}
 
 
 def _far_apart(options: DataOptions, split: str, pairs: list[Row]) -> list[Row]:

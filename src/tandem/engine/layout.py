@@ -165,18 +165,10 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
     Raises:
         ValueError: an odd number of rows, no token at all, a row with a hole, or a label that no real token precedes.
     """
+    shape, device = (input_ids.shape[0], input_ids.shape[1]), input_ids.device
+    _check(*shape, layout)
+    input_ids, attention_mask, labels = _on_host(input_ids, attention_mask, labels)
     rows, columns = input_ids.shape
-    _check(rows, columns, layout)
-    device = input_ids.device
-    if device.type != "cpu":  # all that follows is small
-        input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask, labels]).cpu()
-    shape = (rows, columns)
-    if rows % 2:  # where nothing is shared any two rows will do, and for the last one without tokens
-        input_ids, attention_mask = (
-            torch.cat([grid, grid.new_zeros(1, columns)]) for grid in (input_ids, attention_mask)
-        )
-        labels = torch.cat([labels, labels.new_full((1, columns), IGNORED_LABEL)])
-        rows += 1
     pairs = rows // 2
 
     # (B, 2, S): pair-major, so that flattening runs through chosen, rejected of one pair before the next
@@ -225,6 +217,22 @@ def _check(rows: int, columns: int, layout: Layout) -> None:
         raise ValueError("the padded layout has no plan: it is TRL's own forward")
     if not columns:
         raise ValueError("the batch has no tokens")
+
+
+def _on_host(*grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and labels on the host, since all that follows is small, with an even number of rows.
+
+    Where nothing is shared any two rows will do, and for the last one a row without tokens.
+    """
+    if grids[0].device.type != "cpu":
+        grids = torch.stack(grids).cpu().unbind()
+    if len(grids[0]) % 2:
+        fills = (0, 0, IGNORED_LABEL)
+        grids = tuple(
+            torch.cat([grid, grid.new_full((1, grid.shape[1]), fill)]) for grid, fill in zip(grids, fills, strict=True)
+        )
+    ids, mask, labels = grids
+    return ids, mask, labels
 
 
 def _common_prefix(ids: Tensor, real: Tensor, starts: Tensor, column: Tensor) -> Tensor:

@@ -54,6 +54,29 @@ class MicroBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a run's pairs are dealt to its ranks.
+
+    Attributes:
+        epoch_pairs: pairs of one epoch over all ranks, which is the length of the training set; None if it has none.
+            Tells padding of the last batch from pairs.
+        ranks_per_batch: neighbouring ranks that get the same pairs (tensor parallelism).
+        in_order: (epoch, its rows before a step, rows of the step) → the rows in the order of the sampler, where they
+            are dealt in another.
+    """
+
+    epoch_pairs: int | None = None
+    ranks_per_batch: int = 1
+    in_order: Callable[[int, int, int], list[int]] | None = None
+
+    def step(self, dealt: "Step", epoch: int, rows_before: int) -> "Step":
+        """The pairs of a step of `epoch` in the sampler's order, each once; see `without_repeats`."""
+        if self.in_order is not None:
+            dealt = dealt.select(self.in_order(epoch, rows_before, len(dealt.pair_ids)))
+        return without_repeats(dealt, rows_before, self.epoch_pairs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Share:
     """One rank's part of an optimizer step, on the host."""
 

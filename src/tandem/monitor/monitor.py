@@ -15,7 +15,6 @@ broadcast; rank 0 alone writes the logs.
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ from tandem.monitor.options import MonitorOptions
 from tandem.monitor.saved import MonitorState
 from tandem.monitor.tail import TailState, update
 
-logger = logging.getLogger(__name__)
+_PLAIN = gather.Sampling()
 
 
 class Monitor:
@@ -49,11 +48,7 @@ class Monitor:
         accelerator: the trainer's.
         beta: β of the first step.
         save_checkpoint: saves a checkpoint of the weights as they are, on all ranks, and calls `before_save` for it.
-        epoch_pairs: pairs the sampler deals in one epoch over all ranks, which is the length of the training set;
-            None if it has none. Tells padding of the last batch from pairs.
-        ranks_per_batch: neighbouring ranks that get the same pairs (tensor parallelism).
-        in_order: (epoch, its rows before a step, rows of the step) → the rows in the order of the sampler, where they
-            are dealt in another.
+        sampling: how pairs are dealt.
 
     Raises:
         UserError: `beta` is outside of the control's range.
@@ -67,9 +62,7 @@ class Monitor:
         beta: float,
         *,
         save_checkpoint: Callable[[], None],
-        epoch_pairs: int | None = None,
-        ranks_per_batch: int = 1,
-        in_order: Callable[[int, int, int], list[int]] | None = None,
+        sampling: gather.Sampling = _PLAIN,
     ) -> None:
         options.check_beta(beta)
         self.options = options
@@ -77,10 +70,9 @@ class Monitor:
         self.step = 0  # the last optimizer step that ended
         self.state = TailState(beta=beta)
         self._margins_log = MarginsLog(Path(logs_dir) / "margins")
-        self.alarms = AlarmLog(Path(logs_dir), accelerator, ranks_per_batch)
+        self.alarms = AlarmLog(Path(logs_dir), accelerator, sampling.ranks_per_batch)
         self._accelerator, self._save_checkpoint = accelerator, save_checkpoint
-        self._epoch_pairs, self._ranks_per_batch = epoch_pairs, ranks_per_batch
-        self._in_order = in_order
+        self._sampling = sampling
         self._first_beta = beta
         self._saved_step: int | None = None
         self._epoch, self._epoch_rows = 0, 0
@@ -143,7 +135,7 @@ class Monitor:
         if self._collected is not None:
             return
         share = gather.to_host(self._micro_batches, self._grad_norm)
-        shares = gather.gather_shares(share)[:: self._ranks_per_batch]
+        shares = gather.gather_shares(share)[:: self._sampling.ranks_per_batch]
         dealt = gather.assemble(shares)
         grad_norm = gather.grad_norm_of(shares)
         scaled = self._accelerator.scaler is not None
@@ -157,9 +149,7 @@ class Monitor:
                 self._stop_before_step(alarm)
         if epoch != self._epoch:
             self._epoch, self._epoch_rows = epoch, 0
-        if self._in_order is not None:
-            dealt = dealt.select(self._in_order(epoch, self._epoch_rows, len(dealt.pair_ids)))
-        step = gather.without_repeats(dealt, self._epoch_rows, self._epoch_pairs)
+        step = self._sampling.step(dealt, epoch, self._epoch_rows)
         self._epoch_rows += len(dealt.pair_ids)
         self._collected = step, share, grad_norm
         self._micro_batches, self._grad_norm = [], None

@@ -18,6 +18,7 @@ from tandem.engine.precision import computed_in
 from tandem.engine.ref_cache import RefCache, pair_key
 from tandem.log import logger
 from tandem.monitor.callback import MonitorCallback
+from tandem.monitor.gather import Sampling
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.training.trainers.checkpoints import CompleteCheckpoints
@@ -109,9 +110,7 @@ class PairTrainer(CompleteCheckpoints):
             self.accelerator,
             self.beta,
             save_checkpoint=lambda: self._save_checkpoint(self.model_wrapped, None),
-            epoch_pairs=len(self.train_dataset),
-            ranks_per_batch=ranks_per_batch,
-            in_order=getattr(self, "_in_order", None),
+            sampling=Sampling(len(self.train_dataset), ranks_per_batch, getattr(self, "_in_order", None)),
         )
         self.add_callback(MonitorCallback(self))  # type: ignore[attr-defined]
 

@@ -67,7 +67,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
 
     def __init__(
         self,
-        *arguments: Any,
+        *,
         ref_model: PreTrainedModel | None = None,
         engine: EngineOptions,
         monitor: MonitorOptions,
@@ -92,7 +92,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
             policy_is_reference(ref_model),
             without_trls_copy(keywords["model"]),
         ):
-            super().__init__(*arguments, ref_model=ref_model, **keywords)
+            super().__init__(ref_model=ref_model, **keywords)
         self.ref_model = None
         if self.args.disable_dropout:
             disable_dropout(self.model)
