@@ -75,9 +75,7 @@ def load_pairs(
     pairs = []
     for source, number, read in rows:
         try:
-            if first:
-                check_format(read.row, data_format, first)
-            pair = _pair_of(read, data_format, options, balance)
+            pair = _pair_of(read, data_format, first, options, balance)
             pairs.append({**pair, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, read.in_its_words(error)), options.max_bad_rows, bad)
@@ -96,10 +94,15 @@ def load_pairs(
     return pairs
 
 
-def _pair_of(read: Example, data_format: str, options: DataOptions, balance: Balance) -> Row:
-    """The canonical row, with its scores and, of an example without a rejected answer, its kind."""
+def _pair_of(read: Example, data_format: str, first: str, options: DataOptions, balance: Balance) -> Row:
+    """The canonical row, with its scores and, of an example without a rejected answer, its kind.
+
+    `first` is the place of the row that the format was found by, empty where the user named it.
+    """
     if (read.kind == "text") != (data_format == TEXT):
         raise RowError("a source is of texts alone, or of rows that have an answer; this row is the other kind")
+    if first:
+        check_format(read.row, data_format, first)
     scores, of_scores = scores_of(read.row, needed=options.min_score_margin is not None)
     row = {name: read.row[name] for name in read.row if name not in of_scores}
     pair = to_canonical(row, data_format, balance)
