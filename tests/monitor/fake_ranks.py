@@ -16,7 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from tandem.errors import AlarmStop
-from tandem.monitor.gather import Sampling
+from tandem.monitor.gather import MicroBatch, Sampling
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 
@@ -84,7 +84,8 @@ def feed(monitor: Monitor, pair_ids: list[str], bad: bool = False) -> None:
     if bad:
         margins[0] = math.nan
     batch = {"input_ids": torch.arange(len(pair_ids))}
-    monitor.add(pair_ids, margins, (margins - 10, -margins - 10), margins.mean(), tokens=7, batch=lambda: batch)
+    logps = margins - 10, -margins - 10
+    monitor.add(MicroBatch.of(pair_ids, margins, logps, margins.mean(), tokens=7, batch=lambda: batch))
 
 
 def stop(folder: Path, accelerator: Accelerator) -> None:

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tandem.monitor.callback import MonitorCallback
-from tandem.monitor.gather import Sampling
+from tandem.monitor.gather import MicroBatch, Sampling
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 
@@ -129,7 +129,7 @@ class MonitoredTrainer(DPOTrainer):
             logps[0] = torch.where(torch.tensor([pair in self.poison for pair in pair_ids * 2]), torch.nan, logps[0])
         if self.model.training:
             (chosen, rejected), (ref_chosen, ref_rejected) = (both.chunk(2) for both in logps)
-            self.monitor.add(
+            micro_batch = MicroBatch.of(
                 pair_ids,
                 (chosen - rejected) - (ref_chosen - ref_rejected),
                 (chosen, rejected),
@@ -138,6 +138,7 @@ class MonitoredTrainer(DPOTrainer):
                 tokens=inputs["attention_mask"].sum(),
                 batch=lambda: inputs,
             )
+            self.monitor.add(micro_batch)
             if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:
                 self.monitor.collect(int(self.state.epoch or 0))
         return loss

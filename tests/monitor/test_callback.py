@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tandem.errors import AlarmStop, UserError
+from tandem.monitor.gather import MicroBatch
 from tandem.monitor.margins import read_margins, read_margins_log
 from tandem.monitor.options import MonitorOptions
 from tandem.monitor.saved import saved_state
@@ -256,6 +257,6 @@ def test_refuses_a_checkpoint_it_cannot_go_on_from(whole: MonitoredTrainer, tmp_
         MonitoredTrainer(tmp_path, options(), beta=0.001)
 
 
-def test_mismatched_pair_ids_are_refused(whole: MonitoredTrainer) -> None:
+def test_mismatched_pair_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="1 pair ids for margins of shape"):
-        whole.monitor.add(["a"], torch.zeros(2), (torch.zeros(2), torch.zeros(2)), torch.zeros(()))
+        MicroBatch.of(["a"], torch.zeros(2), (torch.zeros(2), torch.zeros(2)), torch.zeros(()))

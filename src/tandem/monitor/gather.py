@@ -34,11 +34,24 @@ class MicroBatch:
         margins: torch.Tensor,
         logps: tuple[torch.Tensor, torch.Tensor],
         loss: torch.Tensor,
-        tokens: int | torch.Tensor,
-        kl: torch.Tensor | None,
-        batch: Callable[[], Mapping[str, Any]] | None,
+        *,
+        tokens: int | torch.Tensor = 0,
+        kl: torch.Tensor | None = None,
+        batch: Callable[[], Mapping[str, Any]] | None = None,
     ) -> "MicroBatch":
-        """See `Monitor.add`."""
+        """A micro-batch of B pairs. Does not wait for the device.
+
+        Args:
+            margins: (B,) in nats, not scaled by β.
+            logps: (B,) each, log π of the chosen and of the rejected answers, nats per answer.
+            loss: () the micro-batch's loss.
+            tokens: how many tokens were forwarded on this rank.
+            kl: (B,) or () estimate of KL(π‖π_ref), nats per answer.
+            batch: gives the model's inputs, should an alarm save them.
+
+        Raises:
+            ValueError: the number of pair ids is not that of the margins.
+        """
         if margins.shape != (len(pair_ids),):
             raise ValueError(f"{len(pair_ids)} pair ids for margins of shape {tuple(margins.shape)}")
         # Filled on the device: to copy a number there would wait for it

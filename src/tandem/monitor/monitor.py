@@ -90,31 +90,9 @@ class Monitor:
         """β for the next loss."""
         return self.state.beta
 
-    def add(
-        self,
-        pair_ids: list[str],
-        margins: torch.Tensor,
-        logps: tuple[torch.Tensor, torch.Tensor],
-        loss: torch.Tensor,
-        *,
-        tokens: int | torch.Tensor = 0,
-        kl: torch.Tensor | None = None,
-        batch: Callable[[], Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Take one micro-batch of B pairs in training. Does not wait for the device.
-
-        Args:
-            margins: (B,) in nats, not scaled by β.
-            logps: (B,) each, log π of the chosen and of the rejected answers, nats per answer.
-            loss: () the micro-batch's loss.
-            tokens: how many tokens were forwarded on this rank.
-            kl: (B,) or () estimate of KL(π‖π_ref), nats per answer.
-            batch: gives the model's inputs, should an alarm save them.
-
-        Raises:
-            ValueError: the number of pair ids is not that of the margins.
-        """
-        self._micro_batches.append(gather.MicroBatch.of(pair_ids, margins, logps, loss, tokens, kl, batch))
+    def add(self, micro_batch: gather.MicroBatch) -> None:
+        """Take one micro-batch of pairs in training. Does not wait for the device."""
+        self._micro_batches.append(micro_batch)
 
     def add_grad_norm(self, grad_norm: float | torch.Tensor | None) -> None:
         """Take the gradient norm before clipping. Does not wait for the device; collective if it is a DTensor."""

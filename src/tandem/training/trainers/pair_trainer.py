@@ -18,7 +18,7 @@ from tandem.engine.precision import computed_in
 from tandem.engine.ref_cache import RefCache, pair_key
 from tandem.log import logger
 from tandem.monitor.callback import MonitorCallback
-from tandem.monitor.gather import Sampling
+from tandem.monitor.gather import MicroBatch, Sampling
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.training.trainers.checkpoints import CompleteCheckpoints
@@ -186,7 +186,7 @@ class PairTrainer(CompleteCheckpoints):
         """`rewards` where they are not β times the log-ratios: margins are then their difference over β."""
         chosen_ratio = chosen - inputs["ref_chosen_logps"]
         rejected_ratio = rejected - inputs["ref_rejected_logps"]
-        self.monitor.add(
+        micro_batch = MicroBatch.of(
             pair_ids,
             chosen_ratio - rejected_ratio if rewards is None else (rewards[0] - rewards[1]) / self.beta,
             (chosen, rejected),
@@ -197,6 +197,7 @@ class PairTrainer(CompleteCheckpoints):
             kl=0.25 * (chosen_ratio**2 + rejected_ratio**2) if self._ref_cache is not None else None,
             batch=lambda: inputs,
         )
+        self.monitor.add(micro_batch)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:
             self.monitor.collect(int(self.state.epoch or 0))  # its backward steps the optimizer as well
 
