@@ -3,14 +3,14 @@
  * Preloaded, so that it sees what Python, torch's C++, safetensors' Rust, bash and coreutils do alike. It sleeps until
  * crash_arm is called, or from the start where the environment has CRASH_ROOT, CRASH_COUNTER and CRASH_AT.
  *
- * The count is in a file that all processes share. Call number CRASH_AT does not happen: a write of several bytes is torn
- * in its middle, any other call is left out, and all processes of the group are killed. In the modes 1 and 2 what was
- * written since a file's last fsync is lost as well, as after a power cut on a journalling file system, which keeps
- * names in their order but not the data of files: 1, the file has its former length; 2, zeros are in the place of it.
- * These two know what their own process has written, so that they are for one process.
+ * The count is in a file that all processes share. By itself it ends all processes of the group in the place of call
+ * number CRASH_AT, a write in its middle.
+ *
+ * Armed by crash_arm, the process stops (SIGSTOP) before each call and in the middle of each write, so that another can
+ * look at what is there, and lets it go on. Beside the counter, in a file named .unsynced, is then what a power cut would
+ * lose: a line (inode, bytes that are safe, path) for each file with bytes that no fsync has followed.
  */
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -42,14 +42,15 @@ static char root[PATH_MAX];
 static size_t root_length;
 static volatile long *counter;
 static long at;
-static int mode, log_fd = -1;
+static int stopping, log_fd = -1;
+static char unsynced[PATH_MAX];
 static struct file *dirty;
 static int dirty_count;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-void crash_arm(const char *below, const char *counter_file, long when, int how, const char *log_file) {
+static void arm(const char *below, const char *counter_file, long when, const char *log_file) {
   int fd = syscall(SYS_openat, AT_FDCWD, counter_file, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
   if (fd < 0 || syscall(SYS_ftruncate, fd, (off_t)sizeof(long)) != 0) abort();
   counter = mmap(NULL, sizeof(long), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -63,14 +64,19 @@ void crash_arm(const char *below, const char *counter_file, long when, int how, 
   if (!dirty) dirty = calloc(FILES, sizeof *dirty);
   dirty_count = 0;
   at = when;
-  mode = how;
   snprintf(root, sizeof root, "%s", below);
   root_length = strlen(root);
 }
 
 __attribute__((constructor)) static void arm_from_environment(void) {
   const char *below = getenv("CRASH_ROOT"), *file = getenv("CRASH_COUNTER"), *when = getenv("CRASH_AT");
-  if (below && file && when) crash_arm(below, file, atol(when), 0, getenv("CRASH_LOG"));
+  if (below && file && when) arm(below, file, atol(when), getenv("CRASH_LOG"));
+}
+
+void crash_arm(const char *below, const char *counter_file, const char *log_file) {
+  snprintf(unsynced, sizeof unsynced, "%s.unsynced", counter_file);
+  arm(below, counter_file, -1, log_file);
+  stopping = 1;
 }
 
 static int ends_with(const char *path, const char *end) {
@@ -111,50 +117,23 @@ static int open_file(int fd, char *path, struct stat *status) {
   return watched(path) && fstat(fd, status) == 0 && S_ISREG(status->st_mode);
 }
 
-/* Open a file that may have been renamed unseen: Rust's rustix calls the kernel without the C library. */
-static int find(struct file *file) {
-  struct stat status;
-  int fd = syscall(SYS_openat, AT_FDCWD, file->path, O_WRONLY | O_CLOEXEC, 0);
-  if (fd >= 0 && fstat(fd, &status) == 0 && status.st_ino == file->ino) return fd;
-  if (fd >= 0) syscall(SYS_close, fd);
-  char *slash = strrchr(file->path, '/');
-  DIR *folder;
-  struct dirent *entry;
-  *slash = 0;
-  fd = -1;
-  if ((folder = opendir(file->path))) {
-    while (fd < 0 && (entry = readdir(folder)))
-      if (entry->d_ino == file->ino) fd = syscall(SYS_openat, dirfd(folder), entry->d_name, O_WRONLY | O_CLOEXEC, 0);
-    closedir(folder);
-  }
-  return fd;
-}
-
-static void lose_unsynced(void) {
-  static char zeros[1 << 16];
-  for (int index = 0; index < dirty_count; index++) {
-    struct file *file = &dirty[index];
-    struct stat status;
-    int fd = find(file);
-    if (fd < 0) continue;
-    if (fstat(fd, &status) == 0 && status.st_ino == file->ino && status.st_size > file->synced) {
-      if (mode == 1) {
-        syscall(SYS_ftruncate, fd, file->synced);
-      } else {
-        for (off_t place = file->synced; place < status.st_size; place += sizeof zeros) {
-          size_t count = status.st_size - place;
-          syscall(SYS_pwrite64, fd, zeros, count < sizeof zeros ? count : sizeof zeros, place);
-        }
-      }
-    }
-    syscall(SYS_close, fd);
-  }
-}
-
 static void end(void) {
-  if (mode) lose_unsynced();
-  kill(mode ? getpid() : 0, SIGKILL);
+  kill(0, SIGKILL);
   for (;;) pause();
+}
+
+static void stop(void) {
+  pthread_mutex_lock(&lock);
+  int fd = syscall(SYS_openat, AT_FDCWD, unsynced, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  for (int index = 0; index < dirty_count; index++) {
+    char line[PATH_MAX + 64];
+    int length = snprintf(line, sizeof line, "%lu %ld %s\n", (unsigned long)dirty[index].ino, (long)dirty[index].synced,
+                          dirty[index].path);
+    syscall(SYS_write, fd, line, length);
+  }
+  syscall(SYS_close, fd);
+  pthread_mutex_unlock(&lock);
+  kill(getpid(), SIGSTOP);
 }
 
 /* Whether this call is the one that does not happen. */
@@ -165,11 +144,12 @@ static int due(const char *call, const char *path) {
     int length = snprintf(line, sizeof line, "%ld %s %s\n", number, call, path + (strlen(path) > root_length ? root_length + 1 : 0));
     syscall(SYS_write, log_fd, line, length);
   }
+  if (stopping) stop();
   return number == at;
 }
 
 static void mark(const struct stat *status, const char *path) {
-  if (!mode || strstr(path, ".sqlite")) return; /* SQLite writes in the middle of files, and is proved elsewhere */
+  if (!stopping || strstr(path, ".sqlite")) return; /* SQLite writes in the middle of files, and is proved elsewhere */
   pthread_mutex_lock(&lock);
   int index = 0;
   while (index < dirty_count && !(dirty[index].ino == status->st_ino && dirty[index].dev == status->st_dev)) index++;
@@ -231,7 +211,7 @@ static int on_names(const char *call, int from_folder, const char *from, int to_
 
 static void after_names(int from_folder, const char *from, int to_folder, const char *to) {
   char old[PATH_MAX], new[PATH_MAX];
-  if (!mode) return;
+  if (!stopping) return;
   absolute(from_folder, from, old);
   if (to) absolute(to_folder, to, new);
   renamed(old, to ? new : NULL);
@@ -343,7 +323,9 @@ FILE *fopen64(const char *path, const char *how) {
 
 /* ---- content ---- */
 
-/* Whether the write of `fd` is to be torn. */
+static __thread ino_t resumed; /* the file whose second half comes next */
+
+/* Whether the write of `fd` is to be torn: the one that is due, or, where it stops, each. */
 static int on_write(int fd) {
   char path[PATH_MAX];
   struct stat status;
@@ -351,58 +333,53 @@ static int on_write(int fd) {
   if (open_file(fd, path, &status)) {
     torn = due("write", path);
     mark(&status, path);
+    if (stopping) {
+      torn = status.st_ino != resumed;
+      resumed = torn ? status.st_ino : 0;
+    }
   }
   errno = kept;
   return torn;
 }
 
-ssize_t write(int fd, const void *data, size_t count) {
-  if (on_write(fd)) {
-    syscall(SYS_write, fd, data, count / 2);
-    end();
+/* A call that writes its first half by `half`, and then ends or stops there. */
+#define TORN(fd, half)             \
+  if (on_write(fd)) {              \
+    if (!stopping) {               \
+      half;                        \
+      end();                       \
+    }                              \
+    ssize_t some = half;           \
+    stop();                        \
+    return some; /* the caller writes the rest */ \
   }
+
+ssize_t write(int fd, const void *data, size_t count) {
+  TORN(fd, syscall(SYS_write, fd, data, (count + 1) / 2))
   return REAL(write)(fd, data, count);
 }
 ssize_t pwrite(int fd, const void *data, size_t count, off_t place) {
-  if (on_write(fd)) {
-    syscall(SYS_pwrite64, fd, data, count / 2, place);
-    end();
-  }
+  TORN(fd, syscall(SYS_pwrite64, fd, data, (count + 1) / 2, place))
   return REAL(pwrite)(fd, data, count, place);
 }
 ssize_t pwrite64(int fd, const void *data, size_t count, off64_t place) {
-  if (on_write(fd)) {
-    syscall(SYS_pwrite64, fd, data, count / 2, place);
-    end();
-  }
+  TORN(fd, syscall(SYS_pwrite64, fd, data, (count + 1) / 2, place))
   return REAL(pwrite64)(fd, data, count, place);
 }
 ssize_t writev(int fd, const struct iovec *parts, int count) {
-  if (on_write(fd)) {
-    syscall(SYS_writev, fd, parts, (count + 1) / 2);
-    end();
-  }
+  TORN(fd, syscall(SYS_writev, fd, parts, (count + 1) / 2))
   return REAL(writev)(fd, parts, count);
 }
 ssize_t sendfile(int to, int from, off_t *place, size_t count) {
-  if (on_write(to)) {
-    syscall(SYS_sendfile, to, from, place, count < 64 ? 1 : 64);
-    end();
-  }
+  TORN(to, syscall(SYS_sendfile, to, from, place, count < 64 ? 1 : 64))
   return REAL(sendfile)(to, from, place, count);
 }
 ssize_t sendfile64(int to, int from, off64_t *place, size_t count) {
-  if (on_write(to)) {
-    syscall(SYS_sendfile, to, from, place, count < 64 ? 1 : 64);
-    end();
-  }
+  TORN(to, syscall(SYS_sendfile, to, from, place, count < 64 ? 1 : 64))
   return REAL(sendfile64)(to, from, place, count);
 }
 ssize_t copy_file_range(int from, off64_t *a, int to, off64_t *b, size_t count, unsigned flags) {
-  if (on_write(to)) {
-    syscall(SYS_copy_file_range, from, a, to, b, count < 64 ? 1 : 64, flags);
-    end();
-  }
+  TORN(to, syscall(SYS_copy_file_range, from, a, to, b, count < 64 ? 1 : 64, flags))
   return REAL(copy_file_range)(from, a, to, b, count, flags);
 }
 static void on_truncate(int fd) {
@@ -435,12 +412,12 @@ static int on_sync(int fd, struct stat *status) {
 int fsync(int fd) {
   struct stat status;
   int mine = on_sync(fd, &status), result = REAL(fsync)(fd);
-  if (mine && mode && result == 0) synced(&status);
+  if (mine && stopping && result == 0) synced(&status);
   return result;
 }
 int fdatasync(int fd) {
   struct stat status;
   int mine = on_sync(fd, &status), result = REAL(fdatasync)(fd);
-  if (mine && mode && result == 0) synced(&status);
+  if (mine && stopping && result == 0) synced(&status);
   return result;
 }
