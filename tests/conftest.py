@@ -11,8 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -52,15 +51,3 @@ def script() -> Callable[[str], ModuleType]:
         return loaded[name]
 
     return load
-
-
-@pytest.fixture(autouse=True)
-def _close_train_logs() -> Iterator[None]:
-    """A run adds its train.log to the one logger, for the life of its process."""
-    yield
-    logger = logging.getLogger("tandem")
-    for handler in list(logger.handlers):
-        if isinstance(handler, logging.FileHandler | logging.StreamHandler):
-            logger.removeHandler(handler)
-            handler.close()
-    logger.propagate = True

@@ -12,7 +12,7 @@ import pytest
 
 from tandem.credentials import hide, hide_key, holds_secret, names_secret
 from tandem.errors import UserError, script_main
-from tandem.log import log_to, logger
+from tandem.log import logger, logging_to
 
 ROOT = Path(__file__).parents[1]
 PLANTED = {
@@ -101,13 +101,13 @@ def test_errors_and_logs_hide_them(planted: None, tmp_path: Path, capsys: pytest
 
     with pytest.raises(SystemExit):
         script_main(main)
-    log_to(tmp_path)
-    logger.warning("retrying: %s", said)
-    try:
-        raise ValueError(said)
-    except ValueError:
-        logger.exception("failed")
-    logging.getLogger("tandem.judge").warning(said)
+    with logging_to(tmp_path):
+        logger.warning("retrying: %s", said)
+        try:
+            raise ValueError(said)
+        except ValueError:
+            logger.exception("failed")
+        logging.getLogger("tandem.judge").warning(said)
     shown = capsys.readouterr()
     assert shown.err.count("[hidden] to http://[hidden]@host") >= 3
     assert_clean((shown.out + shown.err).encode(), "what is shown")

@@ -1,6 +1,8 @@
 """The one logger of the stages: to the screen, and to `train.log` beside the outputs."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from tandem.credentials import hide
@@ -14,12 +16,22 @@ class _Formatter(logging.Formatter):
         return hide(super().format(record))
 
 
-def log_to(folder: str | Path) -> None:
-    """Send this process's log records to the screen and to `folder`/train.log; only rank 0 calls this."""
+@contextlib.contextmanager
+def logging_to(folder: str | Path) -> Iterator[None]:
+    """Send log records to the screen and to `folder`/train.log until the block ends; only rank 0 calls this."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     formatter = _Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S")
-    for handler in (logging.StreamHandler(), logging.FileHandler(Path(folder) / LOG_NAME, encoding="utf-8")):
+    handlers = (logging.StreamHandler(), logging.FileHandler(Path(folder) / LOG_NAME, encoding="utf-8"))
+    level, propagate = logger.level, logger.propagate
+    for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.level, logger.propagate = level, propagate
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()

@@ -7,8 +7,11 @@ from typing import Any
 
 from tandem.runs import LOCK, MANIFEST, RUN, sha256_file
 
-# Logs of what was done say it once for each time it was done
-_LOGS = ("train.log", "dpo_pipeline_sanity.log", "rounds.log", LOCK)
+# Logs say what was done once for each time it was done; hashes.json knows files by their times
+_LOGS = ("train.log", "dpo_pipeline_sanity.log", "rounds.log", "hashes.json", LOCK)
+# In the order in which answers came, of which several are waited for; one that a kill cut off is asked for again
+_IN_ANY_ORDER = ("raw.jsonl", "verdicts.jsonl", "scores_cache.jsonl")
+_TIMES_OF_REPORT = re.compile(r"written [^<]* UTC|<td>[\d.]+ (s|min|h)\b|<figcaption><b>Memory</b>.*?</svg>", re.DOTALL)
 _CLOCKS = re.compile(r"runtime|_per_second|system/|seconds|^time|_at$|total_flos")
 
 
@@ -31,7 +34,10 @@ def _content(file: Path) -> Any:
                 return sorted(value["files"])
             return _timeless(value)
         if file.suffix == ".jsonl":
-            return [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
+            lines = [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
+            return sorted({json.dumps(line) for line in lines}) if file.name in _IN_ANY_ORDER else lines
+        if file.name == "report.html":
+            return _TIMES_OF_REPORT.sub("", file.read_text())
     except ValueError:
         pass
     return sha256_file(file)

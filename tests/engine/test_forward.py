@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from tandem.engine import choice, forward, probe
+from tandem.engine import forward, probe
+from tandem.engine.choice import Findings
 from tandem.engine.forward import add_pair_forward, pair_engine
 from tandem.engine.logprobs import score_tokens
 from tandem.engine.precision import tolerance
@@ -21,9 +22,7 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """No memory of other tests: neither lines already said nor differences already measured."""
-    choice.log_once.cache_clear()
-    monkeypatch.setattr(choice, "_measured", {})
+    """No memory of other tests: what was measured before is in the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))  # where the probe's memory is by default
 
 
@@ -290,7 +289,6 @@ def test_the_verdict_is_remembered(batch, tmp_path, monkeypatch):
         first(**batch, fused_lm_head=True)
     assert len(calls) == 3  # the probe in both layouts, then the batch
 
-    monkeypatch.setattr(choice, "_measured", {})  # another process
     again, reports = tiny_model("Llama", seed=1), []
     add_pair_forward(again, cache_dir=tmp_path / "memory", on_report=reports.append)
     with backbone_calls(again) as calls:
@@ -306,8 +304,9 @@ def test_the_verdict_is_remembered(batch, tmp_path, monkeypatch):
 
 def test_the_reference_need_not_be_probed_after_the_policy(batch):
     policy, reference = tiny_model("Llama"), tiny_model("Llama")
+    findings = Findings()
     for model in (policy, reference):
-        add_pair_forward(model)
+        add_pair_forward(model, findings=findings, cache_dir="/dev/null/not_writable")
     policy(**batch, fused_lm_head=True)
     with backbone_calls(reference) as calls:
         reference(**batch, fused_lm_head=True)

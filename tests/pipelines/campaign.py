@@ -4,7 +4,7 @@
 
 A life is a run in a new place that is killed once in each stage, and the same command again until it is done; what it
 leaves is compared with what a run leaves that nobody disturbed. FOLDER keeps the state, so that a campaign may be
-stopped after any life, and gone on with. Where the kills come is drawn from the life's number alone.
+stopped after any kill, and gone on with. Where the kills come is drawn from the life's number alone.
 """
 
 import argparse
@@ -51,6 +51,9 @@ RECIPE = {
     "compare": {"max_prompts": 4, "max_new_tokens": 8},
     "judge": {"calibration_pairs": 2, "self_pairs": 1},
 }
+
+
+END = "the same command to its end"
 
 
 @dataclass
@@ -121,10 +124,9 @@ class Campaign:
     def __init__(self, folder: Path, command: Path, environment: Callable[[Path], dict[str, str]]) -> None:
         self.folder, self._state = folder, folder / "campaign.json"
         self.machine = Machine(folder / "life", command, environment(folder))
+        self.state: dict[str, Any] = {"lives": 0, "kills": 0, "losses": 0, "hits": {}, "faults": [], "plan": []}
         if self._state.exists():
-            self.state: dict[str, Any] = json.loads(self._state.read_text())
-        else:
-            self.state = {"lives": 0, "kills": 0, "losses": 0, "hits": {}, "faults": []}
+            self.state |= json.loads(self._state.read_text())
 
     def straight(self) -> None:
         """The run that nobody disturbs, in the place of the others, so that its paths are theirs."""
@@ -141,33 +143,50 @@ class Campaign:
 
     def go_on(self, kills: int, losses: int, until: float) -> bool:
         """Live until there were so many of both, or the clock says `until`; whether there were."""
-        while self.state["kills"] < kills or self.state["losses"] < losses:
+        while self.state["plan"] or self.state["kills"] < kills or self.state["losses"] < losses:
             if time.monotonic() > until:
                 return False
-            self._live(lost=self.state["losses"] < losses)
+            if not self.state["plan"]:
+                self._begin_life(lost=self.state["losses"] < losses)
+            elif self.state["plan"][0] == [END, 0, False]:
+                self._end_life()
+            else:
+                self._kill()
+            self._save()
         return True
 
-    def _live(self, lost: bool) -> None:
-        number = self.state["lives"] + 1
-        rng = random.Random(number)
+    def _begin_life(self, lost: bool) -> None:
+        """Plan one: (stage, second after its start, whether the machine is lost with it) of each kill."""
+        self.state["lives"] += 1
+        rng = random.Random(self.state["lives"])
+        took = self.state["took"]
+        plan = []
+        losses = rng.sample(sorted(took), 3) if lost else []
+        for stage, seconds in took.items():
+            for lose in [True, False] if stage in losses else [False]:
+                plan.append([stage, rng.uniform(0, 1.1 * seconds), lose])
+        self.state["plan"] = [*plan, [END, 0, False]]
         self._new_life()
-        plan = list(self.state["took"])
-        for stage in sorted(rng.sample(range(len(plan)), 3), reverse=True) if lost else ():
-            plan.insert(stage + 1, plan[stage])  # a stage twice: once the machine is lost in it
-        plan_of_losses = {index for index in range(1, len(plan)) if plan[index] == plan[index - 1]}
-        for index, stage in enumerate(plan):
-            done = self.machine.attempt(_in_stage(stage, rng.uniform(0, 1.1 * self.state["took"][stage])))
-            if done.code is not None:
-                self._say(f"life {number}: {stage} was over: exit code {done.code}")
-                break
-            hit = done.stages[-1][0] if done.stages else "start"
-            self.state["hits"][hit] = self.state["hits"].get(hit, 0) + 1
-            self.state["kills"] += 1
-            if index in plan_of_losses:
-                self.machine.lose()
-                self.state["losses"] += 1
-            lost_too = ", the machine lost" if index in plan_of_losses else ""
-            self._say(f"life {number}: kill {self.state['kills']} after {done.seconds:.1f} s, in {hit}{lost_too}")
+
+    def _kill(self) -> None:
+        stage, second, lose = self.state["plan"].pop(0)
+        life = f"life {self.state['lives']}"
+        done = self.machine.attempt(_in_stage(stage, second))
+        if done.code is not None:
+            self._say(f"{life}: {stage} was over: exit code {done.code}")
+            self.state["plan"] = [[END, 0, False]]
+            return
+        hit = done.stages[-1][0] if done.stages else "start"
+        self.state["hits"][hit] = self.state["hits"].get(hit, 0) + 1
+        self.state["kills"] += 1
+        if lose:
+            self.machine.lose()
+            self.state["losses"] += 1
+        and_lost = ", the machine lost" if lose else ""
+        self._say(f"{life}: kill {self.state['kills']} after {done.seconds:.1f} s, in {hit}{and_lost}")
+
+    def _end_life(self) -> None:
+        number = self.state["lives"]
         done = self.machine.attempt()
         faults = [f"exit code {done.code}: {done.screen[-1000:]}"] if done.code else []
         faults += differences(normal(self.folder / "straight"), normal(self.machine.place))
@@ -177,8 +196,8 @@ class Campaign:
             shutil.rmtree(self.folder / f"fault_{number}", ignore_errors=True)
             self.machine.place.rename(self.folder / f"fault_{number}")
         self.state["faults"] += faults
-        self.state["lives"] = number
-        self._save()
+        self.state["plan"] = []
+        self._say(f"life {number}: done, {len(faults)} faults")
 
     def _new_life(self) -> None:
         shutil.rmtree(self.machine.place, ignore_errors=True)

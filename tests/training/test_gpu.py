@@ -1,11 +1,13 @@
 """Defaults of a run on a GPU, and the line that takes the place of an out-of-memory traceback."""
 
 import os
+import runpy
 from typing import Any
 
 import pytest
 import torch
 
+import tandem
 from tandem.data.options import DataOptions
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
@@ -82,8 +84,9 @@ def test_on_a_gpu_workers_collate_and_adam_is_fused(monkeypatch: pytest.MonkeyPa
 )
 def test_memory_in_segments_that_grow(monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: str | None):
     monkeypatch.setattr(os, "environ", dict(before))
-    gpu.prepare()
+    runpy.run_path(str(tandem.__file__))
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 def test_eight_bit_optimizers_are_refused_over_sharded_weights(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Disks that are full or read-only, small ones made for it: one line that says so, and nothing lost."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -91,7 +92,7 @@ def test_a_disk_that_turns_read_only(disk: Path, train: Callable[[Path], None], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tandem.training.session.RateProgress", lambda unit: ReadOnly())
         # An open file keeps a disk from turning read-only
-        patch.setattr("tandem.training.session.log_to", lambda folder: None)
+        patch.setattr("tandem.training.session.logging_to", lambda folder: contextlib.nullcontext())
         with pytest.raises(UserError, match="Read-only file system; checkpoint-4 is the last good one; put that right"):
             train(out)
     with pytest.raises(UserError, match=f"--output_dir {out}: cannot write .*Read-only file system; checkpoint-4 is"):

@@ -1,6 +1,5 @@
 """Which layout a model is forwarded in: the one asked for, as long as the probe finds that it changes nothing."""
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +22,24 @@ logger = logging.getLogger("tandem.engine")
 
 # Layers whose memory along the row is attention, which the plan restricts; a recurrent state would leak across pairs
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
-# Differences measured in this process: the reference has the policy's architecture
-_measured: dict[str, float] = {}
 
 Scoring = Callable[[dict[str, Tensor]], Tensor]
 """The probe's batch → its (4, S − 1) log-probs in nats."""
+
+
+class Findings:
+    """What has been measured and said about layouts: the policy and the reference of a run share it, as they have one
+    architecture."""
+
+    def __init__(self) -> None:
+        self.gaps: dict[str, float] = {}
+        self._said: set[str] = set()
+
+    def say_once(self, level: int, line: str) -> None:
+        """Log each thing once, though both models have it to say."""
+        if line not in self._said:
+            self._said.add(line)
+            logger.log(level, line)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class LayoutRequest(TypedDict, total=False):
             probe weights that lie on several processes again: these see rows of different lengths, and would not do so
             together.
         on_report: called whenever a layout is settled, so again after a probe of longer rows.
+        findings: shared with other models. Default: none are.
     """
 
     layout: Layout
@@ -73,6 +86,7 @@ class LayoutRequest(TypedDict, total=False):
     cache_dir: str | Path
     longest: int
     on_report: Callable[[LayoutReport], None] | None
+    findings: Findings
 
 
 class LayoutChoice:
@@ -89,6 +103,7 @@ class LayoutChoice:
         self.cache = probe.ProbeCache(asked.get("cache_dir", probe.DEFAULT_CACHE))
         self.longest = asked.get("longest", 0)
         self.on_report = asked.get("on_report")
+        self.findings = asked.get("findings") or Findings()
         self.report: LayoutReport | None = None
         self.probed = 0  # tokens of the longest row that the report is about
         self.name = type(model).__name__
@@ -108,7 +123,7 @@ class LayoutChoice:
         self.report = LayoutReport(self.name, layout, reason, difference)
         level = logging.INFO if layout == self.layout else logging.WARNING
         if first or level == logging.WARNING:
-            log_once(level, str(self.report))
+            self.findings.say_once(level, str(self.report))
         if self.on_report is not None:
             self.on_report(self.report)
 
@@ -134,7 +149,7 @@ class LayoutChoice:
         length = probe.length_for(model, max(input_ids.shape[1], self.longest))
         dtype = computed_in(model, device.type)
         key = self.key(model, device, dtype, length)
-        gap = _measured.get(key, self.cache.read(key))
+        gap = self.findings.gaps.get(key, self.cache.read(key))
         if collective:  # all processes forward it, or none
             gap = broadcast_object_list([gap])[0]
         failure = ""
@@ -150,7 +165,7 @@ class LayoutChoice:
             if collective:
                 results = gather_object([(gap, failure)])
                 gap, failure = max(results, key=lambda result: (result[0] != result[0], result[0]))
-            _measured[key] = gap
+            self.findings.gaps[key] = gap
             if gap == gap and PartialState().is_main_process:
                 self.cache.write(key, gap)
         self.probed = max(length, input_ids.shape[1], self.longest)
@@ -196,9 +211,3 @@ def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     decoder = model.get_decoder()
     configs = (getattr(module, "config", None) for module in decoder.modules())
     return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
-
-
-@functools.cache
-def log_once(level: int, line: str) -> None:
-    """Say each thing once, though policy and reference both have it to say."""
-    logger.log(level, line)

@@ -21,7 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tandem.engine import attention
 from tandem.engine.attention import PAIR_ATTENTION, PairAttention
-from tandem.engine.choice import LayoutChoice, LayoutRequest, attention_configs, log_once
+from tandem.engine.choice import Findings, LayoutChoice, LayoutRequest, attention_configs
 from tandem.engine.layout import PAIR_PLAN, PairPlan, plan_pairs
 from tandem.engine.logprobs import LogitTransform, score_tokens
 
@@ -74,6 +74,7 @@ def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
     run without autocast. Examples of SFT are no pairs: theirs is the layout `packed`. Arguments as in
     `add_pair_forward`.
     """
+    asked.setdefault("findings", Findings())
     installer = functools.partial(add_pair_forward, **asked)
     modules = (dpo_trainer, sft_trainer)
     originals = [module.add_fused_lm_head for module in modules]
@@ -141,7 +142,7 @@ class _PairEngine:
             try:
                 plan = self.plan(made, args, kwargs)
             except _Unserved as reason:
-                log_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
+                choice.findings.say_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
             else:
                 return self.forward(model, plan, **kwargs)
         return self.padded_forward(*args, fused_lm_head=True, **kwargs)

@@ -184,11 +184,11 @@ def _work(config: dict[str, Any]) -> None:
     _bring_back(output)
     if ray.train.get_context().get_world_size() == 1:
         _leave_group()
-    from tandem.training import session
+    from tandem.training.session import added_callbacks
 
-    session.ADDED_CALLBACKS[:] = [_report()]
     try:
-        job.module().main(job.argv)
+        with added_callbacks(_report()):
+            job.module().main(job.argv)
     except TandemExit as stop:
         ray.get(outcome.set.remote(type(stop).__name__, str(stop)))
         raise  # the other workers may be waiting for this one

@@ -1,5 +1,7 @@
 """An adapter into the weights of its base: the model that comes out computes what the two computed together."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tandem.errors import UserError
+from tandem.runs import write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,6 +71,22 @@ def _of_first(value: bool) -> bool:
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+def sort_config(folder: str | Path) -> None:
+    """Give the lists in a saved adapter's configuration that PEFT writes from sets an order that is always the same.
+
+    Of strings, a set has another order in each process: the same run would leave other bytes, and count as another
+    model wherever its content is compared.
+    """
+    file = Path(folder) / "adapter_config.json"
+    if not file.exists():
+        return
+    config = json.loads(file.read_text())
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
+    write_json(file, config)
 
 
 def _inside(module: Any) -> Any:

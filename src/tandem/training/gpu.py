@@ -1,7 +1,6 @@
 """What a run on a GPU has that one on the CPU has not: its defaults, and what is said when memory is full."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,16 +17,6 @@ from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 _WORKERS = 2
 # Of torch's allocators, and of the libraries below it
 _MEMORY_IS_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cuda failure 2")
-
-
-def prepare() -> None:
-    """Set what torch reads when it first uses a GPU; what the user has set stays.
-
-    Memory in segments that can grow: every micro-batch has another shape, and blocks of fixed size left from one are
-    of no use to the next.
-    """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def arguments(train: TrainOptions, on_cpu: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from tandem.data.formats import Row
 from tandem.errors import Preempted, UserError
-from tandem.log import log_to, logger
+from tandem.log import logger, logging_to
+from tandem.models.adapters import sort_config
 from tandem.models.companions import carry
 from tandem.options.model import is_adapter
 from tandem.options.parsing import resolved
@@ -55,17 +57,30 @@ from tandem.training.settings import (
     usual,
 )  # fmt: skip
 from tandem.training.storage import storage_errors
-from tandem.training.trackers import join_trackers
+from tandem.training.trackers import joined_trackers
 from tandem.training.trainers.callbacks import EarlyStop, Preemption, RateProgress
 from tandem.training.trainers.checkpoints import refuse_code, steps_done
 
-# What the surroundings of a run, such as Ray, want called as well
-ADDED_CALLBACKS: list[TrainerCallback] = []
+_ADDED_CALLBACKS: ContextVar[tuple[TrainerCallback, ...]] = ContextVar("added callbacks", default=())
 _GOING_AWAY = 10.0  # seconds that a killed process may still hold its folder
+
+
+@contextlib.contextmanager
+def added_callbacks(*callbacks: TrainerCallback) -> Iterator[None]:
+    """Have the runs of this block call `callbacks` as well: what their surroundings, such as Ray, want to know."""
+    token = _ADDED_CALLBACKS.set(callbacks)
+    try:
+        yield
+    finally:
+        _ADDED_CALLBACKS.reset(token)
 
 
 class Session:
     """One training run in its output folder.
+
+    Attributes:
+        own: undoes at the run's end what it has set for its whole process.
+        processes: what `Builders.start_processes` gave, which is needed as long as models are loaded.
 
     Args:
         options: all of the run's, `train` among them.
@@ -80,7 +95,10 @@ class Session:
         options: tuple[Any, ...],
         before: dict[str, Any] | None,
         mirror: Mirror | None,
+        own: contextlib.ExitStack,
     ) -> None:
+        self.own = own
+        self.processes: object = None
         self.options, self.unit, self.config = train, unit, resolved(*options)
         self._usual = usual(*options)
         self.folder = Path(train.output_dir)
@@ -132,10 +150,11 @@ class Session:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RateProgress(self.unit))
-        join_trackers(trainer, self.options, self.folder, self.id, steps_done(resume_from) if resume_from else 0)
+        steps = steps_done(resume_from) if resume_from else 0
+        self.own.enter_context(joined_trackers(trainer, self.options, self.folder, self.id, steps))
         if self.options.early_stopping_patience:
             trainer.add_callback(EarlyStop(self.options.early_stopping_patience))
-        for callback in ADDED_CALLBACKS:
+        for callback in _ADDED_CALLBACKS.get():
             trainer.add_callback(callback)
         if self._mirror:
             trainer.add_callback(self._mirror)
@@ -200,6 +219,7 @@ class Session:
         trainer.save_model(str(self.folder))
         if not trainer.is_world_process_zero():
             return
+        sort_config(self.folder)
         if not is_adapter(str(self.folder)):  # an adapter gets them when it is merged
             carry(self.config["model_name_or_path"], self.config["model_revision"], self.folder)
         write_json(self.folder / "training_metrics.json", {"train": metrics, "log_history": trainer.state.log_history})
@@ -226,7 +246,10 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
         print(f"{folder}: already trained with these settings", file=sys.stderr)
         yield None
         return
-    with storage_errors(folder), locked(folder, _GOING_AWAY) if is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as own:
+        own.enter_context(storage_errors(folder))
+        if is_first():
+            own.enter_context(locked(folder, _GOING_AWAY))
         before, changed = _found(train, options, mirror)  # the holder before may have written more
         restored = mirror is not None and train.resume_from_checkpoint != "no" and mirror.holds_more()
         if mirror and restored:
@@ -239,14 +262,26 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
             yield None
             return
         if is_first():
-            log_to(folder)
+            own.enter_context(logging_to(folder))
             if mirror and restored:
                 logger.info("%s was brought back from its mirror %s", folder, mirror.folder)
             if changed:
                 logger.warning("resuming with changed settings: %s", "; ".join(changed))
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        logging.getLogger("transformers").setLevel(logging.WARNING)
-        yield Session(train, unit, options, before, mirror)
+        own.enter_context(_quiet_libraries())
+        yield Session(train, unit, options, before, mirror, own)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    libraries = logging.getLogger("transformers")
+    level = libraries.level
+    libraries.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        libraries.setLevel(level)
 
 
 def _found(

@@ -6,8 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL counts runs on a server unless told not to
-
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -53,7 +51,7 @@ def run_sft(run: SFTOptionSet) -> None:
         tokenizer = load_tokenizer(run.model, day=session.day)
         splits = _splits(run, tokenizer)
         examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
-        builders.start_processes(arguments)
+        session.processes = builders.start_processes(arguments)
         policy = _policy(run, held, tokenizer)
         session.start(splits["train_dataset"], token_hash(examples))
         session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, examples)))
@@ -75,7 +73,7 @@ def run_dpo(run: DPOOptionSet) -> None:
         splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         if run.dpo.reference_model:
             check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
-        builders.start_processes(arguments)
+        session.processes = builders.start_processes(arguments)
         policy = _policy(run, held, tokenizer)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"], token_hash(splits))
@@ -164,7 +162,6 @@ def _check_experts(train: TrainOptions, policy: Any) -> None:
 def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
     arguments = handed_on(train)
-    gpu.prepare()
     on_cpu = train.use_cpu or not has_accelerator()
     arguments["use_cpu"] = on_cpu
     processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size

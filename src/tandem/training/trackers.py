@@ -1,7 +1,9 @@
 """Trackers: one run in each, that every rank's numbers go to and that a resumed run goes on writing."""
 
+import contextlib
 import netrc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,8 +18,10 @@ from tandem.options.training import TrainOptions
 TENSORBOARD = "logs/tensorboard"
 
 
-def join_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: str, step: int) -> None:
-    """Point the trainer's trackers at this run's own record in each: a new one, or the one it wrote before a kill.
+@contextlib.contextmanager
+def joined_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: str, step: int) -> Iterator[None]:
+    """Point the trainer's trackers at this run's own record in each: a new one, or the one it wrote before a kill. The
+    record of wandb, which has one a process, ends with the block.
 
     Collective. Rank 0 alone writes; what it logs names the ranks, and the devices of all are noted at the start.
 
@@ -31,6 +35,7 @@ def join_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: str
     if "trackio" in options.report_to and trainer.args.run_name is None:
         trainer.args.run_name = f"{folder.resolve().name}-{run_id[:8]}"  # it knows a run by its name
     if not trainer.is_world_process_zero():
+        yield
         return
     if "tensorboard" in options.report_to:
         from torch.utils.tensorboard import SummaryWriter
@@ -38,25 +43,35 @@ def join_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: str
         writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1 if step else None)
         writer.add_text("devices", "\n\n".join(f"{rank}: {name}" for rank, name in shown.items()), step)
         trainer.add_callback(TensorBoardCallback(writer))
-    if "wandb" in options.report_to:
-        _prepare_wandb(folder)
-        import wandb
+    if "wandb" not in options.report_to:
+        yield
+        return
+    import wandb
 
-        wandb.init(
-            project=options.wandb_project or os.environ.get("WANDB_PROJECT", "tandem"),
-            name=options.run_name,
-            id=os.environ.get("WANDB_RUN_ID", run_id),
-            resume="allow",
-            config={"devices": shown},
-        )
+    record = wandb.init(
+        project=options.wandb_project or os.environ.get("WANDB_PROJECT", "tandem"),
+        name=options.run_name,
+        id=os.environ.get("WANDB_RUN_ID", run_id),
+        resume="allow",
+        config={"devices": shown},
+        **wandb_place(folder),
+    )
+    try:
+        yield
+    except BaseException:
+        record.finish(exit_code=1)
+        raise
+    record.finish()
 
 
-def _prepare_wandb(folder: Path) -> None:
-    """Have wandb write into `folder`, and without a key only there: it would refuse, after the model is loaded."""
-    os.environ.setdefault("WANDB_DIR", str(folder))
+def wandb_place(folder: Path) -> dict[str, Any]:
+    """Where wandb is to write, for `wandb.init`: into `folder`, and without a key only there; it would refuse, after
+    the model is loaded."""
+    place: dict[str, Any] = {"dir": os.environ.get("WANDB_DIR") or str(folder)}
     if "WANDB_MODE" not in os.environ and not _has_wandb_key():
-        os.environ["WANDB_MODE"] = "offline"
-        logger.info("no wandb key: the run is written to %s, for `wandb sync`", os.environ["WANDB_DIR"])
+        place["mode"] = "offline"
+        logger.info("no wandb key: the run is written to %s, for `wandb sync`", place["dir"])
+    return place
 
 
 def _has_wandb_key() -> bool:

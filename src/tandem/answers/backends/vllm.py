@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,10 +14,6 @@ from tandem.models.ends import end_ids
 from tandem.models.load import base_of_adapter, commit_of, load_tokenizer, revision_of_base
 from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.options.model import ModelOptions, is_adapter
-
-# Before vLLM is imported: nothing is reported to anybody, and the progress bar is not buried in its log
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 STOP_TIMEOUT = 5.0  # seconds
 

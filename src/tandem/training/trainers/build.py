@@ -41,8 +41,9 @@ class Build(Generic[R]):
 class Builders(Protocol):
     """What `trainers.trl` and `trainers.gaudi` offer."""
 
-    def start_processes(self, arguments: Mapping[str, Any]) -> None:
-        """Bring the processes of this run together. Before a model is loaded."""
+    def start_processes(self, arguments: Mapping[str, Any]) -> object:
+        """Bring the processes of this run together. Before a model is loaded; the caller keeps what this gives as long
+        as models are."""
 
     def sft_trainer(self, build: Build[SFTOptionSet]) -> Any:
         """The trainer of tokenized examples, prompt + completion."""

@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals  # transformer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tandem.errors import UserError
+from tandem.models.adapters import sort_config
 from tandem.runs import (
     COUNTERS,
     MANIFEST,
@@ -100,6 +101,7 @@ class CompleteCheckpoints:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            sort_config(folder)
             write_manifest(folder)
             self._remove_older()
 

@@ -128,17 +128,18 @@ def _check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any
         )
 
 
-def start_processes(arguments: Mapping[str, Any]) -> None:
+def start_processes(arguments: Mapping[str, Any]) -> TrainingArguments | None:
     """Bring the processes of this run together, which has to come before a model is loaded: only then is it loaded
     once per machine (FSDP), in parts (ZeRO-3) or as slices (tensor parallelism).
+
+    Returns:
+        what the run has to keep: transformers refers to the DeepSpeed config of its arguments weakly, and looks there
+        while a model is loaded.
     """
-    if "LOCAL_RANK" in os.environ:
-        own = TrainingArguments.__dataclass_fields__  # the others are TRL's
-        _started[:] = [TrainingArguments(**{name: value for name, value in arguments.items() if name in own})]
-
-
-# transformers refers to the DeepSpeed config of its arguments weakly, and looks there while a model is loaded
-_started: list[TrainingArguments] = []
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    own = TrainingArguments.__dataclass_fields__  # the others are TRL's
+    return TrainingArguments(**{name: value for name, value in arguments.items() if name in own})
 
 
 @dataclass(frozen=True)

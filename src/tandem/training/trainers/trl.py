@@ -322,9 +322,9 @@ class TandemSFTTrainer(ContinuedLogs, EachExampleOnce, CompleteCheckpoints, Even
         super().log(logs, start_time)
 
 
-def start_processes(arguments: Mapping[str, Any]) -> None:
+def start_processes(arguments: Mapping[str, Any]) -> object:
     """See `build.Builders`."""
-    topology.start_processes(arguments)
+    return topology.start_processes(arguments)
 
 
 def sft_trainer(build: Build[SFTOptionSet]) -> TandemSFTTrainer:
