@@ -36,7 +36,7 @@ def _content(file: Path) -> Any:
         if file.suffix == ".jsonl":
             lines = [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
             return sorted({json.dumps(line) for line in lines}) if file.name in _IN_ANY_ORDER else lines
-        if file.name == "report.html":
+        if file.suffix == ".html":
             return _TIMES_OF_REPORT.sub("", file.read_text())
     except ValueError:
         pass

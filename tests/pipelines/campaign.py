@@ -1,6 +1,6 @@
 """kill -9 at random moments of every stage of a pipeline, and machines lost with all that was on them.
 
-    python -m tests.pipelines.campaign FOLDER [--kills 40] [--losses 10] [--seconds 450]
+    python -m tests.pipelines.campaign FOLDER [--pipeline rounds] [--kills 40] [--losses 10] [--seconds 450]
 
 A life is a run in a new place that is killed once in each stage, and the same command again until it is done; what it
 leaves is compared with what a run leaves that nobody disturbed. FOLDER keeps the state, so that a campaign may be
@@ -30,6 +30,7 @@ import yaml
 from tests import tiny
 from tests.crash.traces import differences, normal
 from tests.judge.fault_server import FaultServer
+from tests.pipelines import test_rounds
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {
@@ -121,9 +122,9 @@ class Machine:
 class Campaign:
     """Lives of one pipeline, until there were so many kills and losses."""
 
-    def __init__(self, folder: Path, command: Path, environment: Callable[[Path], dict[str, str]]) -> None:
+    def __init__(self, folder: Path, command: Path, environment: dict[str, str]) -> None:
         self.folder, self._state = folder, folder / "campaign.json"
-        self.machine = Machine(folder / "life", command, environment(folder))
+        self.machine = Machine(folder / "life", command, environment)
         self.state: dict[str, Any] = {"lives": 0, "kills": 0, "losses": 0, "hits": {}, "faults": [], "plan": []}
         if self._state.exists():
             self.state |= json.loads(self._state.read_text())
@@ -241,20 +242,33 @@ def pipeline_of_all_stages(folder: Path) -> Iterator[Campaign]:
         yield Campaign(
             folder,
             ROOT / "pipelines" / "dpo_pipeline_sanity.sh",
-            lambda folder: (
-                kept
-                | {
-                    "MODEL_NAME": str(given / "model"),
-                    "DATASET": str(given / "data"),
-                    "RECIPE": str(given / "recipe"),
-                    "JUDGE_MODEL": "judge",
-                    "JUDGE_BASE_URL": url,
-                    "MOUNT_DIR": str(folder / "life" / "drive"),
-                    "HF_HUB_OFFLINE": "1",
-                    "OMP_NUM_THREADS": "1",
-                }
-            ),
+            kept
+            | {
+                "MODEL_NAME": str(given / "model"),
+                "DATASET": str(given / "data"),
+                "RECIPE": str(given / "recipe"),
+                "JUDGE_MODEL": "judge",
+                "JUDGE_BASE_URL": url,
+                "MOUNT_DIR": str(folder / "life" / "drive"),
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+            },
         )
+
+
+@contextmanager
+def rounds_pipeline(folder: Path) -> Iterator[Campaign]:
+    """A campaign over two rounds of rounds.sh."""
+    given = folder / "given"
+    if not given.exists():
+        given.mkdir(parents=True)
+        test_rounds.prepare(given)
+        with (given / "recipe" / "dpo.yaml").open("a") as recipe:
+            recipe.write(f"ref_cache: {folder}/life/machine/cache\n")
+    yield Campaign(folder, test_rounds.PIPELINE, test_rounds.environment(given))
+
+
+PIPELINES = {"all_stages": pipeline_of_all_stages, "rounds": rounds_pipeline}
 
 
 def main(argv: list[str]) -> int:
@@ -263,9 +277,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--losses", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--pipeline", choices=PIPELINES, default="all_stages")
     options = parser.parse_args(argv)
     until = time.monotonic() + options.seconds
-    with pipeline_of_all_stages(options.folder) as campaign:
+    with PIPELINES[options.pipeline](options.folder) as campaign:
         campaign.straight()
         done = campaign.go_on(options.kills, options.losses, until)
         print(json.dumps(campaign.state, indent=1))

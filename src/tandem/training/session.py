@@ -62,6 +62,7 @@ from tandem.training.trainers.callbacks import EarlyStop, Preemption, RateProgre
 from tandem.training.trainers.checkpoints import refuse_code, steps_done
 
 _ADDED_CALLBACKS: ContextVar[tuple[TrainerCallback, ...]] = ContextVar("added callbacks", default=())
+_TEMPORARY_OF_SAFETENSORS = ".tmp" + "[0-9A-Za-z]" * 6
 _GOING_AWAY = 10.0  # seconds that a killed process may still hold its folder
 
 
@@ -216,6 +217,9 @@ class Session:
             self._mirror.put_aside_after(step)
 
     def _save(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        if is_first():
+            for leftover in self.folder.glob(_TEMPORARY_OF_SAFETENSORS):  # of a save that a kill cut off
+                leftover.unlink()
         trainer.save_model(str(self.folder))
         if not trainer.is_world_process_zero():
             return
