@@ -31,12 +31,16 @@ if [[ -z ${DATASET:-} ]]; then
 else
   data=(--dataset_name "$DATASET")
   if [[ -z ${VAL_RATIO:-} ]]; then
-    VAL_RATIO=$(python -m tandem.launch.held_out "$DATASET")
-    [[ $VAL_RATIO == 0 ]] || HELD_OUT="$DATASET has no test split: --val_ratio $VAL_RATIO (VAL_RATIO chooses another)"
-    export VAL_RATIO HELD_OUT # log_to starts the script a second time
+    ratio=$(python -m tandem.launch.held_out "$DATASET")
+    read -r VAL_RATIO VAL_RATIO_OF <<<"$ratio"
+    without="$DATASET has no test split"
+    [[ -z $VAL_RATIO_OF ]] || without="sources of $DATASET have no test split"
+    [[ $VAL_RATIO == 0 ]] || HELD_OUT="$without: --val_ratio $VAL_RATIO (VAL_RATIO chooses another)"
+    export VAL_RATIO VAL_RATIO_OF HELD_OUT # log_to starts the script a second time
   fi
 fi
 [[ ${VAL_RATIO:-0} == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
+[[ ${VAL_RATIO:-0} == 0 || -z ${VAL_RATIO_OF:-} ]] || data+=(--val_ratio_of "$VAL_RATIO_OF")
 sft_data=("${data[@]}")
 [[ -z ${SFT_DATASET:-} ]] || sft_data=(--dataset_name "$SFT_DATASET")
 template=() # of the base model alone: what is trained from it has them in its own template

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tandem.data.formats import prompt_id
 from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import DataOptions
-from tandem.data.sources import load_held_out, load_splits, load_training
+from tandem.data.sources import hold_out, load_held_out, load_splits, load_training
 from tandem.errors import UserError
+from tandem.launch import held_out as held_out_share
 from tests.tiny import hh_rows, save_pairs
 
 
@@ -90,6 +91,39 @@ def test_test_splits(folder: Path, capsys: pytest.CaptureFixture[str]):
     without = mixture(folder, {"dataset_name": "a.jsonl"}, {"dataset_name": "b.jsonl"})
     assert len(load_held_out(without)) == 70
     assert "mixture.yaml has no test split: using all of it" in capsys.readouterr().err
+
+
+def test_only_sources_without_a_held_out_split_are_drawn_from(folder: Path):
+    (folder / "split").mkdir()
+    save_pairs(folder / "split" / "train.jsonl", pairs("c", 10))
+    # One of its prompts is a's too: nobody trains on it
+    save_pairs(folder / "split" / "test.jsonl", [*pairs("c", 4, start=10), *pairs("a", 1)])
+    sources = [{"dataset_name": "a.jsonl"}, {"dataset_name": "split", "dataset_test_split": "test[1:]"}]
+    assert hold_out(mixture(folder, *sources)) == [False, True]
+    options = DataOptions(mixture(folder, *sources).dataset_name, val_ratio=0.25, val_ratio_of="missing")
+    train, held_out = load_splits(options)
+    assert names(held_out) == {"a.jsonl": 15, "test.jsonl": 4}
+    assert names(train)["train.jsonl"] == 10
+    assert not {prompt_id(row["prompt"]) for row in train} & {prompt_id(row["prompt"]) for row in held_out}
+    assert (load_training(options), load_held_out(options)) == (train, held_out)
+    # Of all: the split that a source has is refused by name
+    with pytest.raises(UserError, match="--dataset_test_split has no effect"):
+        load_splits(DataOptions(options.dataset_name, val_ratio=0.25))
+    # One source that has its own is read as without
+    own = DataOptions(str(folder / "split"), val_ratio=0.25, val_ratio_of="missing")
+    assert load_splits(own) == load_splits(DataOptions(str(folder / "split")))
+    with pytest.raises(UserError, match="--val_ratio_of has no effect without --val_ratio"):
+        DataOptions(str(folder / "split"), val_ratio_of="missing")
+
+
+def test_the_pipeline_is_told_which_sources_lack_a_held_out_split(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "split").mkdir()
+    save_pairs(folder / "split" / "train.jsonl", pairs("c", 10))
+    save_pairs(folder / "split" / "test.jsonl", pairs("c", 4, start=10))
+    mixed = mixture(folder, {"dataset_name": "a.jsonl"}, {"dataset_name": "split"}).dataset_name
+    for name in (mixed, str(folder / "split"), str(folder / "a.jsonl")):
+        held_out_share.main([name])
+    assert capsys.readouterr().out == "0.25 missing\n0\n0.25\n"
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 100)), min_size=2, max_size=5), st.integers(0, 3))

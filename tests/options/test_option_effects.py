@@ -718,6 +718,7 @@ PROOFS: dict[str, dict[str, str]] = {
         ),
         **dict.fromkeys(("dataset_train_split", "dataset_test_split", "val_ratio", "data_seed"), SPLITS),
         "row_function": "test_extending.py::test_a_data_format",
+        "val_ratio_of": "data/test_mixtures.py::test_only_sources_without_a_held_out_split_are_drawn_from",
         **dict.fromkeys(("data_format", "prompt_key", "chosen_key", "rejected_key", "input_key", "system_key"), KEYS),
         "ignore_columns": "data/test_balance.py::test_what_was_refused_can_be_named_or_left_out",
         "pair_strategy": "data/test_rated.py::test_strategies",

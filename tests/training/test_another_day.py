@@ -58,7 +58,7 @@ def test_killed_today_and_resumed_another_day(template: str, tmp_path: Path, tin
     settings: dict[str, Any] = {
         "model_name_or_path": model, "dataset_name": tiny_data, "bf16": "false", "gradient_checkpointing": "false",
         "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1, "max_steps": 24, "save_steps": 4,
-        "save_total_limit": 10, "ref_cache_dir": tmp_path / "cache",
+        "save_total_limit": 10, "ref_cache": tmp_path / "cache",
     }  # fmt: skip
     whole, killed, fresh = (tmp_path / name for name in ("whole", "killed", "fresh"))
     run(0, "dpo", output_dir=whole, **settings)

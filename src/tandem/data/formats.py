@@ -12,9 +12,9 @@ from typing import Any
 
 from tandem.data import columns
 from tandem.data.balance import Balance
+from tandem.data.messages import EXTRAS, extras_of, read_turns, text_of
 from tandem.data.messages import Asked as Asked
 from tandem.data.messages import Message as Message
-from tandem.data.messages import extras_of, read_turns, text_of
 from tandem.data.rows import Row as Row
 from tandem.data.rows import RowError as RowError
 from tandem.data.rows import TrackedRow, columns_of, leaves
@@ -55,8 +55,15 @@ def to_canonical(row: Row, data_format: str, balance: Balance | None = None) -> 
     unread = columns.refuse_lost(tracked, prompt)
     if balance is not None:
         balance.add(tracked, unread)
-    identity = sha256_json([prompt, chosen, rejected, *([extras] if extras else [])])[:16]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair_id": identity, **extras}
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extras}
+    return pair | {"pair_id": pair_id_of(pair)}
+
+
+def pair_id_of(pair: Row) -> str:
+    """Stable id of a canonical row: 16 hex digits of a hash of all that its tokens are made of."""
+    extras = {name: pair[name] for name in EXTRAS if pair.get(name)}
+    parts = [pair[part] for part in ("prompt", "chosen", "rejected")]
+    return sha256_json([*parts, *([extras] if extras else [])])[:16]
 
 
 def detect_format(row: Row) -> str | None:

@@ -12,7 +12,7 @@ import yaml
 from tandem.data import select
 from tandem.data.files import is_data_file
 from tandem.data.formats import Row, kind_of
-from tandem.data.options import SOURCE_OPTIONS, DataOptions
+from tandem.data.options import ALL, MISSING, SOURCE_OPTIONS, DataOptions
 from tandem.errors import UserError
 from tandem.options.fields import opt, options_of
 from tandem.options.parsing import convert, unknown_option
@@ -79,6 +79,8 @@ def _source(options: DataOptions, entry: Any, where: str) -> Source:
     weight = values.pop("weight", 1.0)
     if weight <= 0:
         raise UserError(f"{where}: weight must be above 0, not {weight}; leave the source out instead")
+    if options.val_ratio_of == MISSING and "dataset_test_split" in values:
+        options = dataclasses.replace(options, val_ratio=0.0, val_ratio_of=ALL)
     if not options.val_ratio and values.get("pair_strategy") != select.BEST_RANDOM:
         values["data_seed"] = DataOptions.data_seed  # it shuffles the mixture, and does nothing to one source
     values["dataset_name"] = _beside(Path(options.dataset_name), values["dataset_name"])

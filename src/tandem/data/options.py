@@ -11,6 +11,8 @@ from tandem.options.fields import REQUIRED, changed, opt
 from tandem.options.model import TemplateOptions
 from tandem.options.rules import Options
 
+ALL, MISSING = "all", "missing"  # sources that --val_ratio holds out of
+
 # Options that each source of a mixture has for itself
 SOURCE_OPTIONS = (
     "dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split", "data_format",
@@ -40,6 +42,12 @@ class DataOptions(Options):
     )
     val_ratio: float = opt(
         0.0, "hold out this share of the training split's prompts instead of reading a test split", low=0, below=1
+    )
+    val_ratio_of: str = opt(
+        ALL,
+        f"hold out of {ALL} sources, or of those that are {MISSING} a held-out split, beside the splits of the others",
+        choices=(ALL, MISSING),
+        needs="val_ratio!=0",
     )
     data_seed: int = opt(42, "seed of the --val_ratio split, of a mixture and of --pair_strategy best_random")
     data_format: str | None = opt(None, "force a format instead of detecting it", choices=FORMATS)

@@ -1,5 +1,6 @@
 """Where preference pairs come from: a file, a folder, the Hub or a mixture; split, converted and checked row by row."""
 
+import copy
 import dataclasses
 import functools
 import random
@@ -22,8 +23,9 @@ from tandem.data.formats import (
     to_canonical,
 )
 from tandem.data.mixtures import Source, mix, sources_of
-from tandem.data.options import DataOptions, SFTDataOptions
+from tandem.data.options import ALL, DataOptions, SFTDataOptions
 from tandem.data.rated import paired
+from tandem.data.repeated import without_prompts
 from tandem.data.rows import columns_of
 from tandem.data.scores import scores_of
 from tandem.data.shapes import known_names, known_shape
@@ -79,6 +81,11 @@ def load_pairs(
             pairs.append({**pair, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, read.in_its_words(error)), options.max_bad_rows, bad)
+    pairs = without_prompts(
+        pairs,
+        balance,
+        lambda pair, error: _good((pair["source"], pair["row"], error), options.max_bad_rows, bad),
+    )
     if columns := {read.column for _, _, read in rows if read.kind is not None}:
         balance.read = columns | balance.read - {"chosen", "rejected", *(["prompt"] if data_format == TEXT else [])}
     for line in bad:
@@ -156,20 +163,24 @@ def load_splits(
     """Training and held-out pairs; with `val_ratio` no prompt is in both.
 
     With `val_ratio` the held-out pairs are drawn from the training split, whole prompts at a time and from each source
-    of a mixture; without it they are the test split's (none where a local source has no such split). Weights of a
-    mixture are of its training pairs; all its held-out pairs are kept.
+    of a mixture, or with `val_ratio_of` from each that has no held-out split; without it they are the test split's
+    (none where a local source has no such split). Weights of a mixture are of its training pairs; all its held-out
+    pairs are kept.
     """
-    sources = sources_of(options)
-    if options.val_ratio:
-        halves = [_halves(source.options, skipped, balances) for source in sources]
-        held_out = [pair for _, half in halves for pair in half]
-        # A prompt that one source holds out may be another's training prompt
+    sources = [dataclasses.replace(source, options=of_own_split(source.options)) for source in sources_of(options)]
+    drawn: list[list[Row] | None] = []
+    parts = []
+    for source in sources:
+        pairs = load_pairs(source.options, source.options.dataset_train_split, skipped, balances)
+        train, half = _halved(pairs, source.options) if source.options.val_ratio else (pairs, None)
+        parts.append(train)
+        drawn.append(half)
+    held_out: list[Row] = []
+    for source, half in zip(sources, drawn, strict=True):
+        held_out += _test_split(source.options, skipped, balances) if half is None else half
+    if options.val_ratio:  # a prompt that one source holds out may be another's training prompt
         prompts = {_asked(pair) for pair in held_out}
-        parts = [[pair for pair in train if _asked(pair) not in prompts] for train, _ in halves]
-    else:
-        given = [source.options for source in sources]
-        parts = [load_pairs(each, each.dataset_train_split, skipped, balances) for each in given]
-        held_out = [pair for source in sources for pair in _test_split(source.options, skipped, balances)]
+        parts = [[pair for pair in part if _asked(pair) not in prompts] for part in parts]
     return mix(sources, parts, options.data_seed), _shuffled(held_out, sources, options.data_seed)
 
 
@@ -221,18 +232,29 @@ def may_hold_out(options: DataOptions) -> bool:
 
 
 def all_hold_out(options: DataOptions) -> bool:
-    """Whether every source has a held-out split of its own; asks the Hub for the names of splits.
+    """Whether every source has a held-out split of its own, as `hold_out` finds."""
+    return all(hold_out(options))
+
+
+def hold_out(options: DataOptions) -> list[bool]:
+    """Of each source whether it has a held-out split of its own; asks the Hub for the names of splits.
 
     Raises:
         UserError: a source cannot be asked for, or has several splits that could be meant.
     """
-    return all(has_test_split(source.options) for source in sources_of(options))
+    return [has_test_split(source.options) for source in sources_of(options)]
 
 
-def _halves(
-    options: DataOptions, skipped: list[str] | None, balances: list[Balance] | None
-) -> tuple[list[Row], list[Row]]:
-    pairs = load_pairs(options, options.dataset_train_split, skipped, balances)
+def of_own_split(options: DataOptions) -> DataOptions:
+    """The options of one source, without `val_ratio` where `val_ratio_of` leaves it to the source's held-out split."""
+    if not options.val_ratio or options.val_ratio_of == ALL or not has_test_split(options):
+        return options
+    own = copy.copy(options)  # not replaced: what has no effect here has one on the other sources
+    own.val_ratio, own.val_ratio_of = 0.0, ALL
+    return own
+
+
+def _halved(pairs: list[Row], options: DataOptions) -> tuple[list[Row], list[Row]]:
     return split_by_prompt(pairs, options.val_ratio, options.data_seed)
 
 

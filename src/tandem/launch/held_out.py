@@ -2,11 +2,12 @@
 
     python -m tandem.launch.held_out DATASET
 
-Prints 0 where every source of DATASET has a held-out split of its own, else the share for --val_ratio.
+Prints 0 where every source of DATASET has a held-out split of its own, else the share for --val_ratio, and after it
+`missing` for --val_ratio_of where some sources have one.
 """
 
-from tandem.data.options import DataOptions
-from tandem.data.sources import all_hold_out
+from tandem.data.options import MISSING, DataOptions
+from tandem.data.sources import hold_out
 from tandem.errors import script_main
 
 VAL_RATIO = "0.25"
@@ -18,7 +19,8 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: it cannot be asked for, or has several splits that could be meant.
     """
-    print("0" if all_hold_out(DataOptions(argv[0])) else VAL_RATIO)
+    have = hold_out(DataOptions(argv[0]))
+    print("0" if all(have) else f"{VAL_RATIO} {MISSING}" if any(have) else VAL_RATIO)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,15 @@ from tandem.data.messages import read_turns
 from tandem.data.options import DataOptions
 from tandem.data.rows import TrackedRow, has_value
 from tandem.data.shapes import known_shape
-from tandem.data.sources import arranged, load_held_out, load_training, may_hold_out, read_split, split_by_prompt
+from tandem.data.sources import (
+    arranged,
+    load_held_out,
+    load_training,
+    may_hold_out,
+    of_own_split,
+    read_split,
+    split_by_prompt,
+)
 from tandem.errors import UserError, one_line
 
 # What stands in for the answers that a row of prompts lacks, so that the formats' own readers can be used
@@ -40,6 +48,7 @@ def training_prompts(options: DataOptions) -> list[Prompt]:
     Raises:
         UserError: the data cannot be read, or all of its prompts are held out.
     """
+    options = options if options.is_mixture else of_own_split(options)
     if options.is_mixture:
         train, held_out = _pairs(load_training(options)), _pairs(load_held_out(options))
     elif options.val_ratio:
@@ -62,6 +71,7 @@ def held_out_prompts(options: DataOptions) -> list[Prompt]:
     Raises:
         UserError: the data cannot be read, or has no held-out part.
     """
+    options = options if options.is_mixture else of_own_split(options)
     if options.is_mixture:
         return _distinct(_pairs(load_held_out(options)))
     if options.val_ratio:
