@@ -27,7 +27,10 @@ GIVEN = {
     "make_pairs": "--scores s --output_dir o",
     "rounds": "--run_dir r",
 }
-NAMED = {"gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_27b", "llama2_7b", "llama2_13b", "llama3_8b", "llama3_70b"}
+NAMED = {
+    "gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_27b", "llama2_7b", "llama2_13b", "llama3_8b", "llama3_70b",
+    "qwen3_8b", "smollm3_3b", "gemma4_e2b", "gpt_oss_20b",
+}  # fmt: skip
 
 
 def test_the_recipes_are_there():
