@@ -1,13 +1,16 @@
 """The reference cache: keyed by all that changes a number and by nothing else, and whole after a kill."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -184,3 +187,42 @@ def test_two_writers_killed_in_the_middle_leave_whole_batches(tmp_path: Path):
             assert cache.read(keys) == {key: (-float(batch), -float(i)) for i, key in enumerate(keys)}
         torn = cache.read([f"{who}-{last + 1}-{i}".encode() for i in range(8)])
         assert len(torn) in (0, 8)  # the batch of the kill, and it is whole if it is there
+
+
+def test_arrays_have_the_keys_of_lists():
+    arrays = [np.array(row, np.int32) for row in KEY["ids"]]
+    assert pair_key(**KEY | {"ids": arrays}) == pair_key(**KEY)
+    assert pair_key(**KEY | {"scored": [np.array([1, 0], np.int32), 1]}) == pair_key(**KEY | {"scored": [[1, 0], 1]})
+
+
+def test_a_writer_keeps_what_it_is_given_while_others_hold_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every few seconds, at the end, and where what fills it is broken off."""
+    monkeypatch.setattr(ref_cache, "_COMMIT_SECONDS", 0.05)
+    cache = RefCache(tmp_path)
+    with contextlib.suppress(KeyError), cache.writer() as put:
+        with contextlib.closing(sqlite3.connect(cache.path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            started = time.monotonic()
+            for number in range(20):
+                put({f"{number}".encode(): (-1.0, -float(number))})
+            assert time.monotonic() - started < 1  # nothing waits for the lock, which is held for a minute
+            other.rollback()
+        until = time.monotonic() + 30
+        while len(cache.read([b"3", b"19"])) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert cache.read([b"3", b"19"]) == {b"3": (-1.0, -3.0), b"19": (-1.0, -19.0)}
+        put({b"last": (-2.0, -2.0)})
+        raise KeyError
+    assert cache.read([b"last"]) == {b"last": (-2.0, -2.0)}
+
+
+def test_a_writer_tells_what_it_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ref_cache, "_COMMIT_SECONDS", 0.02)
+    cache = RefCache(tmp_path)
+    cache.path.write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match="cannot be used"), cache.writer() as put:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            put({b"a": (-1.0, -1.0)})
+            time.sleep(0.01)
+    assert time.monotonic() < until

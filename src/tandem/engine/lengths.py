@@ -1,6 +1,6 @@
 """How long tokenized pairs are as the engine forwards them, counted in Arrow's arrays without a Python list."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Ints = NDArray[np.int64]
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _AT_A_TIME = 4096  # pairs whose tokens are compared in one go
 
 
@@ -60,14 +61,24 @@ def row_lengths(examples: "Dataset", max_length: int | None) -> Ints:
     return np.minimum(lengths, max_length or np.iinfo(np.int64).max)
 
 
-def _tables(pairs: "Dataset") -> Iterator[pa.Table]:
-    arrow = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+def token_arrays(pairs: "Dataset", columns: Sequence[str]) -> Iterator[dict[str, NDArray[np.int32]]]:
+    """Each pair's lists of these columns, as arrays that are views of many pairs' tokens."""
+    for table in _tables(pairs, columns):
+        parts = {}
+        for name in columns:
+            lists = table[name].combine_chunks()
+            parts[name] = np.split(np.asarray(lists.flatten()).astype(np.int32), _of(lists).cumsum()[:-1])
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*parts.values(), strict=True))
+
+
+def _tables(pairs: "Dataset", columns: Sequence[str] = _IDS) -> Iterator[pa.Table]:
+    arrow = pairs.select_columns(list(columns)).with_format("arrow")
     for start in range(0, len(pairs), _AT_A_TIME):
         yield arrow[start : start + _AT_A_TIME]
 
 
 def _lengths(table: pa.Table, max_length: int | None) -> tuple[Ints, Ints, Ints, Ints]:
-    prompt, *answers = (table[name].combine_chunks() for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    prompt, *answers = (table[name].combine_chunks() for name in _IDS)
     limit = max_length or np.iinfo(np.int64).max
     begun = _of(prompt)
     chosen, rejected = (np.minimum(begun + _of(answer), limit) for answer in answers)

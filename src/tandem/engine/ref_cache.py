@@ -11,8 +11,10 @@ import dataclasses
 import hashlib
 import json
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,19 @@ import numpy as np
 import torch
 import transformers
 import xxhash
+from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tandem.errors import UserError
 from tandem.ranks import is_first
 
+Ids = Sequence[int] | NDArray[np.int32]
 DEFAULT_CACHE = Path("~/.cache/tandem/reference")
 _DATABASE = "log_probs.sqlite"
 # Another run may hold the write lock for as long as its own insert takes
 _LOCK_SECONDS = 60
+_COMMIT_SECONDS = 2.0
 # Longer than a file system may take to date a change: a file that was written just before cannot be told by its dates
 _SETTLED_SECONDS = 60.0
 _STARTED = time.time()
@@ -152,9 +157,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
         return torch.atleast_1d(whole).cpu().clone() if hasattr(tensor, "ds_id") else torch.atleast_1d(whole).cpu()
 
 
-def pair_key(
-    model: str, ids: Sequence[Sequence[int]], scored: Sequence[int | Sequence[int]], dtype: str, ld_alpha: float | None
-) -> bytes:
+def pair_key(model: str, ids: Sequence[Ids], scored: Sequence[int | Ids], dtype: str, ld_alpha: float | None) -> bytes:
     """Key of one pair: 16 bytes.
 
     Args:
@@ -165,8 +168,15 @@ def pair_key(
         dtype: that the forward computes in.
         ld_alpha: LD-DPO's weight of the longer answer's tail, or None.
     """
-    text = json.dumps([model, ids, scored, dtype, ld_alpha], separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    head = json.dumps([model, dtype, ld_alpha]).encode()
+    masks = [np.empty(0, np.int32) if isinstance(own, int) else np.asarray(own, np.int32) for own in scored]
+    counts = [own if isinstance(own, int) else -len(own) - 1 for own in scored]
+    # All lengths come first, so that no two pairs give the same bytes
+    digest = hashlib.blake2b(np.array([len(head), *map(len, ids), *counts], np.int64).tobytes(), digest_size=16)
+    digest.update(head)
+    for part in (*ids, *masks):
+        digest.update(np.asarray(part, np.int32).tobytes())
+    return digest.digest()
 
 
 class RefCache:
@@ -212,6 +222,45 @@ class RefCache:
         rows = [(key, *values) for key, values in entries.items() if np.isfinite(values).all()]
         with self._database() as database:
             database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[Callable[[Mapping[bytes, tuple[float, float]]], None]]:
+        """A function that has a thread `write` entries every few seconds, and all of them at the end.
+
+        Other runs may hold the file's lock for long: nothing waits for them meanwhile. A kill loses those seconds.
+
+        Raises:
+            UserError: of the function's next call or at the end, where they could not be written.
+        """
+        waiting: dict[bytes, tuple[float, float]] = {}
+        lock, done = threading.Lock(), threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="reference cache") as pool:
+
+            def commit() -> None:
+                with lock:
+                    entries = waiting.copy()
+                    waiting.clear()
+                if entries:
+                    self.write(entries)
+
+            def commits() -> None:
+                while not done.wait(_COMMIT_SECONDS):
+                    commit()
+
+            running = pool.submit(commits)
+
+            def put(entries: Mapping[bytes, tuple[float, float]]) -> None:
+                if running.done():
+                    running.result()
+                with lock:
+                    waiting.update(entries)
+
+            try:
+                yield put
+            finally:
+                done.set()
+                running.result()
+                commit()
 
     def fingerprint_of(self, key: bytes) -> str | None:
         """The fingerprint that was kept under a `source_key`."""

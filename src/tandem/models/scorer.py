@@ -79,7 +79,7 @@ class Scorer:
         """
         multiple, size = (_BUCKET, self.batch_size) if self.few_shapes else (1, None)
         collate = PairCollator(self.tokenizer.pad_token_id, max_length, multiple=multiple, size=size)
-        order = sorted(range(len(pairs)), key=lambda index: _tokens(pairs[index]))
+        order = sorted(range(len(pairs)), key=lambda index: -_tokens(pairs[index]))  # what does not fit fails at once
         batches = list(_batches(order, self.batch_size))
 
         def score(batch: list[int]) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, tqdm
 from datasets import Dataset
@@ -12,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 
 from tandem.data.tokenized import SIDES
+from tandem.engine.lengths import PairLengths, token_arrays
 from tandem.engine.modes import evaluating
 from tandem.engine.pairs import PairCollator
 from tandem.engine.precision import computed_in
@@ -139,12 +141,13 @@ class PairTrainer(CompleteCheckpoints):
         dtype = f"{self.model.dtype} under {self.accelerator.mixed_precision}"
         longest = self.data_collator.max_length
         keys = []
-        for pair in dataset:
+        columns = [name for name in dataset.column_names if name.endswith(("_ids", "_mask"))]
+        for pair in token_arrays(dataset, columns):
             prompt = pair["prompt_ids"]
-            rows = [(prompt + pair[f"{side}_ids"])[:longest] for side in SIDES]
-            masks = [pair.get(f"{side}_mask") or [1] for side in SIDES]
+            rows = [np.concatenate([prompt, pair[f"{side}_ids"]])[:longest] for side in SIDES]
+            masks = [pair.get(f"{side}_mask", np.ones(1, np.int32)) for side in SIDES]
             scored = [
-                len(row) - len(prompt) if all(mask) else mask[: len(row) - len(prompt)]
+                len(row) - len(prompt) if mask.all() else mask[: len(row) - len(prompt)]
                 for row, mask in zip(rows, masks, strict=True)
             ]
             keys.append(pair_key(self._precompute_model_hash, rows, scored, dtype, self.ld_alpha))
@@ -153,14 +156,17 @@ class PairTrainer(CompleteCheckpoints):
     def _score_reference(
         self, dataset: Dataset, keys: list[bytes], missing: list[int], name: str, batch_size: int
     ) -> dict[bytes, tuple[float, float]]:
-        # Pairs of like length together, so that batches are alike in memory and time
-        sides = ("prompt_ids", "chosen_ids", "rejected_ids")
-        order = sorted(missing, key=lambda index: sum(len(dataset[index][side]) for side in sides))
+        # Pairs of like length together, so that batches are alike in memory and time; the longest first, so that what
+        # does not fit fails at once
+        tokens = PairLengths.of(dataset, self.data_collator.max_length).tokens("packed")
+        order = sorted(missing, key=lambda index: -tokens[index])
         collate = self._reference_collator(batch_size)
         loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=collate)
         scores: dict[bytes, tuple[float, float]] = {}
         done = 0  # more than there are scores, where a pair is there twice
-        with self._reference_ready() as model:
+        writes = self.accelerator.is_main_process and self._ref_cache is not None
+        writer = self._ref_cache.writer() if writes and self._ref_cache else contextlib.nullcontext(lambda _: None)
+        with self._reference_ready() as model, writer as write:
             for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference of {name} pairs"):
                 batch.pop("pair_id")
                 gathered = self._gather_scores(self.compute_ref_log_probs(model, batch))
@@ -168,8 +174,7 @@ class PairTrainer(CompleteCheckpoints):
                 some = {keys[order[done + row]]: tuple(pair) for row, pair in enumerate(values)}
                 done += len(values)
                 scores |= some
-                if self.accelerator.is_main_process and self._ref_cache is not None:
-                    self._ref_cache.write(some)
+                write(some)
         return scores
 
     # Monitor and checkpoints

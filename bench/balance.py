@@ -1,0 +1,157 @@
+"""Slowest process over the mean, with and without dealing each optimizer step's pairs evenly.
+
+    python bench/balance.py                    # simulated, on the lengths of real pairs
+    python bench/balance.py --run 2            # two processes, each held to one core, train for real; 4 counts tokens
+
+The simulation takes full optimizer steps of pairs drawn at random and gives, for each setting, the mean over the steps
+of the slowest process's cost over the mean cost: as sampled, as dealt, and the least that equal counts of pairs allow
+(`Dealing.bound`). "unequal" is what unequal counts would reach, by differencing without counts for DDP, and for FSDP by
+filling each round from the longest pair on; "largest" is the largest micro-batch over the mean one. Prints rows for
+RESULTS.md.
+"""
+
+import argparse
+import gzip
+import heapq
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoConfig
+
+from tandem.data.options import DataOptions
+from tandem.data.sources import load_pairs
+from tandem.data.texts import render
+from tandem.data.tokenized import tokenize_rows
+from tandem.engine.balance import Dealing, Waits
+from tandem.engine.lengths import PairLengths
+from tandem.models.load import load_tokenizer
+from tandem.options.model import ModelOptions
+from tandem.training.dealing import pair_costs
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+HH, SHAREGPT = SHARED / "hh_harmless_base_test_part1.jsonl.gz", SHARED / "sharegpt_dpo_en_demo.json.gz"
+SETS = {"HH 512": (HH, 512), "HH 1024": (HH, 1024), "ShareGPT 2048": (SHAREGPT, 2048)}
+# Processes, pairs of a micro-batch, micro-batches of a step, when the processes wait
+SETTINGS: tuple[tuple[int, int, int, Waits], ...] = (
+    (8, 4, 1, "step"), (8, 1, 4, "step"), (8, 1, 4, "micro_batch"), (8, 4, 4, "micro_batch"), (64, 4, 1, "step"),
+    (64, 1, 4, "micro_batch"),
+)  # fmt: skip
+STEPS = 200
+
+
+def costs_of(data: Path, max_length: int, model: str) -> np.ndarray:
+    rows = load_pairs(DataOptions(dataset_name=str(data), max_bad_rows=1000), "train")
+    pairs = tokenize_rows([render(row, True) for row in rows], load_tokenizer(ModelOptions(model_name_or_path=model)))
+    fitting = Dataset.from_list([pair for pair in pairs if len(pair["prompt_ids"]) < max_length])
+    return pair_costs(PairLengths.of(fitting, max_length), AutoConfig.from_pretrained(model), "shared")
+
+
+def unequal(costs: np.ndarray, dealing: Dealing) -> float:
+    """The slowest process where counts may differ: the longest first, each to the process that has least."""
+    rounds = 1 if dealing.waits == "step" else dealing.micro_batches
+    total, order = 0.0, np.sort(costs)[::-1]
+    share = order.sum() / rounds
+    start = 0
+    for number in range(rounds):
+        end, held = start, 0.0  # consecutive pairs of one round: as much in each as in the others
+        while end < len(order) and (number == rounds - 1 or held < share or end - start < dealing.ranks):
+            held += order[end]
+            end += 1
+        loads = [0.0] * dealing.ranks
+        for cost in order[start:end]:
+            heapq.heappush(loads, heapq.heappop(loads) + cost)
+        total += max(loads)
+        start = end
+    return total
+
+
+def simulate(model: str) -> None:
+    print(
+        "| pairs | processes × pairs × micro-batches | as sampled | dealt | bound | dealt / bound | unequal | largest |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (data, max_length) in SETS.items():
+        costs = costs_of(data, max_length, model)
+        for ranks, size, micro_batches, waits in SETTINGS:
+            dealing, random = Dealing(ranks, micro_batches, size, waits), np.random.default_rng(0)
+            figures, largest, seconds = [], [], 0.0
+            for _ in range(STEPS):
+                step = random.choice(costs, dealing.in_step, replace=dealing.in_step > len(costs))
+                started = time.process_time()
+                dealt = step[dealing.step(step)]
+                seconds += time.process_time() - started
+                mean = step.sum() / ranks
+                times = [dealing.time(step), dealing.time(dealt), dealing.bound(step), unequal(step, dealing)]
+                figures.append(np.array(times) / mean)
+                largest.append([each.reshape(-1, size).sum(1).max() / mean * micro_batches for each in (step, dealt)])
+            sampled, dealt_, bound, other = np.mean(figures, axis=0)
+            before, after = np.mean(largest, axis=0)
+            kind = "DDP" if waits == "step" else "FSDP"
+            print(
+                f"| {name} | {ranks} × {size} × {micro_batches} {kind} | {sampled:.2f} | **{dealt_:.3f}** "
+                f"| {bound:.3f} "
+                f"| {np.mean([each[1] / each[2] for each in figures]):.3f} | {other:.3f} | {before:.2f} → {after:.2f} |"
+            )
+        print(f"a step of {dealing.in_step} pairs is dealt in {seconds / STEPS * 1e3:.1f} ms", file=sys.stderr)
+
+
+def run(processes: int, model: str, steps: int) -> None:
+    """Train twice each way, in turns, with the reference in the cache; losses, margins and seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "pairs.jsonl"
+        with gzip.open(HH, "rt") as file:
+            lines = file.read().splitlines()
+        data.write_text("\n".join(lines[: 8 * processes * (steps // 2 + 1)]) + "\n")
+        seconds: dict[str, list[float]] = {"true": [], "false": []}
+        found: dict[str, Any] = {}
+        for number, balance in enumerate(["true", "true", "false", "true", "false"]):  # the first fills the cache
+            out = Path(folder) / f"{number}"
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", __file__]
+            command += ["--rank", *f"""
+                --model_name_or_path {model} --dataset_name {data} --max_bad_rows 100 --output_dir {out} --use_cpu true
+                --bf16 false --use_peft true --max_steps {steps} --per_device_train_batch_size 4 --logging_steps 1
+                --max_length 512 --save_strategy no --gradient_checkpointing false --ref_cache {folder}/cache
+                --balance_ranks {balance} --learning_rate 1e-4
+            """.split()]  # fmt: skip
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+            metrics = json.loads((out / "training_metrics.json").read_text())
+            losses = [entry["loss"] for entry in metrics["log_history"] if "loss" in entry]
+            margins = [np.load(path) for path in sorted((out / "logs" / "margins").rglob("step_*.npy"))]
+            if number:
+                seconds[balance].append(metrics["train"]["train_runtime"])
+            found[balance] = losses, np.concatenate([each["margin"] for each in margins])
+        (loss, margin), (plain_loss, plain_margin) = found["true"], found["false"]
+        print(f"{processes} processes, {steps} steps: {seconds['false']} s as sampled, {seconds['true']} s dealt")
+        print(f"losses differ by at most {np.abs(np.subtract(loss, plain_loss)).max():.1e}, margins by")
+        print(f"{np.abs(margin - plain_margin).max():.1e} nats")
+
+
+def rank(argv: list[str]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
+    from tandem.commands import dpo
+
+    dpo.main(argv)
+
+
+if __name__ == "__main__":
+    if "--rank" in sys.argv:
+        rank(sys.argv[sys.argv.index("--rank") + 1 :])
+        sys.exit()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model", default=str(Path.home() / ".cache" / "tandem" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--run", type=int, help="train with so many processes instead")
+    parser.add_argument("--steps", type=int, default=6)
+    given = parser.parse_args()
+    run(given.run, given.model, given.steps) if given.run else simulate(given.model)
