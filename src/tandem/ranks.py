@@ -1,6 +1,7 @@
 """Several processes of one launch: who writes, who works on what, and how none outlives the launcher.
 
-In evaluation and generation each process has the whole model, and rank r takes every W-th batch.
+In evaluation and generation rank r takes every W-th batch. Each process has the whole model; or, where the launch asks
+for FSDP, a shard of it, and gathers a layer at a time.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ Result = TypeVar("Result")
 
 _LAUNCHER = "TANDEM_LAUNCHER"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def is_first() -> bool:
@@ -54,22 +54,33 @@ def refuse_several(task: str) -> None:
         raise UserError(f"{task} runs as one process, not {count()}: start it without a launcher")
 
 
+def is_sharded() -> bool:
+    """Whether the launch asks for models sharded over its processes (FSDP)."""
+    return count() > 1 and _is_on("ACCELERATE_USE_FSDP")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Bring the processes of a launch together, each on a device of its own.
 
     Raises:
-        UserError: the launch would shard the model, or its processes do not find each other.
+        UserError: the launch would shard the model otherwise than by FSDP 2, or its processes do not find each other.
     """
     if count() == 1:
         yield
         return
-    for variable, engine in _SHARDING.items():
-        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
-            raise UserError(
-                f"the accelerate config asks for {engine}, but each process holds the whole model here: use "
-                "accelerate_configs/ddp.yaml"
-            )
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "the accelerate config asks for DeepSpeed, which trains only: use accelerate_configs/fsdp.yaml for a model "
+            "larger than a device, else ddp.yaml"
+        )
+    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("the accelerate config asks for FSDP version 1: use accelerate_configs/fsdp.yaml")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process reads its own shards
     from accelerate import PartialState
 
     from tandem.devices import has_accelerator
@@ -82,7 +93,11 @@ def joined() -> Iterator[None]:
 
 
 def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-    """`work` of each item, in their order, on every process; each item is worked on by one of them. Collective."""
+    """`work` of each item, in their order, on every process; each item is worked on by one of them. Collective.
+
+    With a sharded model all processes work at all times, for every layer is gathered from all of them: one that has no
+    item left works on another's.
+    """
     if count() == 1:
         yield from map(work, items)
         return
@@ -90,7 +105,10 @@ def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[
 
     own = int(os.environ["RANK"])
     for start in range(0, len(items), count()):
-        yield from gather_object([work(item) for item in items[start + own : start + own + 1]])
+        mine = items[start + own : start + own + 1]
+        if is_sharded() and not mine:
+            work(items[start])
+        yield from gather_object([work(item) for item in mine])
 
 
 def be_launcher() -> None:

@@ -21,6 +21,7 @@ from tandem.devices import gpu_without_bf16
 from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.models.adapters import merged, rounded, weights_are_sent
+from tandem.models.shards import check_adapter, gather_tied_head
 from tandem.models.weights import check_weights, pickled
 from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, check_folder, is_adapter
 from tandem.places import not_here
@@ -121,12 +122,18 @@ def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_model(
-    options: ModelOptions, *, trainable_adapter: bool = False, quantize: bool = False, tp_size: int = 1
+    options: ModelOptions,
+    *,
+    trainable_adapter: bool = False,
+    quantize: bool = False,
+    tp_size: int = 1,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
     adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism), sharded over the processes
-    that have the same slice. Where weights are sent (`adapters.weights_are_sent`), one process a machine reads them,
-    and the others get the model on the meta device.
+    that have the same slice; with `sharded`, over all processes (FSDP), of which each reads its own part. Where weights
+    are sent (`adapters.weights_are_sent`), one process a machine reads them, and the others get the model on the meta
+    device.
 
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
@@ -138,8 +145,10 @@ def load_model(
     if is_adapter(name):
         base = _base_options(options, name)
         if not is_adapter(base.model_name_or_path):
-            model = load_model(base, quantize=quantize, tp_size=tp_size)
-        elif quantize or tp_size > 1:
+            if sharded:
+                check_adapter(name)
+            model = load_model(base, quantize=quantize, tp_size=tp_size, sharded=sharded)
+        elif quantize or tp_size > 1 or sharded:
             raise UserError(f"{name}: is an adapter on the adapter {base.model_name_or_path}: merge that one first")
         else:
             model = load_merged(base)
@@ -149,7 +158,7 @@ def load_model(
     if Path(name).is_dir():
         name = str(Path(name).absolute())  # an adapter's config names its base so, and is read from other folders
     keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
-    if tp_size > 1:
+    if tp_size > 1 or sharded:
         from transformers.distributed import DistributedConfig
 
         alike = int(os.environ["WORLD_SIZE"]) // tp_size
@@ -175,6 +184,8 @@ def load_model(
         raise UserError(f"{name}: cannot be loaded as a model: {_said(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
+    if sharded:
+        gather_tied_head(model)
     return model
 
 

@@ -37,7 +37,12 @@ def load_scorer(
     """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
     habana.prepare()
     source = ModelOptions(model_name_or_path=name, dtype=dtype)
-    return Scorer(load_model(source), load_tokenizer(source, template), batch_size=batch_size, bf16=bf16)
+    return Scorer(
+        load_model(source, sharded=ranks.is_sharded()),
+        load_tokenizer(source, template),
+        batch_size=batch_size,
+        bf16=bf16,
+    )
 
 
 class Scorer:
@@ -51,7 +56,7 @@ class Scorer:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, bf16: bool | None = None
     ) -> None:
         self.device = _device()
-        self.model = model.to(self.device).eval()
+        self.model = (model if ranks.is_sharded() else model.to(self.device)).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.bf16 = fast_bf16() if bf16 is None else bf16
@@ -81,6 +86,8 @@ class Scorer:
         collate = PairCollator(self.tokenizer.pad_token_id, max_length, multiple=multiple, size=size)
         order = sorted(range(len(pairs)), key=lambda index: -_tokens(pairs[index]))  # what does not fit fails at once
         batches = list(_batches(order, self.batch_size))
+        if ranks.is_sharded():  # the engine is probed once, and takes no rows that are longer than the first
+            batches.reverse()
 
         def score(batch: list[int]) -> np.ndarray:
             logps = self._token_logps(collate([pairs[index] for index in batch])).sum(1).view(2, -1)

@@ -22,6 +22,7 @@ from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.load import adapters_of_whole_layers
 from tandem.training.held import upcast_trained
+from tandem.models.shards import gather_tied_head
 from tandem.training.trainers.topology import Topology
 
 
@@ -156,24 +157,6 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
     if not lists:
         raise UserError(f"{type(model).__name__} has no repeated layers that FSDP could shard one by one")
     return sorted({type(layer).__name__ for layer in max(lists, key=len)})
-
-
-def gather_tied_head(model: PreTrainedModel) -> None:
-    """Have FSDP gather a tied head with the embedding whose weight it is.
-
-    transformers 5.23 shards the embedding without its head (`distributed.fsdp._resolve_tied_embed_lm_head_plan`). The
-    head would keep the sharded weight, and its gradient would be that of this process's pairs alone.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return
-    for module in model.modules():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        for sharded in group.fsdp_params if group else ():
-            info = sharded._module_info
-            if info.module is embedding and head not in info.shared_modules:
-                info.shared_modules.append(head)
-                info.shared_param_names.append("weight")
 
 
 def average_cut_adapter(model: nn.Module, accelerator: Accelerator) -> None:
