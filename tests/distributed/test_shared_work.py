@@ -81,11 +81,11 @@ def test_generation_goes_on_after_a_kill(tmp_path: Path, tiny_model: Path, polic
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, but each process holds the whole model here"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, but each process holds the whole model here"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for FSDP version 1: use accelerate_configs/fsdp"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, which trains only: use accelerate_configs/fsdp"),
     ],
 )
-def test_sharding_is_refused(tmp_path: Path, tiny_model: Path, data: Path, variables: dict[str, str], told: str):
+def test_other_sharding_is_refused(tmp_path: Path, tiny_model: Path, data: Path, variables: dict[str, str], told: str):
     options = {"models": f"base={tiny_model}", "dataset_name": data, "output_dir": tmp_path / "out"}
     code, screen = end(start(command("generate", 2, **options), **variables))
     assert code == 2

@@ -1,6 +1,7 @@
 """Log-probabilities of pairs under a model, and samples from it: what evaluate, generate and compare share."""
 
 import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def load_scorer(
 ) -> "Scorer":
     """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
     habana.prepare()
+    gc.collect()  # a model before: the engine's forward and the model refer to each other
     source = ModelOptions(model_name_or_path=name, dtype=dtype)
     return Scorer(
         load_model(source, sharded=ranks.is_sharded()),

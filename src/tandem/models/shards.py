@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -22,12 +23,24 @@ def check_adapter(folder: str) -> None:
         return  # whoever loads it says so
     more = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "bias")
     beyond = [name for name in more if config.get(name) not in (None, False, [], {}, "none")]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        beyond.append(f"init_lora_weights {config['init_lora_weights']}")
+    if _adapts_embedding(Path(folder)):
+        beyond.append("an adapted embedding")
     if config.get("peft_type") != "LORA" or beyond:
         what = ", ".join(beyond) or config.get("peft_type")
         raise UserError(
             f"{folder}: an adapter with {what} needs its base whole, and FSDP shards it: merge the adapter first "
             "(scripts/merge_lora.py)"
         )
+
+
+def _adapts_embedding(folder: Path) -> bool:
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as weights:
+        return any("lora_embedding" in name for name in weights.keys())  # noqa: SIM118  it is no mapping
 
 
 def gather_tied_head(model: PreTrainedModel) -> None:
