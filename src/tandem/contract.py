@@ -181,9 +181,12 @@ MAIN = Contract(
         ),
         Borrowed("accelerate.utils.fsdp_utils", "fsdp2_prepare_model", _SHARDING, _TWO_PROCESSES),
         Borrowed("peft.tuners.lora.layer", "_get_in_out_features", "models.load", _TWO_PROCESSES),
-        Borrowed("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", _SHARDING, _TWO_PROCESSES),
+        Borrowed("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", "models.shards", _TWO_PROCESSES),
         Borrowed(
-            "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState", "_fsdp_param_group", _SHARDING, _TWO_PROCESSES
+            "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
+            "_fsdp_param_group",
+            "models.shards",
+            _TWO_PROCESSES,
         ),
         Borrowed(
             "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
@@ -192,7 +195,7 @@ MAIN = Contract(
             _TWO_PROCESSES,
         ),
         Borrowed(
-            "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam", "_module_info", _SHARDING, _TWO_PROCESSES
+            "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam", "_module_info", "models.shards", _TWO_PROCESSES
         ),
         Borrowed("torch.cpu", "_is_avx512_bf16_supported", "devices", "tests/training/test_stages.py"),
         Borrowed("torch.cpu", "_is_amx_tile_supported", "devices", "tests/training/test_stages.py"),
