@@ -21,8 +21,8 @@ from tandem.data.turn_end import named
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.load import adapters_of_whole_layers
-from tandem.training.held import upcast_trained
 from tandem.models.shards import gather_tied_head
+from tandem.training.held import upcast_trained
 from tandem.training.trainers.topology import Topology
 
 
