@@ -1,17 +1,20 @@
 """vLLM itself, in an environment that has it (docs/vllm.md): the same numbers and answers as transformers."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 pytest.importorskip("vllm")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 from tandem.answers.backends.options import GenerationOptions
+from tandem.answers.backends.transformers import TransformersBackend
 from tandem.answers.backends.vllm import VllmBackend
 from tandem.answers.generate import generate
 from tandem.data.formats import prompt_id
@@ -120,3 +123,63 @@ def test_an_adapter_that_vllm_would_take_in_part_is_refused(tmp_path: Path, mode
     with pytest.raises(UserError, match="merge it first"):
         refusing.load(str(adapter))
     refusing.close()
+
+
+def test_four_draws_a_prompt_are_distributed_as_those_of_transformers(
+    engine: VllmBackend, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    """First tokens of 256 draws a prompt, asked four at a time: counts of both backends against the exact distribution.
+
+    Fixed seeds. Chi-square over the tokens that five draws or more are expected of, the others as one; and the base's
+    draws are told from the adapter's, so that the test would see an adapter that is not applied.
+    """
+    prompts, asks, count = PROMPTS[:2], 64, 4
+    own = TransformersBackend(GenerationOptions(dtype="float32", batch_size=8), SamplingOptions(max_new_tokens=1))
+    engine.load(models["dpo"])
+    own.load(models["dpo"])
+    drawn: dict[str, list[Counter[str]]] = {}
+    for name, backend in (("vllm", engine), ("transformers", own)):
+        drawn[name] = [Counter() for _ in prompts]
+        for seed in range(asks):
+            monkeypatch.setattr(backend, "_sampling", SamplingOptions(max_new_tokens=1, temperature=0.9, seed=seed))
+            wanted = [(index, number) for index in range(len(prompts)) for number in range(count)]
+            for (index, _), answer in backend.draws(prompts, count, wanted):
+                drawn[name][index][answer.text] += 1
+    own.close()
+    exact = {label: [first_tokens(name, prompt) for prompt in prompts] for label, name in models.items()}
+    for name, counts in drawn.items():
+        for index, found in enumerate(counts):
+            assert found.total() == asks * count
+            p, distance = fit(found, exact["dpo"][index])
+            p_base, _ = fit(found, exact["base"][index])
+            print(f"{name}, prompt {index}: p {p:.3f}, total variation {distance:.3f}; against the base p {p_base:.1e}")
+            assert p > 0.001
+            assert p_base < 1e-6
+
+
+def first_tokens(name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+    """Probability of each text of a first token at temperature 0.9 within the nucleus of 0.95, by transformers."""
+    source = ModelOptions(model_name_or_path=name)
+    tokenizer, model = load_tokenizer(source), load_model(source).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids(messages, tokenizer)])).logits[0, -1]
+    ordered, tokens = (logits / 0.9).softmax(-1).sort(descending=True)
+    kept = int((ordered.cumsum(0) - ordered < 0.95).sum())
+    found: Counter[str] = Counter()
+    for share, token in zip(ordered[:kept].tolist(), tokens[:kept].tolist(), strict=True):
+        found[tokenizer.decode([token], skip_special_tokens=True)] += share / float(ordered[:kept].sum())
+    return found
+
+
+def fit(counts: Counter[str], exact: dict[str, float]) -> tuple[float, float]:
+    """p of the chi-square test that `counts` are drawn from `exact`, and their total variation over its cells."""
+    total = counts.total()
+    common = [text for text, share in exact.items() if share * total >= 5]
+    observed = [counts[text] for text in common]
+    expected = [exact[text] * total for text in common]
+    observed, expected = [*observed, total - sum(observed)], [*expected, total - sum(expected)]
+    if expected[-1] < 1e-6:  # a draw there is one that cannot be
+        assert observed[-1] == 0
+        observed, expected = observed[:-1], expected[:-1]
+    distance = sum(abs(one - other) for one, other in zip(observed, expected, strict=True)) / 2 / total
+    return float(chisquare(observed, expected).pvalue), distance
