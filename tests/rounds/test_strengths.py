@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -86,3 +88,43 @@ def test_swiss_pairs_like_points_that_have_not_met():
     assert swiss_round([0, 0, 0], set()) == [(0, 1)]
     everyone = {frozenset(pair) for pair in round_robin(3)}
     assert swiss_round([0, 0, 0], everyone) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "spread", "orders", "swiss", "least", "most"),
+    [
+        (2, PRIOR, 2, False, 0.935, 1),  # both orders are asked, and their disagreement is a tie
+        (4, PRIOR, 2, False, 0.935, 1),
+        (6, PRIOR, 1, True, 0.935, 1),  # Swiss: whom an answer meets depends on how it did
+        (8, PRIOR, 2, True, 0.935, 1),
+        (4, PRIOR / 2, 1, False, 0.935, 1),  # answers are more alike than the prior says
+        (4, 2.0, 1, False, 0.86, 0.91),  # answers are less alike: the intervals promise too much, and docs say so
+        (4, 3.0, 1, False, 0.68, 0.75),
+    ],
+)
+def test_where_intervals_cover_and_where_not(
+    count: int, spread: float, orders: int, swiss: bool, least: float, most: float
+):
+    """2,000 runs with fixed seeds. Docs: rounds.md, "What a strength's interval is worth"."""
+    noise, inside, runs = np.random.default_rng(7), 0, 2_000
+    for _ in range(runs):
+        truth = noise.normal(0, spread, count)
+        outcomes: dict[tuple[int, int], float] = {}
+        for _ in range(math.ceil(math.log2(count)) + 1 if swiss else 1):
+            points = [
+                sum(score for (one, _), score in outcomes.items() if one == index)
+                + sum(1 - score for (_, other), score in outcomes.items() if other == index)
+                for index in range(count)
+            ]
+            met = {frozenset(pair) for pair in outcomes}
+            for one, other in swiss_round(points, met) if swiss else round_robin(count):
+                chance = 1 / (1 + np.exp(truth[other] - truth[one]))
+                outcomes[one, other] = float((noise.random(orders) < chance).mean())
+        first, second = np.array(list(outcomes)).T
+        found = strengths(first, second, np.array(list(outcomes.values())), count)
+        centred = truth - truth.mean()
+        inside += sum(one["low"] <= true <= one["high"] for one, true in zip(found, centred, strict=True))
+    share = inside / (runs * count)
+    print(f"{count} answers, spread {spread}, {orders} verdicts, {'Swiss' if swiss else 'round robin'}: {share:.4f}")
+    assert least <= share <= most
