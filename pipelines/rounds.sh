@@ -91,9 +91,10 @@ pairs_of() {
   elif [[ -z ${OFFLINE_PAIRS:-} ]]; then
     echo "$RUN/round_$1/pairs/pairs.jsonl"
   else
+    python -m tandem.rounds.offline "$OFFLINE_PAIRS" "$RUN/round_0/held_out/prompts.jsonl" "$RUN/offline.jsonl" >&2
     printf -- '- {dataset_name: "%s", weight: %s}\n- {dataset_name: "%s", weight: %s}\n' \
       "$RUN/round_$1/pairs/pairs.jsonl" "$(python -c "print(round(1 - $OFFLINE_SHARE, 6))")" \
-      "$RUN/offline/pairs.jsonl" "$OFFLINE_SHARE" >"$RUN/round_$1/mixture.yaml"
+      "$RUN/offline.jsonl" "$OFFLINE_SHARE" >"$RUN/round_$1/mixture.yaml"
     echo "$RUN/round_$1/mixture.yaml"
   fi
 }
@@ -101,8 +102,9 @@ pairs_of() {
 stages() {
   local round policy=$MODEL_NAME own pairs recipe reference mount split
   held_out 0 "$MODEL_NAME"
-  [[ -z ${OFFLINE_PAIRS:-} ]] || stage offline offline/pairs.jsonl \
-    python -m tandem.rounds.offline "$OFFLINE_PAIRS" "$RUN/round_0/held_out/prompts.jsonl" "$RUN/offline/pairs.jsonl"
+  [[ -z ${OFFLINE_PAIRS:-} ]] || stage check data_report.json \
+    python "$ROOT/scripts/check_data.py" --config "$(config check)" --dataset_name "$OFFLINE_PAIRS" \
+    --report "$RUN/data_report.json"
   for ((round = 1; round <= ROUNDS; round++)); do
     own=round_$round
     stage "sample_$round" "$own/samples.jsonl" \

@@ -56,6 +56,7 @@ def folder(tmp_path: Path) -> Path:
         ({"SCORER": "judge:a", "SECOND_SCORER": "judge:b"}, "another kind"),
         ({"SCORER": "reward:a", "SECOND_SCORER": "reward:a"}, "shows nothing"),
         ({"SCORER": "function:a.py:b"}, "--score_function a.py:b: no such file"),
+        ({"OFFLINE_PAIRS": "none.jsonl"}, "stage check: --dataset_name none.jsonl: no such file or folder"),
         ({"JUDGE_BASE_URL": "http://127.0.0.1:1/v1"}, "JUDGE_BASE_URL has no effect"),
         ({"PROMPTS": "https://u:p@x/y"}, "password"),
     ],
@@ -67,10 +68,13 @@ def test_what_is_refused_at_once(folder: Path, changes: dict[str, str], said: st
     assert not (folder / "run").exists()
 
 
-def test_every_stage_of_two_rounds_passes_preflight(folder: Path):
+@pytest.mark.parametrize("changes", [{}, {"OFFLINE_PAIRS": "pairs.jsonl", "REFERENCE": "initial", "SCORER": "reward:r"}])
+def test_every_stage_of_two_rounds_passes_preflight(folder: Path, changes: dict[str, str]):
     """The options of all stages are read before the first begins; the data of none, as there are no pairs yet."""
     text = PIPELINE.read_text().replace('"$(dirname "${BASH_SOURCE[0]}")/lib.sh"', f'"{ROOT}/pipelines/lib.sh"')
     assert text.count("\nlog_to ") == 1
     text = text.replace("\nlog_to ", "\nexit 0\nlog_to ")
-    done = subprocess.run(["bash", "-c", text], env=environment(folder), capture_output=True, text=True)
+    tiny.save_pairs(folder / "pairs.jsonl", tiny.hh_rows(6))
+    given = environment(folder, **changes)
+    done = subprocess.run(["bash", "-c", text], env=given, cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

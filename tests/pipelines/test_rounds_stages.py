@@ -29,7 +29,7 @@ previous=
 for word in "$@"; do
   case $previous in
     --output_dir) mkdir -p "$word"; touch "$word"/{samples,scores,pairs}.jsonl ;;
-    tandem.rounds.offline) mkdir -p "$OUTPUT_DIR/offline"; touch "$OUTPUT_DIR/offline/pairs.jsonl" ;;
+    --report) touch "$word" ;;
     --run_dir) touch "$word"/{report.html,rounds.json,rounds.md} ;;
   esac
   previous=$word
@@ -77,8 +77,8 @@ def test_what_the_second_round_is_told(tmp_path: Path, reference: str):
         SECOND_SCORER="function:check.py:other", MOUNT_DIR="mirror",
     )  # fmt: skip
     names = [key.split()[1] for key in told]
-    a_round = ["sample", "score", "make_pairs", "dpo", "report", "sample", "score", "rounds"]
-    assert names == ["sample", "score", "offline", *a_round, *a_round, "report"]
+    a_round = ["sample", "score", "make_pairs", "offline", "dpo", "report", "sample", "score", "rounds"]
+    assert names == ["sample", "score", "check_data", *a_round, *a_round, "report"]
     first, second = (line for key, line in told.items() if key.endswith(" dpo"))
     assert "--model_name_or_path model " in first
     assert "--model_name_or_path RUN/round_1/dpo " in second
@@ -89,7 +89,7 @@ def test_what_the_second_round_is_told(tmp_path: Path, reference: str):
     assert ("--reference_model model " in second) == (reference == "initial")
     assert (tmp_path / "run" / "round_2" / "mixture.yaml").read_text().splitlines() == [
         f'- {{dataset_name: "{tmp_path}/run/round_2/pairs/pairs.jsonl", weight: 0.75}}',
-        f'- {{dataset_name: "{tmp_path}/run/offline/pairs.jsonl", weight: 0.25}}',
+        f'- {{dataset_name: "{tmp_path}/run/offline.jsonl", weight: 0.25}}',
     ]
     drawn = [line for key, line in told.items() if key.endswith(" sample")]
     assert [line.split("--models ")[1].split()[0] for line in drawn] == [
