@@ -20,13 +20,18 @@ def load_object(name: str, option: str) -> Any:
         UserError: there is no such module or file, or it has nothing of this name.
     """
     place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise UserError(f"{option} {name}: must be module:name or file.py:name")
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise UserError(f"{option} {name}: there is no file {place}")
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise UserError(f"{option} {name}: {place} line {error.lineno}: {error.msg}") from error
     else:
         sys.path.append(os.getcwd())
         try:

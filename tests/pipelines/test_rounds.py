@@ -68,7 +68,9 @@ def test_what_is_refused_at_once(folder: Path, changes: dict[str, str], said: st
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"OFFLINE_PAIRS": "pairs.jsonl", "REFERENCE": "initial", "SCORER": "reward:r"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"OFFLINE_PAIRS": "pairs.jsonl", "REFERENCE": "initial", "SCORER": "reward:r"}]
+)
 def test_every_stage_of_two_rounds_passes_preflight(folder: Path, changes: dict[str, str]):
     """The options of all stages are read before the first begins; the data of none, as there are no pairs yet."""
     text = PIPELINE.read_text().replace('"$(dirname "${BASH_SOURCE[0]}")/lib.sh"', f'"{ROOT}/pipelines/lib.sh"')

@@ -207,9 +207,47 @@ def test_read_mark(text: str, mark: float | None):
         ({"score_function": ["a:b"], "reward_batch_size": 2}, "no effect without --reward_models"),
         ({"score_function": ["a:b"], "judge_mode": "rubric"}, "no effect without --judge_model"),
         ({"judge_model": "m", "rubric": "x"}, "no effect without --judge_mode rubric"),
+        ({"judge_model": "m", "rubric": "x", "judge_mode": "rubric"}, "--rubric x: no such file"),
+        ({"judge_model": "m", "judge_base_url": "x"}, "--judge_base_url x: must start with"),
+        ({"score_function": ["none.py:f"]}, "no such file"),
+        ({"score_function": ["f.py:f", "f.py:f"]}, "twice"),
+        ({"score_function": ["f:f", "f:g"]}, "--rank_by is required"),
         ({"reward_models": ["x", "x"]}, "twice"),
     ],
 )
 def test_options_that_cannot_be(given: dict[str, Any], said: str):
     with pytest.raises(UserError, match=said):
         ScoreOptions(samples="s", output_dir="o", **given)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("check.py", "must be module:name or file"),
+        ("broken.py:f", "broken.py line 1"),
+        ("check.py:broken", "gave none of 3 answers a score: error: ZeroDivisionError"),
+        ("check.py:endless", "gave none of 3 answers a score: not_finite"),
+    ],
+)
+def test_a_function_that_scores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, said: str):
+    monkeypatch.chdir(tmp_path)
+    samples = write(tmp_path, [answer("q", text) for text in ("a", "b", "c")])
+    (tmp_path / "check.py").write_text(CHECK + "def endless(*given):\n    return float('inf')\n")
+    (tmp_path / "broken.py").write_text("def f(:")
+    with pytest.raises(UserError, match=said):
+        score(ScoreOptions(samples=str(samples), output_dir=str(tmp_path / "out"), score_function=[function]))
+
+
+def test_functions_side_by_side(tmp_path: Path):
+    """What ranks is named; the other's score stands beside it."""
+    first, second = (f"{tmp_path}/check.py:{name}" for name in ("length", "other"))
+    write(tmp_path, [])
+    (tmp_path / "check.py").write_text(CHECK + "def other(prompt, answer, row):\n    return -1\n")
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps(answer("q", "four")) + "\n")
+    score(ScoreOptions(
+        samples=str(samples), output_dir=str(tmp_path / "out"), score_function=[first, second],
+        rank_by=f"function:{second}",
+    ))  # fmt: skip
+    (record,) = read_jsonl(tmp_path / "out" / "scores.jsonl")
+    assert (record["score"], record["scores"]) == (-1, {f"function:{first}": 4, f"function:{second}": -1})

@@ -107,13 +107,16 @@ def mark(
             rubric = Path(options.rubric).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"--rubric {options.rubric}: cannot be read: {error}") from error
+    temperature: dict[str, Any] = {"greedy": True}
+    if options.judge_temperature:
+        temperature = {"temperature": options.judge_temperature, "top_p": 1.0}
     backend = OpenAIBackend(
         GenerationOptions(
             backend="openai",
             base_url=options.judge_base_url or JudgeOptions.base_url,
             batch_size=options.judge_concurrency,
         ),
-        SamplingOptions(max_new_tokens=options.judge_max_output_tokens, greedy=options.judge_temperature in (None, 0)),
+        SamplingOptions(max_new_tokens=options.judge_max_output_tokens, **temperature),
     )
     backend.load(str(options.judge_model))
     prompts = [_question(rubric, messages, answer) for messages, answer in texts]

@@ -12,6 +12,7 @@ from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, changed, flags, opt
 from tandem.options.rules import Options
 from tandem.rounds.names import DATA, PAIRS, PAIRS_REPORT
+from tandem.servers.address import checked_url
 
 Item = TypeVar("Item")
 
@@ -97,6 +98,13 @@ class ScoreOptions(Options):
             file = name.rpartition(":")[0]
             if file.endswith(".py") and not Path(file).is_file():
                 yield f"--score_function {name}: no such file"
+        if self.rubric is not None and not Path(self.rubric).is_file():
+            yield f"--rubric {self.rubric}: no such file"
+        if self.judge_base_url is not None:
+            try:
+                checked_url(self.judge_base_url)
+            except UserError as error:
+                yield str(error).replace("--base_url", "--judge_base_url")
         for name in ("reward_models", "score_function"):
             given = getattr(self, name)
             if len(set(given)) < len(given):

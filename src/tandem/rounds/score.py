@@ -46,6 +46,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
             by_scorer[f"function:{name}"] = _function(name, whole, rows, cache)
         if options.judge_model:
             by_scorer[f"judge:{options.judge_model}"] = _judge(options, whole, cache, folder, details)
+        _refuse_failed(by_scorer)
         found = iter(_combined(options, by_scorer, details))
         out = [
             record | {"score": None, "scorer": None, "scores": {}, "non_answer": why}
@@ -57,6 +58,18 @@ def score(options: ScoreOptions) -> dict[str, Any]:
         write_json(folder / SCORES_REPORT, report)
         write_records(folder / SCORES, out)
     return report
+
+
+def _refuse_failed(by_scorer: dict[str, list[tuple[float | None, str]]]) -> None:
+    """Refuse a scorer that failed on every answer: nothing could be made of its silence.
+
+    Raises:
+        UserError: naming it and why.
+    """
+    for name, values in by_scorer.items():
+        failed = [why for value, why in values if value is None and why.startswith(("error:", "not_finite", "no_mark"))]
+        if values and len(failed) == len(values):
+            raise UserError(f"{name}: gave none of {len(values)} answers a score: {failed[0]}")
 
 
 class Cache:
