@@ -106,12 +106,12 @@ class Trial:
     def _ended(self, how: str) -> list[str]:
         """What is wrong if the process ends here, and the same command is given again."""
         held = self.folder / "held"
-        unsynced = [line.split(" ", 2) for line in Path(f"{self._counter}.unsynced").read_text().splitlines()]
+        unsynced = [line.split() for line in Path(f"{self._counter}.unsynced").read_text().splitlines()]
         places = {file.lstat().st_ino: file.relative_to(self.work) for file in self.work.rglob("*")}
         self.work.rename(held)
         try:
             shutil.copytree(held, self.work, symlinks=True)
-            for inode, safe, _ in unsynced if how != "kept" else ():
+            for inode, safe in unsynced if how != "kept" else ():
                 if int(inode) in places:
                     _lose(self.work / places[int(inode)], int(safe), how)
             state = _digest(self.work)

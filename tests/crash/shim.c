@@ -8,7 +8,7 @@
  *
  * Armed by crash_arm, the process stops (SIGSTOP) before each call and in the middle of each write, so that another can
  * look at what is there, and lets it go on. Beside the counter, in a file named .unsynced, is then what a power cut would
- * lose: a line (inode, bytes that are safe, path) for each file with bytes that no fsync has followed.
+ * lose: a line (inode, bytes that are safe) for each file with bytes that no fsync has followed.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -35,7 +35,6 @@ struct file {
   dev_t dev;
   ino_t ino;
   off_t synced; /* bytes that are safe */
-  char path[PATH_MAX];
 };
 
 static char root[PATH_MAX];
@@ -126,9 +125,8 @@ static void stop(void) {
   pthread_mutex_lock(&lock);
   int fd = syscall(SYS_openat, AT_FDCWD, unsynced, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   for (int index = 0; index < dirty_count; index++) {
-    char line[PATH_MAX + 64];
-    int length = snprintf(line, sizeof line, "%lu %ld %s\n", (unsigned long)dirty[index].ino, (long)dirty[index].synced,
-                          dirty[index].path);
+    char line[64];
+    int length = snprintf(line, sizeof line, "%lu %ld\n", (unsigned long)dirty[index].ino, (long)dirty[index].synced);
     syscall(SYS_write, fd, line, length);
   }
   syscall(SYS_close, fd);
@@ -141,7 +139,8 @@ static int due(const char *call, const char *path) {
   long number = __sync_add_and_fetch(counter, 1);
   if (log_fd >= 0) {
     char line[PATH_MAX + 64];
-    int length = snprintf(line, sizeof line, "%ld %s %s\n", number, call, path + (strlen(path) > root_length ? root_length + 1 : 0));
+    const char *place = strlen(path) > root_length ? path + root_length + 1 : path;
+    int length = snprintf(line, sizeof line, "%ld %s %s\n", number, call, place);
     syscall(SYS_write, log_fd, line, length);
   }
   if (stopping) stop();
@@ -160,78 +159,61 @@ static void mark(const struct stat *status, const char *path) {
     dirty[index].ino = status->st_ino;
     dirty[index].synced = status->st_size;
   }
-  snprintf(dirty[index].path, PATH_MAX, "%s", path);
   pthread_mutex_unlock(&lock);
 }
 
-static void forget(int index) { dirty[index] = dirty[--dirty_count]; }
-
-static void synced(const struct stat *status) {
+/* Its bytes are safe, or the file is gone. */
+static void settled(const struct stat *status) {
   pthread_mutex_lock(&lock);
   for (int index = 0; index < dirty_count; index++)
     if (dirty[index].ino == status->st_ino && dirty[index].dev == status->st_dev) {
-      forget(index);
+      dirty[index] = dirty[--dirty_count];
       break;
-    }
-  pthread_mutex_unlock(&lock);
-}
-
-static int is_below(const char *path, const char *folder) {
-  size_t length = strlen(folder);
-  return strncmp(path, folder, length) == 0 && (path[length] == '/' || !path[length]);
-}
-
-static void renamed(const char *from, const char *to) {
-  char path[PATH_MAX];
-  pthread_mutex_lock(&lock);
-  for (int index = dirty_count - 1; index >= 0; index--)
-    if (to && is_below(dirty[index].path, to)) forget(index);
-  for (int index = dirty_count - 1; index >= 0; index--)
-    if (is_below(dirty[index].path, from)) {
-      if (!to) {
-        forget(index);
-      } else if (snprintf(path, sizeof path, "%s%s", to, dirty[index].path + strlen(from)) < PATH_MAX) {
-        strcpy(dirty[index].path, path);
-      }
     }
   pthread_mutex_unlock(&lock);
 }
 
 /* ---- names ---- */
 
-static int on_names(const char *call, int from_folder, const char *from, int to_folder, const char *to) {
+static void on_names(const char *call, int from_folder, const char *from, int to_folder, const char *to) {
   char old[PATH_MAX], new[PATH_MAX];
-  if (!root_length) return 0;
+  if (!root_length) return;
   absolute(from_folder, from, old);
   if (to) absolute(to_folder, to, new);
-  if (!watched(old) && !(to && watched(new))) return 0;
-  if (due(call, old)) end();
-  return 1;
+  if ((watched(old) || (to && watched(new))) && due(call, old)) end();
 }
 
-static void after_names(int from_folder, const char *from, int to_folder, const char *to) {
-  char old[PATH_MAX], new[PATH_MAX];
-  if (!stopping) return;
-  absolute(from_folder, from, old);
-  if (to) absolute(to_folder, to, new);
-  renamed(old, to ? new : NULL);
+/* The file that a call takes a name from: what another process may do with its number is no concern of ours. */
+static int named(int folder, const char *path, struct stat *status) {
+  return stopping && fstatat(folder, path, status, AT_SYMLINK_NOFOLLOW) == 0 && status->st_nlink == 1;
 }
 
-int rename(const char *from, const char *to) {
-  int mine = on_names("rename", AT_FDCWD, from, AT_FDCWD, to), result = REAL(rename)(from, to);
-  if (mine && result == 0) after_names(AT_FDCWD, from, AT_FDCWD, to);
+#define MOVING(a, from, b, to, real)          \
+  struct stat replaced;                       \
+  on_names("rename", a, from, b, to);         \
+  int gone = named(b, to, &replaced);         \
+  int result = real;                          \
+  if (gone && result == 0) settled(&replaced); \
   return result;
-}
-int renameat(int a, const char *from, int b, const char *to) {
-  int mine = on_names("rename", a, from, b, to), result = REAL(renameat)(a, from, b, to);
-  if (mine && result == 0) after_names(a, from, b, to);
+
+#define REMOVING(folder, path, real)         \
+  struct stat removed;                       \
+  on_names("unlink", folder, path, 0, NULL); \
+  int gone = named(folder, path, &removed);  \
+  int result = real;                         \
+  if (gone && result == 0) settled(&removed); \
   return result;
-}
+
+int rename(const char *from, const char *to) { MOVING(AT_FDCWD, from, AT_FDCWD, to, REAL(rename)(from, to)) }
+int renameat(int a, const char *from, int b, const char *to) { MOVING(a, from, b, to, REAL(renameat)(a, from, b, to)) }
 int renameat2(int a, const char *from, int b, const char *to, unsigned flags) {
-  int mine = on_names("rename", a, from, b, to), result = syscall(SYS_renameat2, a, from, b, to, flags);
-  if (mine && result == 0) after_names(a, from, b, to);
-  return result;
+  MOVING(a, from, b, to, syscall(SYS_renameat2, a, from, b, to, flags))
 }
+int unlink(const char *path) { REMOVING(AT_FDCWD, path, REAL(unlink)(path)) }
+int unlinkat(int folder, const char *path, int flags) {
+  REMOVING(folder, path, REAL(unlinkat)(folder, path, flags))
+}
+int remove(const char *path) { REMOVING(AT_FDCWD, path, REAL(remove)(path)) }
 int link(const char *from, const char *to) {
   on_names("link", AT_FDCWD, from, AT_FDCWD, to);
   return REAL(link)(from, to);
@@ -239,21 +221,6 @@ int link(const char *from, const char *to) {
 int symlink(const char *from, const char *to) {
   on_names("symlink", AT_FDCWD, to, 0, NULL);
   return REAL(symlink)(from, to);
-}
-int unlink(const char *path) {
-  int mine = on_names("unlink", AT_FDCWD, path, 0, NULL), result = REAL(unlink)(path);
-  if (mine && result == 0) after_names(AT_FDCWD, path, 0, NULL);
-  return result;
-}
-int unlinkat(int folder, const char *path, int flags) {
-  int mine = on_names("unlink", folder, path, 0, NULL), result = REAL(unlinkat)(folder, path, flags);
-  if (mine && result == 0) after_names(folder, path, 0, NULL);
-  return result;
-}
-int remove(const char *path) {
-  int mine = on_names("unlink", AT_FDCWD, path, 0, NULL), result = REAL(remove)(path);
-  if (mine && result == 0) after_names(AT_FDCWD, path, 0, NULL);
-  return result;
 }
 int rmdir(const char *path) {
   on_names("rmdir", AT_FDCWD, path, 0, NULL);
@@ -412,12 +379,12 @@ static int on_sync(int fd, struct stat *status) {
 int fsync(int fd) {
   struct stat status;
   int mine = on_sync(fd, &status), result = REAL(fsync)(fd);
-  if (mine && stopping && result == 0) synced(&status);
+  if (mine && stopping && result == 0) settled(&status);
   return result;
 }
 int fdatasync(int fd) {
   struct stat status;
   int mine = on_sync(fd, &status), result = REAL(fdatasync)(fd);
-  if (mine && stopping && result == 0) synced(&status);
+  if (mine && stopping && result == 0) settled(&status);
   return result;
 }
