@@ -1,5 +1,6 @@
 """The stages that are ended at each of their calls: how each is prepared, and its command."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,17 @@ TRAINING: dict[str, Any] = {
 }
 
 
+TRAINED = (
+    "tandem.commands.dpo",
+    "tandem.training.stages",
+    "tandem.training.trainers.trl",
+    "trackio",
+)  # TRL looks for it
+LOADED = ("tandem.commands.merge_lora", "tandem.models.adapters", "tandem.models.load", "accelerate.utils")
+ANSWERED = ("tandem.commands.evaluate", "tandem.commands.compare", "tandem.models.scorer")
+A_ROUND = ("tandem.rounds.sample", "tandem.rounds.score", "tandem.rounds.pairs", "tandem.models.load")
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A stage in a folder of its own.
@@ -31,20 +43,21 @@ class Scenario:
         prepare: makes what is there before.
         run: the command, which is to end the same however often it was ended before.
         whole_or_absent: what it leaves that must be one or the other, manifest or not.
+        modules: imported once for all attempts.
     """
 
     prepare: Work
     run: Work
     whole_or_absent: tuple[str, ...] = ()
+    modules: tuple[str, ...] = TRAINED
 
     def load(self) -> None:
         """Import what `run` will."""
-        import trackio  # noqa: F401  which TRL looks for at each save
+        for module in self.modules:
+            importlib.import_module(module)
 
 
 def command(name: str, **options: Any) -> None:
-    import importlib
-
     argv = [part for option, value in options.items() for part in (f"--{option}", str(value))]
     importlib.import_module(f"tandem.commands.{name}").main(argv)
 
@@ -176,15 +189,15 @@ def copied(folder: Path) -> None:
 
 MERGED = ("merged",)
 SCENARIOS = {
-    "merge": Scenario(adapter, merge, MERGED),
-    "merge_over": Scenario(over_another, merge, MERGED),
-    "merge_shards": Scenario(shards, shards_merged, MERGED),
-    "merge_copy": Scenario(model, copied, MERGED),
+    "merge": Scenario(adapter, merge, MERGED, LOADED),
+    "merge_over": Scenario(over_another, merge, MERGED, LOADED),
+    "merge_shards": Scenario(shards, shards_merged, MERGED, LOADED),
+    "merge_copy": Scenario(model, copied, MERGED, LOADED),
     "dpo": Scenario(pairs, train("dpo", use_peft="true", mirrored=True, eval_strategy="steps", eval_steps=2)),
     "dpo_anew": Scenario(trained_over, train("dpo", use_peft="true", max_steps=2, resume_from_checkpoint="no")),
     "sft": Scenario(pairs, train("sft")),
-    "evaluate": Scenario(models, measured),
-    "compare": Scenario(models, compared),
-    "report": Scenario(finished, reported),
-    "round": Scenario(prompts, a_round),
+    "evaluate": Scenario(models, measured, modules=ANSWERED),
+    "compare": Scenario(models, compared, modules=ANSWERED),
+    "report": Scenario(finished, reported, modules=("tandem.commands.report",)),
+    "round": Scenario(prompts, a_round, modules=A_ROUND),
 }

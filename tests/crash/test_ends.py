@@ -44,7 +44,7 @@ def ended_everywhere(shim: Path, folder: Path, scenario: str, *options: str) -> 
 
 def test_a_merge_over_another_is_whole_or_absent(shim: Path, tmp_path: Path):
     """A few of its calls; `pytest -m slow` ends it at each."""
-    said = ended_everywhere(shim, tmp_path, "merge_over", "--every", "12", "--from", "5", "--how", "zeros")
+    said = ended_everywhere(shim, tmp_path, "merge_over", "--every", "11", "--from", "15", "--how", "zeros")
     assert " 0 with faults" in said
 
 
