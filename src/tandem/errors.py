@@ -44,8 +44,12 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of another package's says, which may be many lines long."""
-    return str(error).strip().split("\n")[0]
+    """The first line of what an error of another package's says, which may be many lines long; where that one only
+    introduces the next (`Error(s) in loading state_dict for …:`), both."""
+    if isinstance(error, KeyError):  # which says the key alone
+        return f"there is no {error}"
+    lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def script_main(main: Callable[[list[str]], None]) -> NoReturn:

@@ -84,7 +84,7 @@ TRAIN_CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "save_total_limit": (1, {}),
     "report_to": (["tensorboard"], {}),
     "lr_scheduler_kwargs": ({"num_cycles": 2}, {"lr_scheduler_type": "cosine_with_restarts"}),
-    "optim_args": ("betas=(0.8,0.9)", {}),
+    "optim_args": ("a=1,b=2", {}),
     "adam_beta1": (0.8, {}),
     "adam_beta2": (0.95, {}),
     "adam_epsilon": (1e-6, {}),

@@ -5,12 +5,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tandem.data.turn_end import stop_tokens
+from tandem.errors import UserError
 
 
 def end_ids(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end an answer: those of the model's generation config, the tokenizer's, and the one with which its
     chat template ends a turn."""
     ends = configured if isinstance(configured, list) else [configured]
+    if wrong := [end for end in ends if end is not None and not isinstance(end, int)]:
+        raise UserError(f"generation_config.json: eos_token_id must be a token's number, or several, not {wrong[0]!r}")
     return {end for end in [*ends, *stop_tokens(tokenizer)] if end is not None}
 
 

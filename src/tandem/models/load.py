@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 # Of transformers, PEFT and safetensors over files that are missing, torn or of another model
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, TypeError, AttributeError,
+    AssertionError, StrictDataclassError,
+)  # fmt: skip
 
 
 def base_of_adapter(folder: str) -> str:
@@ -75,7 +79,7 @@ def stored_dtype(name: str, revision: str | None = None) -> str:
         return stored_dtype(base_of_adapter(name), revision_of_base(name))
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise UserError(f"{name}: {not_here(name)}its config cannot be read: {_said(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
     return str(dtype or torch.float32).removeprefix("torch.")
@@ -98,11 +102,15 @@ def load_tokenizer(
     check_folder(name, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise UserError(f"{name}: {not_here(name)}no tokenizer can be loaded: {_said(error)}") from error
     template = template or options
     if tokenizer.chat_template is not None and template.chat_template is None:
         _try_template(name, tokenizer)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"{name}: its tokenizer has neither a pad_token nor an eos_token: name one in its tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template.chat_template is None and ensure_chat_template(tokenizer):
@@ -335,6 +343,8 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
     )
     if targets == "all-linear" and excluded is None and model is not None:
         excluded = _outside_decoder(model) or None
+    if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
+        targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
@@ -366,6 +376,12 @@ def commit_of(name: str, revision: str | None) -> str | None:
     machine; `revision` where the cache has it not."""
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
+
+
+def _linear_ends(model: Any) -> list[str]:
+    """The ends of the names of the decoder's linear layers, as `all-linear` stands for."""
+    decoder = model.get_decoder()
+    return sorted({n.rpartition(".")[2] for n, each in decoder.named_modules() if isinstance(each, torch.nn.Linear)})
 
 
 def _outside_decoder(model: Any) -> list[str]:

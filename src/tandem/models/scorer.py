@@ -11,12 +11,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem import ranks
+from tandem.data.tokenized import SIDES
 from tandem.devices import fast_bf16, has_hpu
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import PairCollator, completion_logps, round_up
 from tandem.errors import UserError
 from tandem.models import habana
 from tandem.models.ends import end_ids
+from tandem.models.fits import check_head, check_rows, largest_id, positions_of
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
 from tandem.options.model import ModelOptions, TemplateOptions
@@ -96,6 +98,14 @@ class Scorer:
             values: np.ndarray = logps[:, : len(batch)].T.cpu().double().numpy()
             return values
 
+        lengths = [len(pair["prompt_ids"]) + len(pair[f"{side}_ids"]) for pair in pairs for side in SIDES]
+        longest = max(lengths, default=0)
+        check_head(self.model)
+        self._check(
+            [ids for pair in pairs for name, ids in pair.items() if name.endswith("_ids")],
+            min(longest, max_length or longest),
+            f"give --max_length {positions_of(self.model)} or less",
+        )
         result = np.empty((len(pairs), 2))
         bar = tqdm(batches, desc=f"scoring {label}".strip(), leave=False, disable=not ranks.is_first())
         for batch, values in zip(bar, ranks.in_turns(batches, score), strict=True):
@@ -106,6 +116,9 @@ class Scorer:
                 "bfloat16 is too coarse for it"
             )
         return result
+
+    def _check(self, rows: Sequence[list[int]], longest: int, remedy: str) -> None:
+        check_rows(self.model, self.tokenizer, [largest_id(rows)], longest, remedy)
 
     def _token_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(2B, S − 1) float32 nats, zero outside of completions."""
@@ -124,6 +137,8 @@ class Scorer:
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         """One answer of token ids to each prompt of one batch, its end-of-sequence token included if it came."""
         torch.manual_seed(seed)
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        self._check(prompts, longest, "give a smaller --max_prompt_length or --max_new_tokens")
         ids, mask = self._padded(prompts)
         return self._generate(len(prompts), ids, mask, sampling.keywords())
 
@@ -133,6 +148,8 @@ class Scorer:
 
         from tandem.models.draws import RowDraws
 
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        self._check(prompts, longest, "give a smaller --max_prompt_length or --max_new_tokens")
         ids, mask = self._padded(prompts)
         keywords = sampling.keywords()
         if sampling.temperature > 0:

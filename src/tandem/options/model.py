@@ -112,6 +112,12 @@ class LoraOptions(Options):
     def conflicts(self) -> Iterator[str]:
         if self.lora_layers_pattern and not self.lora_layers_to_transform:
             yield "--lora_layers_pattern has no effect without --lora_layers_to_transform"
+        for name, value in (self.lora_rank_pattern or {}).items():
+            if not isinstance(value, int) or value < 1:
+                yield f"--lora_rank_pattern {name} must be a whole number of at least 1, not {value!r}"
+        for name, value in (self.lora_alpha_pattern or {}).items():
+            if not isinstance(value, int | float):
+                yield f"--lora_alpha_pattern {name} must be a number, not {value!r}"
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ passed on: `options.migration` says what stands for it.
 import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +196,8 @@ class TrainOptions(Options):
             steps = getattr(self, name)
             if steps is not None and steps > 1 and steps != int(steps):
                 yield f"--{name} must be a whole number, or below 1 a share of all steps, not {steps}"
+        if self.optim_args and not all(re.fullmatch(r"\s*\w+\s*=[^=]+", part) for part in self.optim_args.split(",")):
+            yield f"--optim_args must be name=value,name=value, not {self.optim_args}"
         if "none" in self.report_to and len(self.report_to) > 1:
             yield "--report_to none excludes other trackers"
         if "8bit" in self.optim and importlib.util.find_spec("bitsandbytes") is None:

@@ -6,8 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from tandem.data.formats import TEXT, Row
 from tandem.data.rendering import keywords_of
@@ -16,13 +18,14 @@ from tandem.data.texts import render, trim_prompt
 from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
 from tandem.data.tokens import ends, special_ids
 from tandem.devices import fast_bf16, has_accelerator
-from tandem.errors import UserError
+from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.models.ends import stop_at_turn_end
+from tandem.models.fits import check_head, check_lora, check_rows, positions_of
 from tandem.models.habana import is_lazy
 from tandem.models.load import load_merged, load_model, load_tokenizer
 from tandem.models.vocabulary import check_vocabulary
-from tandem.options.fields import handed_on
+from tandem.options.fields import handed_on, shown
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
 from tandem.options.training import TrainOptions, check_training
@@ -52,7 +55,7 @@ def run_sft(run: SFTOptionSet) -> None:
         splits = _splits(run, tokenizer)
         examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
         session.processes = builders.start_processes(arguments)
-        policy = _policy(run, held, tokenizer)
+        policy = _policy(run, held, tokenizer, examples)
         session.start(splits["train_dataset"], token_hash(examples))
         session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, examples)))
 
@@ -74,7 +77,7 @@ def run_dpo(run: DPOOptionSet) -> None:
         if run.dpo.reference_model:
             check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
         session.processes = builders.start_processes(arguments)
-        policy = _policy(run, held, tokenizer)
+        policy = _policy(run, held, tokenizer, splits)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"], token_hash(splits))
         logs = session.folder / "logs"
@@ -136,14 +139,38 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
     return reference
 
 
-def _policy(run: SFTOptionSet | DPOOptionSet, held: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What is trained, held as `held` says."""
+def _policy(
+    run: SFTOptionSet | DPOOptionSet, held: ModelOptions, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]
+) -> Any:
+    """What is trained, held as `held` says.
+
+    Raises:
+        UserError: it does not fit the tokens of `splits`, or the adapter that is asked for.
+    """
     if held != run.model:
         logger.info("--dtype auto: held in %s, not in the stored type, since all weights are trained", held.dtype)
     policy = _trainable(held, run.lora, run.train.tp_size)
     stop_at_turn_end(policy, tokenizer)
+    _check_fits(run, policy, tokenizer, splits)
     _check_experts(run.train, policy)
     return policy
+
+
+def _check_fits(
+    run: SFTOptionSet | DPOOptionSet, policy: Any, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]
+) -> None:
+    limit, largest, longest = run.text.max_length, 0, 0
+    for rows in splits.values():
+        names = [name for name in rows.column_names if name.endswith("_ids")]
+        columns = dict(zip(names, rows.select_columns(names).with_format("arrow")[:].columns, strict=True))
+        lengths = {name: pc.list_value_length(column) for name, column in columns.items()}
+        prompts = lengths.pop("prompt_ids", 0)
+        largest = max(largest, *(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns.values()))
+        longest = max(longest, *(pc.max(pc.add(prompts, each)).as_py() or 0 for each in lengths.values()))
+    remedy = f"give --max_length {positions_of(policy)} or less"
+    check_rows(policy, tokenizer, [largest], min(longest, limit), remedy)
+    check_head(policy)
+    check_lora(run.lora, policy)
 
 
 def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
@@ -164,6 +191,7 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     arguments = handed_on(train)
     on_cpu = train.use_cpu or not has_accelerator()
     arguments["use_cpu"] = on_cpu
+    _check_schedule(train)
     processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size
     arguments["gradient_accumulation_steps"] = train.accumulation(max(processes, 1))
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
@@ -177,6 +205,21 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     if train.debug:
         arguments |= {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
     return arguments | gpu.arguments(train, on_cpu) | {"trust_remote_code": model.trust_remote_code}
+
+
+def _check_schedule(train: TrainOptions) -> None:
+    """Refuse settings that the schedule does not know or lacks: it is made when all else is done.
+
+    Raises:
+        UserError: in the schedule's words.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    own = dict(train.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(train.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=own)
+    except (TypeError, ValueError) as error:
+        asked = f"--lr_scheduler_type {train.lr_scheduler_type} with --lr_scheduler_kwargs {shown(own)}"
+        raise UserError(f"{asked}: {first_line(error)}") from error
 
 
 def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:

@@ -20,6 +20,7 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 from tandem.data.turn_end import named
 from tandem.errors import UserError
 from tandem.log import logger
+from tandem.models.fits import adapter_told
 from tandem.models.load import adapters_of_whole_layers
 from tandem.models.shards import gather_tied_head
 from tandem.training.held import upcast_trained
@@ -40,7 +41,7 @@ class Sharded:
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self._ends = named(keywords["processing_class"])
-        with adapters_of_whole_layers():
+        with adapters_of_whole_layers(), adapter_told():
             super().__init__(*arguments, **keywords)
         if self.topology.engine in ("single", "ddp") and (self.args.bf16 or self.args.fp16):
             upcast_trained(self.model)

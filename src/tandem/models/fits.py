@@ -1,0 +1,129 @@
+"""Whether model, tokenizer, data and adapter fit each other: told in one line, before a device tells it in many."""
+
+import contextlib
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tandem.errors import UserError, first_line
+from tandem.options.model import LoraOptions
+
+# Functions of PEFT that an adapter is made in; a forward through one goes through others
+_MAKING = ("get_peft_model", "inject_adapter")
+_OF_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
+
+
+def check_rows(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], longest: int, remedy: str) -> None:
+    """Refuse rows that `model` has no embedding or no position for.
+
+    Args:
+        ids: the token ids in the rows.
+        longest: tokens of the longest row.
+        remedy: what to do about rows that are too long.
+
+    Raises:
+        UserError: naming the token, or the number of positions.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max([*ids, tokenizer.pad_token_id or 0])
+    if 0 < rows <= largest:  # sharded by DeepSpeed it has none
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{_name(model)}: its embedding has {rows} rows, and the tokenizer's {token!r} is token {largest}: take "
+            "the model's own tokenizer, or resize the embedding to this one (model.resize_token_embeddings)"
+        )
+    positions = positions_of(model)
+    if positions is not None and longest > positions:
+        raise UserError(f"{_name(model)}: a row has {longest} tokens, the model {positions} positions: {remedy}")
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a model has that looks them up in a table, as GPT-2 and GPT-J do; None of one that computes
+    them, which goes on beyond those that it was trained with."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    words = model.get_input_embeddings()
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not words]
+    learned = any(limit <= table.num_embeddings <= limit + 4 for table in tables)  # OPT's has two rows more
+    fixed = any(name.endswith("embed_positions") and buffer.shape[0] == limit for name, buffer in model.named_buffers())
+    return limit if learned or fixed else None
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def check_head(model: Any) -> None:
+    """Refuse an adapter that changes the head where the head's weights alone are read.
+
+    Raises:
+        UserError: it does.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    head = model.get_base_model().get_output_embeddings()
+    if head is None or isinstance(head, ModulesToSaveWrapper) or not type(head).__module__.startswith("peft."):
+        return
+    adapter = model.peft_config[model.active_adapter]
+    name = getattr(adapter, "base_model_name_or_path", None)
+    raise UserError(
+        f"the adapter on {name} changes the head ({type(head).__name__}), whose weights are read as they are, so that "
+        "its change would not count: merge it first (scripts/merge_lora.py)"
+    )
+
+
+def check_lora(options: LoraOptions, model: Any) -> None:
+    """Refuse options of an adapter that name what `model` has not: PEFT leaves them out without a word.
+
+    Raises:
+        UserError: naming all of them.
+    """
+    if not options.use_peft:
+        return
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    named: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+        "lora_modules_to_save": (options.lora_modules_to_save, modules),
+        "lora_target_parameters": (options.lora_target_parameters, parameters),
+    }
+    missing = [
+        f"--{option} {each}"
+        for option, (given, there) in named.items()
+        for each in given
+        if not any(name == each or name.endswith(f".{each}") for name in there)
+    ]
+    layers = model.config.get_text_config().num_hidden_layers
+    missing += [f"--lora_layers_to_transform {each}" for each in options.lora_layers_to_transform if each >= layers]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: {_name(model)} has no such part")
+
+
+@contextlib.contextmanager
+def adapter_told() -> Iterator[None]:
+    """Turn what PEFT, or TRL over an adapter, does not take into one line.
+
+    Raises:
+        UserError: in its place.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        by_peft = isinstance(error, _OF_PEFT) or type(error).__module__ == "re"
+        by_peft &= any("/peft/" in frame.filename and frame.name in _MAKING for frame in frames)
+        if not by_peft and "Applying a PEFT adapter to" not in str(error):
+            raise
+        raise UserError(
+            f"the adapter cannot be made as --lora_… ask: {first_line(error)}; see --lora_target_modules"
+        ) from error
+
+
+def largest_id(ids: Iterable[Sequence[int]]) -> int:
+    """The largest of the token ids in rows."""
+    return max((max(row) for row in ids if len(row)), default=0)
