@@ -135,6 +135,22 @@ READ: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any]]] = {
         },
         ([user("Capital of Peru?")], [assistant("Lima.")], [assistant("Quito.")]),
     ),
+    "a list as JSON in JSON": (
+        {
+            "prompt": "Capital of Peru?",
+            "chosen": json.dumps(json.dumps([assistant("Lima.")])),
+            "rejected": json.dumps(json.dumps([assistant("Quito.")])),
+        },
+        ([user("Capital of Peru?")], [assistant("Lima.")], [assistant("Quito.")]),
+    ),
+    "a prompt that is one message": (
+        LISTS | {"prompt": user("Q?")},
+        ([user("Q?")], [assistant("a")], [assistant("b")]),
+    ),
+    "content in parts of other kinds": (
+        LISTS | {"chosen": [{"role": "assistant", "content": [{"type": "output_text", "text": "a"}, "!"]}]},
+        ([user("Q?")], [assistant("a!")], [assistant("b")]),
+    ),
     "content in parts": (
         LISTS
         | {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]}]},
@@ -213,6 +229,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a function's call of old": (
         LISTS | {"chosen": [assistant("a", function_call={"name": "f"})]},
         "field 'chosen', message 1: 'function_call' is not empty, and no chat template here renders it",
+    ),
+    "an object that pandas wrote": (
+        TEXT | {"chosen": "{'role': 'assistant', 'content': 'a'}"},
+        "field 'chosen': is a Python list written as text",
+    ),
+    "an array that numpy wrote": (
+        TEXT | {"chosen": "array([{'content': 'a', 'role': 'assistant'}], dtype=object)"},
+        "field 'chosen': is a Python list written as text",
     ),
     "a list that pandas wrote": (
         TEXT | {"chosen": "[{'role': 'assistant', 'content': 'a'}]"},

@@ -40,8 +40,10 @@ REASONING = ("reasoning_content", "thinking")
 PARTS = (*TEXT_PARTS, "tool_calls")
 # Content that is trained by other trainers, and that no template which Tandem reads for renders
 _MEDIA = ("function_call", "image", "images", "audio", "audios", "video", "videos", "refusal")
-_PYTHON_LIST = re.compile(r"""\s*\[\s*\{\s*'(?:role|content|from|value)'\s*:""")
+_PYTHON_LIST = re.compile(r"""\s*(?:array\()?(?:\[\s*)?\{\s*'(?:role|content|from|value)'\s*:""")
 _JSON_LIST = re.compile(r"""\s*[\[{]\s*[\[{"]""")
+_JSON_TWICE = re.compile(r"""\s*"\s*[\[{]\s*[\[{\\]""")
+_TEXT_KINDS = ("text", "input_text", "output_text")  # of content parts, as chat completions and Responses name them
 
 
 def read_turns(
@@ -95,14 +97,17 @@ def _read_message(row: TrackedRow, item: Any, where: str, keys: tuple[str, str],
 
 
 def _read_content(row: TrackedRow, content: Any, where: str, text_key: str) -> str:
-    """Text, or the `text` parts of a list, one after the other."""
+    """Text, or the texts and `text` parts of a list, one after the other."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
         raise RowError(f"{where}: {text_key!r} must be text, not {kind_of(content)}")
     texts = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict) or part.get("type") not in _TEXT_KINDS or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else kind_of(part)
             raise RowError(f"{where}: {text_key!r} has a part that is no text ({shorten(kind)})")
         texts.append(part["text"])
@@ -175,10 +180,21 @@ def unserialized(row: dict[str, Any], columns: tuple[str, ...]) -> dict[str, Any
                 f"field {name!r}: is a Python list written as text, as pandas' to_csv does; write the data as "
                 ".parquet or .jsonl (to_json), which keep lists"
             )
-        parsed = parse_json(value) if _JSON_LIST.match(value) else value
+        parsed = parse_json(_unquoted(value)) if _JSON_LIST.match(value) or _JSON_TWICE.match(value) else value
         if parsed is not value and is_messages(parsed):
             changed[name] = parsed
     return {**row, **changed} if changed else row
+
+
+def _unquoted(text: str) -> str:
+    """What JSON in a text that was written as JSON again says."""
+    if text.lstrip()[:1] != '"':
+        return text
+    try:
+        inner = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return inner if isinstance(inner, str) else text
 
 
 def is_messages(value: Any) -> bool:

@@ -101,7 +101,7 @@ def _messages(column: str, value: Any) -> Any:
     """Messages under roles that formats know; anything else as it is."""
     if isinstance(value, dict):
         turns = _struct_of_lists(column, value)
-        value = turns if turns is not None else [value] if column in _SIDES and _is_turns([value]) else value
+        value = turns if turns is not None else [value] if _is_turns([value]) else value
     return [_known_role(turn) for turn in value] if _is_turns(value) else value
 
 
