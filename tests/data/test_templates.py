@@ -16,6 +16,7 @@ from tandem.data.tokens import check_seen, see, special_ids
 from tandem.errors import UserError
 from tandem.models.load import load_tokenizer
 from tandem.options.model import ModelOptions, TemplateOptions, TextOptions
+from tandem.ranks import tell_once
 from tests import tiny
 from tests.data.test_texts import merging
 
@@ -200,7 +201,10 @@ def test_faults_name_file_row_and_remedy():
     assert fault(CASES["plain"], thought).startswith(
         "f row 3: the chat template renders the prompt differently once an answer follows: alone it reads "
     )
-    assert fault(CASES["system"], SHORT["mistral v0.3"]).endswith("renders both alike with --chat_template")
+    assert fault(CASES["system"], SHORT["mistral v0.3"]).endswith(
+        "; put the system message into the first user turn with --system_prompt fold, or give a template that renders "
+        "both alike with --chat_template"
+    )
     assert fault(CASES["tools"], tiny.TEMPLATE) == (
         "f row 3: the chat template leaves out the tool call ('weather_of'); see --chat_template or --ignore_columns"
     )
@@ -214,6 +218,21 @@ def test_faults_name_file_row_and_remedy():
 def test_text_has_no_place_for_tools():
     with pytest.raises(TemplateFault, match="tools cannot be written as a transcript; leave out --use_chat_template f"):
         render(PLAIN | {"tools": TOOLS}, use_chat_template=False)
+
+
+def test_others_turns_in_answers_and_what_is_left_out_are_told(capsys: pytest.CaptureFixture[str]):
+    text = tiny.tokenizer(SHIPPED["qwen3_training"])
+    tell_once.cache_clear()
+    tokenize_rows([CASES["a user's turn inside"], CASES["plain"], CASES["reasoning in an earlier turn"]], text)
+    assert capsys.readouterr().err == "1 answers of 3 pairs have turns of others inside, which are not trained\n"
+    text = tiny.tokenizer(SHIPPED["qwen3"])
+    tokenize_rows(
+        [CASES["plain"] | {"chat_template_kwargs": {"mood": "calm"}}, CASES["reasoning in an earlier turn"]], text
+    )
+    told = capsys.readouterr().err
+    assert told == (
+        "the chat template leaves out, of 2 pairs: chat_template_kwargs.mood in 1, .reasoning_content in 1\n"
+    )
 
 
 @pytest.mark.parametrize("use_chat_template", [True, False])

@@ -24,6 +24,7 @@ SIDES = ("chosen", "rejected")
 _MASKS = tuple(f"{side}_mask" for side in SIDES)
 _ANCHOR = "\n"  # something before a text, where a tokenizer puts a space before what begins one
 _NO_THOUGHT = """ask for no thought with --chat_template_kwargs '{"enable_thinking": false}', or """
+_FOLDED = "put the system message into the first user turn with --system_prompt fold, or "
 _NO_OTHER = "give a template that renders both alike with --chat_template"
 
 
@@ -146,7 +147,9 @@ def check_rendered(row: Row, side: str, prompt: str, whole: str, tokenizer: "Pre
         raise TemplateFault(
             f"the chat template renders the prompt differently once an answer follows: alone it reads {alone!r}, "
             f"before {side} {before!r}",
-            (_NO_THOUGHT if "enable_thinking" in _template(tokenizer) else "") + _NO_OTHER,
+            (_NO_THOUGHT if "enable_thinking" in _template(tokenizer) else "")
+            + (_FOLDED if not isinstance(row["prompt"], str) and row["prompt"][0]["role"] == "system" else "")
+            + _NO_OTHER,
         )
     if not isinstance(row["prompt"], str):
         _refuse_lost(lost_parts(row, side, whole, _template(tokenizer)))
@@ -247,6 +250,8 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> 
     pairs = all_placed(rows, tokenized)
     tell_left_out(counts, len(pairs), "pairs")
     if any(_MASKS[0] in pair for pair in pairs):
+        inside = sum(not all(pair[mask]) for pair in pairs for mask in _MASKS if mask in pair)
+        tell_once(f"{inside} answers of {len(pairs)} pairs have turns of others inside, which are not trained")
         for pair in pairs:
             for side in SIDES:
                 pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))

@@ -16,6 +16,7 @@ from tandem.data.messages import PARTS, REASONING, Message
 from tandem.data.rows import Row, leaves
 
 DROPPED = "tandem: the system message is dropped"  # in a template that `--system_prompt drop` made
+_CALLED = "function"  # the `type` of every call and every tool
 _SHOWN = 60  # characters of a text in a message
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag
 _THOUGHT_ENDS = "</think>"
@@ -54,8 +55,8 @@ def left_out(row: Row, side: str, text: str, template: str = "") -> set[str]:
     given: list[tuple[str, Any]] = [("tools", row.get("tools"))]
     for message in row["prompt"] + row[side]:
         given += [(f".{name}", message[name]) for name in PARTS if name in message]
-    found = (path for name, value in given for path, part in _placed(value, name) if not _is_in(text, part))
-    return names.union(found)
+    placed = [found for name, value in given for found in _placed(value, name)]
+    return names.union(path for path, part in placed if part != _CALLED and not _is_in(text, part))
 
 
 @functools.cache
