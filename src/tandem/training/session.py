@@ -25,7 +25,7 @@ from tandem.options.model import is_adapter
 from tandem.options.parsing import resolved
 from tandem.options.training import TrainOptions
 from tandem.options.yaml_text import to_yaml
-from tandem.ranks import count, end_with_launcher, is_first
+from tandem.ranks import count, end_with_launcher, is_first, tell_once
 from tandem.runs import (
     CONFIG,
     MANIFEST,
@@ -272,6 +272,7 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
             if changed:
                 logger.warning("resuming with changed settings: %s", "; ".join(changed))
         own.enter_context(_quiet_libraries())
+        own.callback(tell_once.cache_clear)  # a later run has its own to tell
         yield Session(train, unit, options, before, mirror, own)
 
 
