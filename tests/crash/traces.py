@@ -11,7 +11,9 @@ from tandem.runs import LOCK, MANIFEST, RUN, sha256_file
 _LOGS = ("train.log", "dpo_pipeline_sanity.log", "rounds.log", "hashes.json", LOCK)
 # In the order in which answers came, of which several are waited for; one that a kill cut off is asked for again
 _IN_ANY_ORDER = ("raw.jsonl", "verdicts.jsonl", "scores_cache.jsonl")
-_TIMES_OF_REPORT = re.compile(r"written [^<]* UTC|<td>[\d.]+ (s|min|h)\b|<figcaption><b>Memory</b>.*?</svg>", re.DOTALL)
+_TIMES_OF_REPORT = re.compile(
+    r"written [^<]* UTC|<td[^>]*>[\d.]+ (s|min|h)\b[^<]*|<figcaption><b>Memory</b>.*?</svg>", re.DOTALL
+)
 _CLOCKS = re.compile(r"runtime|_per_second|system/|seconds|^time|_at$|total_flos")
 
 
