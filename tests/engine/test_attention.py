@@ -309,3 +309,19 @@ def test_what_the_row_cannot_express_is_refused(plan, states, extra):
     function = attention.AttentionInterface()["tandem|sdpa"]
     with pytest.raises(UnsupportedAttention):
         function(torch.nn.Identity(), *states, None, pair_attention=PairAttention(plan), **extra)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_masks_grow_with_the_longest_sequence_and_not_with_its_square(window):
+    """A pair of 3,000 tokens: its blocks' masks on the CPU are views of one."""
+    prompt, answers = [5] * 1000, ([6] * 1000, [7] * 1001)
+    ids = torch.tensor([prompt + answers[0] + [0], prompt + answers[1]])
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    labels = torch.where((mask == 1) & (torch.arange(ids.shape[1]) >= 1000), ids, -100)
+    plan = plan_pairs(ids, mask, labels)
+    states = [torch.randn(1, 1, plan.n_tokens, 8) for _ in range(3)]
+    forward = PairAttention(plan, "sdpa")
+    forward(*states, window=window)
+    held = sum(each.numel() * each.element_size() for each in forward._masks.values())
+    assert held <= attention._CPU_QUERY_BLOCK * plan.max_k

@@ -11,6 +11,7 @@ import pytest
 
 from tandem.monitor.margins import MarginsLog
 from tandem.monitor.tail import TailConfig, TailState, update
+from tandem.report.curves import BINS, thinned
 from tandem.report.plots import RANKS_NAMED, draw_beta, draw_margins, draw_memory, draw_tail, monitor_plots
 
 ALL = ["Margins", "Tail", "β", "Memory"]
@@ -127,3 +128,32 @@ def test_text_and_nan_in_a_log_are_not_drawn() -> None:
     values = [1.0, math.nan, "<script>", None, 2.0]
     records = [{"step": step, "system/rank_0/allocated_gib": value} for step, value in enumerate(values)]
     assert lines(draw_memory(records)) == {"rank 0": ([0, 4], [1.0, 2.0])}
+
+
+def test_a_long_run_is_drawn_in_bins(tmp_path: Path):
+    """Of 50 steps each: the least, the greatest and the last step of them; a short run is drawn as it is."""
+    steps = [
+        {
+            "step": n,
+            "mean": 0.0,
+            "median": 0.0,
+            "tau": 1.0,
+            "min": -1.0,
+            "max": 1.0,
+            "p10": -0.5,
+            "p90": 0.5,
+            "beta": 0.1,
+        }
+        for n in range(1, 100_001)
+    ]
+    steps[70_010] |= {"min": -9.0, "max": 7.0}
+    figure = draw_margins(steps)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert all(len(line.get_xdata()) <= BINS for line in axes.lines)
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert len(corners) <= 2 * BINS + 5
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (-9.0, 7.0)
+    assert thinned([(1, 2.0), (2, 4.0)]) == [(1, 2.0), (2, 4.0)]
+    long = thinned([(n, float(n)) for n in range(1, 2 * BINS + 1)])
+    assert (len(long), long[0], long[-1]) == (BINS, (2, 1.5), (2 * BINS, 2 * BINS - 0.5))

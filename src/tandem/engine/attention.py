@@ -133,10 +133,18 @@ class PairAttention:
     def _mask(self, q_length: int, k_length: int, window: int | None, device: torch.device) -> Tensor | None:
         """(q, k) bool, True where query i may see key j: bottom-right aligned, `0 <= i + k - q - j < window`.
 
-        None for the plain triangle, for which sdpa needs no mask.
+        None for the plain triangle, for which sdpa needs no mask. Aligned so, a mask is the lower right corner of every
+        larger one. On the CPU, whose blocks of queries are bounded, all are views of one: memory grows with the longest
+        sequence, not with its square.
         """
         if q_length == k_length and (window is None or window >= k_length):
             return None
+        if device.type == "cpu":
+            rows, columns = min(_CPU_QUERY_BLOCK, self.plan.max_q), self.plan.max_k
+            return self._whole_mask(rows, columns, window, device)[rows - q_length :, columns - k_length :]
+        return self._whole_mask(q_length, k_length, window, device)
+
+    def _whole_mask(self, q_length: int, k_length: int, window: int | None, device: torch.device) -> Tensor:
         size = (q_length, k_length, window)
         if size not in self._masks:
             visible = torch.ones(q_length, k_length, dtype=torch.bool, device=device).tril_(k_length - q_length)

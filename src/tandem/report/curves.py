@@ -4,7 +4,8 @@ import dataclasses
 import html
 import io
 import re
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tandem.report.collect import Json, Run, as_written
@@ -21,6 +22,7 @@ COLOURS = {
     "#010207": "var(--chosen)",
 }
 MUTED, RULE, DPO, SFT, CHOSEN = COLOURS
+BINS = 2000  # points of a curve, which is a few hundred pixels wide
 SIZE = (4.6, 2.7)  # inches; a column of the page is about this wide, so text keeps its size
 
 
@@ -89,7 +91,18 @@ def training_curves(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _points(history: Sequence[Json], key: str) -> list[tuple[int, float]]:
-    return [(record["step"], float(record[key])) for record in history if record.get(key) is not None]
+    return thinned([(record["step"], float(record[key])) for record in history if record.get(key) is not None])
+
+
+def thinned(
+    points: Sequence[tuple[int, float]], of_bin: Callable[[Sequence[float]], float] = statistics.fmean
+) -> list[tuple[int, float]]:
+    """At most `BINS` points: of so many neighbours as that takes the last step, and `of_bin` of their values."""
+    size = -(-len(points) // BINS)
+    if size <= 1:
+        return list(points)
+    bins = (points[start : start + size] for start in range(0, len(points), size))
+    return [(each[-1][0], of_bin([value for _, value in each])) for each in bins]
 
 
 def _describe(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]) -> str:

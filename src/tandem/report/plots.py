@@ -6,12 +6,13 @@ Every text in the drawings is made here from numbers; none comes from a dataset,
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.monitor.margins import read_margins_log
-from tandem.report.curves import CHOSEN, DPO, MUTED, SFT, new_figure, to_svg
+from tandem.report.curves import CHOSEN, DPO, MUTED, SFT, new_figure, thinned, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,10 +50,13 @@ def draw_margins(steps: Records) -> "Figure | None":
     if not drawn:
         return None
     figure, axes = new_figure()
-    x = [record["step"] for record in drawn]
-    for low, high, alpha in (("min", "max", 0.15), ("p10", "p90", 0.3)):
-        bounds = ([record[low] for record in drawn], [record[high] for record in drawn])
-        axes.fill_between(x, *bounds, alpha=alpha, color=DPO, linewidth=0)
+    mean = statistics.fmean
+    for low, high, alpha, least_of, most_of in (("min", "max", 0.15, min, max), ("p10", "p90", 0.3, mean, mean)):
+        (x, least), (_, most) = (
+            zip(*thinned([(record["step"], record[key]) for record in drawn], of_bin), strict=True)
+            for key, of_bin in ((low, least_of), (high, most_of))
+        )
+        axes.fill_between(x, least, most, alpha=alpha, color=DPO, linewidth=0)
     axes.axhline(0.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
     for key, label, colour, style in (
         ("median", "median", DPO, "-"),
@@ -71,7 +75,7 @@ def draw_tail(tested: Records, deltas: Sequence[float]) -> "Figure | None":
     axes.plot(*_series(tested, "p_hat"), color=DPO, linewidth=1.2, label="share above τ")
     failed = [record for record in tested if record["over"]]
     if failed:
-        axes.plot(*_series(failed, "p_hat"), "o", color=SFT, markersize=3.5, label="test failed")
+        axes.plot(*_series(failed, "p_hat", max), "o", color=SFT, markersize=3.5, label="test failed")
     for delta in deltas:
         axes.axhline(delta, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), label=f"δ = {delta:g}")
     axes.set_ylim(bottom=0.0)
@@ -95,17 +99,20 @@ def draw_memory(history: Records) -> "Figure | None":
     figure, axes = new_figure()
     styles = itertools.cycle(itertools.product(("-", "--", ":"), (DPO, SFT, CHOSEN, MUTED)))
     for rank, (style, colour) in zip(ranks, styles, strict=False):
-        _, peaks = _series(history, f"system/rank_{rank}/peak_gib")
+        _, peaks = _series(history, f"system/rank_{rank}/peak_gib", max)
         label = f"rank {rank}" + (f", peak {max(peaks):.3g}" if peaks else "")
-        x, allocated = _series(history, f"system/rank_{rank}/allocated_gib")
+        x, allocated = _series(history, f"system/rank_{rank}/allocated_gib", max)
         axes.plot(x, allocated, style, color=colour, linewidth=1.6, label=label if len(ranks) <= RANKS_NAMED else None)
     axes.set_ylim(bottom=0.0)
     return _finish(figure, axes)
 
 
-def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have a finite number under `key`."""
-    found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+def _series(
+    records: Records, key: str, of_bin: Callable[[Sequence[float]], float] = statistics.fmean
+) -> tuple[list[int], list[float]]:
+    """Steps and values of the records that have a finite number under `key`, `thinned`."""
+    known = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    found = thinned(known, of_bin)
     return [step for step, _ in found], [float(value) for _, value in found]
 
 
