@@ -30,6 +30,11 @@ REFERENCE=${REFERENCE:-previous}
 [[ -z ${OFFLINE_SHARE:-} || -n ${OFFLINE_PAIRS:-} ]] || die "OFFLINE_SHARE has no effect without OFFLINE_PAIRS"
 OFFLINE_SHARE=${OFFLINE_SHARE:-0.5}
 [[ $OFFLINE_SHARE =~ ^0?\.[0-9]*[1-9][0-9]*$ ]] || die "OFFLINE_SHARE must be above 0 and below 1, not $OFFLINE_SHARE"
+[[ -d $RECIPE ]] || die "RECIPE $RECIPE: no such folder"
+for file in "$RECIPE"/*.yaml; do
+  [[ $file == "$RECIPE/*.yaml" || -f $ROOT/pipelines/recipes/rounds/${file##*/} ]] ||
+    die "RECIPE $RECIPE: no stage reads ${file##*/}; those that are read: $(cd "$ROOT/pipelines/recipes/rounds" && echo *.yaml)"
+done
 data=(--dataset_name "$PROMPTS")
 [[ $VAL_RATIO == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
 
@@ -79,7 +84,7 @@ dpo_config() {
   else
     [[ -z ${PREFLIGHT:-} ]] || file=$SCRATCH/dpo.yaml
     mkdir -p "$(dirname "$file")"
-    python -m tandem.rounds.recipe "$(config dpo)" >"$file"
+    python -m tandem.rounds.recipe "$(config dpo)" >"$file" || exit $? # -e does not hold in $(…)
     echo "$file"
   fi
 }
@@ -91,7 +96,8 @@ pairs_of() {
   elif [[ -z ${OFFLINE_PAIRS:-} ]]; then
     echo "$RUN/round_$1/pairs/pairs.jsonl"
   else
-    python -m tandem.rounds.offline "$OFFLINE_PAIRS" "$RUN/round_0/held_out/prompts.jsonl" "$RUN/offline.jsonl" >&2
+    python -m tandem.rounds.offline "$OFFLINE_PAIRS" "$RUN/round_0/held_out/prompts.jsonl" "$RUN/offline.jsonl" >&2 ||
+      exit $?
     printf -- '- {dataset_name: "%s", weight: %s}\n- {dataset_name: "%s", weight: %s}\n' \
       "$RUN/round_$1/pairs/pairs.jsonl" "$(python -c "print(round(1 - $OFFLINE_SHARE, 6))")" \
       "$RUN/offline.jsonl" "$OFFLINE_SHARE" >"$RUN/round_$1/mixture.yaml"

@@ -56,6 +56,7 @@ def folder(tmp_path: Path) -> Path:
         ({"SCORER": "judge:a", "SECOND_SCORER": "judge:b"}, "another kind"),
         ({"SCORER": "reward:a", "SECOND_SCORER": "reward:a"}, "shows nothing"),
         ({"SCORER": "function:a.py:b"}, "--score_function a.py:b: no such file"),
+        ({"RECIPE": "/nowhere"}, "RECIPE /nowhere: no such folder"),
         ({"OFFLINE_PAIRS": "none.jsonl"}, "stage check: --dataset_name none.jsonl: no such file or folder"),
         ({"JUDGE_BASE_URL": "http://127.0.0.1:1/v1"}, "JUDGE_BASE_URL has no effect"),
         ({"PROMPTS": "https://u:p@x/y"}, "password"),
@@ -63,6 +64,23 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_what_is_refused_at_once(folder: Path, changes: dict[str, str], said: str):
     done = subprocess.run([PIPELINE], env=environment(folder, **changes), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("sampel.yaml", "num_samples: 2", "no stage reads sampel.yaml"),
+        ("dpo.yaml", "use_peft: true\nload_in_4bit: true", "set ROUNDS=1"),
+        ("rounds.yaml", "kl_promts: 3", "did you mean kl_prompts?"),
+    ],
+)
+def test_a_recipe_that_cannot_be(folder: Path, file: str, text: str, said: str):
+    """Before anything is drawn, the later rounds' too."""
+    (folder / "recipe" / file).write_text(text)
+    done = subprocess.run([PIPELINE], env=environment(folder), capture_output=True, text=True)
     assert done.returncode == 2
     assert said in done.stderr
     assert not (folder / "run").exists()
