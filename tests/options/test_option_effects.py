@@ -799,6 +799,10 @@ PROOFS: dict[str, dict[str, str]] = {
             f"{HERE}::test_how_answers_are_drawn_and_weights_are_held_in_evaluation",
         ),
     },
+    "BenchmarkOptions": dict.fromkeys(
+        ("benchmark", "benchmark_limit", "benchmark_tasks", "benchmark_fewshot", "benchmark_chat"),
+        "evaluation/test_benchmark.py::test_tasks_run_before_and_after_from_end_to_end",
+    ),
     "MergeOptions": {
         **dict.fromkeys(("adapter", "output_dir"), LINE + "test_each_script_replays_what_it_saved"),
         "base_model": "models/test_merge.py::test_another_base",

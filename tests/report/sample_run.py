@@ -88,9 +88,12 @@ def write_stages(folder: Path) -> None:
     data = DataOptions(dataset_name="/data/sample")
     model, lora, text = ModelOptions("/models/SmolLM2-135M-Instruct"), LoraOptions(use_peft=True), TextOptions()
     stages = {
-        "sft": ((model, lora, text, data, SFTOptions(output_dir=str(folder / "sft"))), history(8, sft)),
+        "sft": (
+            (model, lora, text, data, SFTOptions(output_dir=str(folder / "sft"), learning_rate=2e-5)),
+            history(8, sft),
+        ),
         "dpo": (
-            (model, lora, text, data, TrainOptions(output_dir=str(folder / "dpo")), DPOOptions()),
+            (model, lora, text, data, TrainOptions(output_dir=str(folder / "dpo"), learning_rate=1e-6), DPOOptions()),
             history(16, dpo),
         ),
     }

@@ -222,6 +222,20 @@ def test_lost_replies_link_to_their_prompts(whole_page: Parsed) -> None:
     assert links == ["#prompt-10", "#prompt-20", "#prompt-30", "#prompt-40"]
 
 
+def test_benchmarks_are_shown_before_and_after(copy: Path) -> None:
+    models = {
+        "base": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 200},
+        "dpo": {"value": 0.5, "low": None, "high": None, "n": 9},
+    }
+    row = {"task": f"t{sample_run.HOSTILE}", "metric": "acc", "higher_is_better": False, "models": models}
+    edit(copy / "results.json", lambda results: results.update(benchmarks=[row]))
+    parsed = report_of(copy)
+    assert "acc, lower is better 0.250 0.200 to 0.300 – 0.500" in parsed.text and "img" not in parsed.tags
+    edit(copy / "results.json", lambda results: results.update(benchmarks=[{}]))
+    with pytest.raises(UserError, match=r"results\.json"):
+        report_of(copy)
+
+
 def test_other_judgements_in_the_folder_are_shown(copy: Path) -> None:
     summary = json.loads((copy / "judge_summary.json").read_text())
     summary |= {"labels": {"side_1": "chosen", "side_2": "dpo"}, "conclusion": "No winner between dpo and chosen: so."}

@@ -11,6 +11,8 @@ import numpy as np
 from tandem import ranks
 from tandem.data.formats import Row
 from tandem.errors import UserError
+from tandem.evaluation.benchmark import BenchmarkOptions, run_benchmarks
+from tandem.evaluation.tables import to_markdown
 from tandem.intervals import Array, Estimate, bootstrap, length_terciles, mean, wilson
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import TemplateOptions, check_models
@@ -279,10 +281,32 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
         "n_pairs": len(fitting),
         "n_dropped": len(tokenized) - len(fitting),
     }
+    _write(options, results)
+    return results
+
+
+def _write(options: EvaluateOptions, results: Mapping[str, Any]) -> None:
     if ranks.is_first():
         write_json(Path(options.output_file), results)
         write_atomic(Path(options.output_file).with_suffix(".md"), to_markdown(results) + "\n")
-    return results
+
+
+def add_benchmarks(options: EvaluateOptions, asked: BenchmarkOptions, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the tasks on the reference and the policies; what `evaluate` wrote is written again with `benchmarks`."""
+
+    def loads(name: str) -> Any:
+        def load() -> tuple[Any, Any]:
+            scorer = _scorer(name, options, str(results["dtype"]))
+            return scorer.model, scorer.tokenizer
+
+        return load
+
+    models = {REFERENCE: loads(options.reference_model)} | {
+        label: loads(name) for label, name in options.policies.items()
+    }
+    more = {**results, "benchmarks": run_benchmarks(asked, models, options.eval_batch_size)}
+    _write(options, more)
+    return more
 
 
 def _dtype(options: EvaluateOptions) -> str:
@@ -325,67 +349,3 @@ def _score_policy(
     starts = range(0, len(prompts), options.eval_batch_size)
     samples = list(itertools.chain.from_iterable(ranks.in_turns(starts, sample)))
     return logps, Samples(samples, scorer.pair_logps(samples, None, f"samples of {label}"))
-
-
-def to_markdown(results: Mapping[str, Any]) -> str:
-    """The metrics, the models' differences and the breakdown, as Markdown tables."""
-    models = results["models"]
-    # The reference lacks some of the metrics, so the order is a policy's
-    names = list(dict.fromkeys(name for metrics in reversed(models.values()) for name in metrics))
-    tables = [
-        _table(
-            [f"{results['n_pairs']} held-out pairs", *models],
-            [[_words(name), *(_cell(metrics.get(name)) for metrics in models.values())] for name in names],
-        )
-    ]
-    found = results["differences"]
-    tables.append(
-        _table(
-            ["difference", *(f"{each['model']} − {each['other']}" for each in found)],
-            [
-                [_words(name), *(_cell(each["metrics"].get(name)) for each in found)]
-                for name in names
-                if any(name in each["metrics"] for each in found)
-            ],
-        )
-    )
-    for by, groups in results["breakdown"].items():
-        if groups:
-            tables.append(_breakdown_table(by, groups))
-    return "\n\n".join(tables)
-
-
-def _breakdown_table(by: str, groups: Sequence[Mapping[str, Any]]) -> str:
-    labels = list(groups[0]["models"])
-    rows = []
-    for group in groups:
-        low, high = group["tokens"]
-        name = f"{_words(group['name'])} ({low:+d} to {high:+d} tokens)" if by == "length_difference" else group["name"]
-        shown = [
-            _cell(group["models"][label][metric])
-            for metric in ("preference_accuracy", "mean_margin")
-            for label in labels
-        ]
-        rows.append([name, str(group["n"]), *shown])
-    header = [f"by {_words(by)}", "pairs"]
-    return _table([*header, *(f"{metric}, {label}" for metric in ("accuracy", "margin") for label in labels)], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    text = f"{estimate['value']:.3f}"
-    if estimate["low"] is not None:
-        text += f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-    if "p" in estimate:
-        text += f", p = {estimate['p']:.2g}"
-    return text

@@ -28,6 +28,7 @@ from tandem.report.numbers import (
 )
 from tandem.report.rounds import rounds_section
 from tandem.report.tables import (
+    benchmarks_table,
     breakdown_tables,
     data_table,
     differences_table,
@@ -78,6 +79,7 @@ def render(run: Run, written: datetime | None = None) -> str:
         metrics=metrics_table(run),
         differences=differences_table(run),
         breakdown=breakdown_tables(run),
+        benchmarks=benchmarks_table(run),
         statistics=statistics_table(run),
         plots=training_plots(run),
         options=options_table(run),

@@ -132,6 +132,20 @@ def _breakdown_row(by: str, group: Json) -> Json:
     }
 
 
+def benchmarks_table(run: Run) -> Json | None:
+    """`labels`, and `rows` of `task`, `metric`, `higher_is_better` and an estimate for each label."""
+    if run.results is None or not run.results.get("benchmarks"):
+        return None
+    with as_written(run.folder / "results.json"):
+        labels = list(run.results["models"])
+        rows = [
+            {name: row[name] for name in ("task", "metric", "higher_is_better")}
+            | {"estimates": [row["models"].get(label) for label in labels]}
+            for row in run.results["benchmarks"]
+        ]
+        return {"labels": labels, "rows": rows}
+
+
 def data_table(run: Run) -> Json | None:
     """`splits`, `findings` and the pairs `shown` of the data check, with what the page needs of each."""
     if run.data is None:
