@@ -51,13 +51,19 @@ def merged(model: "PeftModel") -> PreTrainedModel:
 
 def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """`model` in `dtype`, less what its architecture keeps in float32, as transformers loads it."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = kept_in_float32(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not any(part in name for part in kept):
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Parts of the names of weights that stay float32 in a model of `dtype`."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return kept
 
 
 def _is_on_meta(model: nn.Module) -> bool:

@@ -136,12 +136,13 @@ def load_model(
     quantize: bool = False,
     tp_size: int = 1,
     sharded: bool = False,
+    meta: bool = False,
 ) -> PreTrainedModel:
     """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
     adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism), sharded over the processes
     that have the same slice; with `sharded`, over all processes (FSDP), of which each reads its own part. Where weights
     are sent (`adapters.weights_are_sent`), one process a machine reads them, and the others get the model on the meta
-    device.
+    device, as is had with `meta`.
 
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
@@ -171,7 +172,7 @@ def load_model(
 
         alike = int(os.environ["WORLD_SIZE"]) // tp_size
         keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
-    elif weights_are_sent() and not ranks.is_first_here() and not quantize:
+    elif meta or (weights_are_sent() and not ranks.is_first_here() and not quantize):
         keywords["device_map"] = "meta"
     else:
         keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
@@ -272,7 +273,7 @@ def check_model(name: str, revision: str | None = None) -> None:
 
 
 def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False) -> "PeftModel":
-    """`base` with the adapter in `folder` on it.
+    """`base` with the adapter in `folder` on it; on the meta device, where `base` is.
 
     Raises:
         UserError: no adapter in safetensors there, or one of another model.
@@ -282,7 +283,8 @@ def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False)
     _check_adapter(folder)
     try:
         with adapters_of_whole_layers():
-            return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+            empty = all(parameter.is_meta for parameter in base.parameters())
+            return PeftModel.from_pretrained(base, folder, is_trainable=trainable, low_cpu_mem_usage=empty)
     except _LOADING_ERRORS as error:
         why = f"cannot be loaded as an adapter of {base.name_or_path}: {first_line(error)}"
         raise UserError(f"{folder}: {why}") from error

@@ -118,16 +118,10 @@ def _copy_model(folder: str, staging: Path) -> None:
 def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     import torch
 
-    from tandem.models.adapters import merged, rounded
+    from tandem.models.adapters import rounded
     from tandem.models.ends import stop_at_turn_end
-    from tandem.models.load import (
-        base_of_adapter,
-        load_adapter,
-        load_merged,
-        load_tokenizer,
-        revision_of_base,
-        stored_dtype,
-    )  # fmt: skip
+    from tandem.models.load import base_of_adapter, load_tokenizer, revision_of_base, stored_dtype
+    from tandem.models.shard_merge import merge_files, save_config
 
     if options.base_model:
         base = ModelOptions(model_name_or_path=options.base_model)
@@ -135,20 +129,34 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
         revision = revision_of_base(options.adapter)
         base = ModelOptions(model_name_or_path=base_of_adapter(options.adapter), model_revision=revision)
     dtype = stored_dtype(base.model_name_or_path, base.model_revision) if options.dtype == "auto" else options.dtype
-    adapted = load_adapter(load_merged(base), options.adapter).eval()
+    model = merge_files(base, options.adapter, getattr(torch, dtype), staging)
+    by_files = model is not None
+    if not by_files:
+        model = rounded(_merged_whole(base, options.adapter), getattr(torch, dtype))
+    has_tokenizer = (Path(options.adapter) / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base)
+    stop_at_turn_end(model, tokenizer)
+    if by_files:
+        save_config(model, getattr(torch, dtype), staging)
+    else:
+        model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    carry(base.model_name_or_path, base.model_revision, staging)
+
+
+def _merged_whole(base: ModelOptions, adapter: str) -> Any:
+    from tandem.models.adapters import merged
+    from tandem.models.load import load_adapter, load_merged
+
+    adapted = load_adapter(load_merged(base), adapter).eval()
     row = _row(adapted)
     before = _log_probs(adapted, row)
     try:
         model = merged(adapted)
     except UserError as error:
-        raise UserError(f"--adapter {options.adapter}: {error}") from error
-    _check_merged(before, _log_probs(model, row), options.adapter)
-    has_tokenizer = (Path(options.adapter) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base)
-    stop_at_turn_end(model, tokenizer)
-    rounded(model, getattr(torch, dtype)).save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    carry(base.model_name_or_path, base.model_revision, staging)
+        raise UserError(f"--adapter {adapter}: {error}") from error
+    _check_merged(before, _log_probs(model, row), adapter)
+    return model
 
 
 def _row(model: Any) -> "torch.Tensor":
