@@ -344,7 +344,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         for names in (options.lora_target_modules, options.lora_exclude_modules)
     )
     if targets == "all-linear" and excluded is None and model is not None:
-        excluded = _outside_decoder(model) or None
+        excluded = [*_outside_decoder(model), *_of_mamba(model)] or None
     if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
         targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
     return LoraConfig(
@@ -378,6 +378,17 @@ def commit_of(name: str, revision: str | None) -> str | None:
     machine; `revision` where the cache has it not."""
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
+
+
+def _of_mamba(model: Any) -> list[str]:
+    """Names of the linear layers of Mamba's mixers that PEFT refuses to adapt: their kernels read the weights alone."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.endswith(".out_proj")
+        and "mamba" in (name + type(model.get_submodule(name.rpartition(".")[0])).__name__).lower()
+    ]
 
 
 def _linear_ends(model: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,11 @@ class Sharded:
             gather_tied_head(self.model)
         self.topology = Topology.of(self.accelerator, self.args, self.model)
         if self.accelerator.is_main_process:
-            rows = self.table_rows() | {"learning rate": learning_rate(self.args), "answers end with": self._ends}
+            rows = (
+                {"trained": trained(self.model)}
+                | self.table_rows()
+                | {"learning rate": learning_rate(self.args), "answers end with": self._ends}
+            )
             logger.info("%s", self.topology.table(self.unit, **rows))
 
     def table_rows(self) -> dict[str, str]:
@@ -94,6 +99,21 @@ class Sharded:
         else:
             weights = self.accelerator.get_state_dict(self.model)  # whole, on rank 0, whatever the plugin's type
             self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+
+
+def trained(model: Any) -> str:
+    """How many of the parameters are trained; of an adapter also which layers have one, by the ends of their names."""
+    count = dict.fromkeys((True, False), 0)
+    for parameter in model.parameters():
+        count[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    line = f"{count[True]:,} of {sum(count.values()):,} parameters"
+    if not isinstance(model, PeftModel):
+        return line
+    tuner = model.base_model
+    names = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
+    adapted = Counter(name.rpartition(".")[2] for name in names)
+    parts = ", ".join(f"{name} ({number})" for name, number in sorted(adapted.items()))
+    return f"{line}, the adapter's: {parts}" if parts else line
 
 
 def learning_rate(args: Any) -> str:
