@@ -49,13 +49,8 @@ def load_pairs(
     Raises:
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
     """
-    located = paired(read_split(options, split), options, split)
-    if not located:
-        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows")
     bad: list[str] = []
-    located = [row for row in located if _good(row, options.max_bad_rows, bad)]
-    if not located:
-        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
+    located = _located(options, split, bad)
     balance = Balance(f"{options.dataset_name} ({split})")
     rows = []
     for source, number, row in located:
@@ -81,11 +76,11 @@ def load_pairs(
             pairs.append({**pair, "source": source, "row": number, "format": data_format})
         except RowError as error:
             _good((source, number, read.in_its_words(error)), options.max_bad_rows, bad)
-    pairs = without_prompts(
-        pairs,
-        balance,
-        lambda pair, error: _good((pair["source"], pair["row"], error), options.max_bad_rows, bad),
-    )
+
+    def refuse(pair: Row, error: RowError) -> None:
+        _good((pair["source"], pair["row"], error), options.max_bad_rows, bad)
+
+    pairs = without_prompts(pairs, balance, refuse)
     if columns := {read.column for _, _, read in rows if read.kind is not None}:
         balance.read = columns | balance.read - {"chosen", "rejected", *(["prompt"] if data_format == TEXT else [])}
     for line in bad:
@@ -99,6 +94,17 @@ def load_pairs(
         balances.append(balance)
     balance.tell()
     return pairs
+
+
+def _located(options: DataOptions, split: str, bad: list[str]) -> list[Located]:
+    """The raw rows of a split that could be read, rated ones as pairs; what is wrong with others goes to `bad`."""
+    located = paired(read_split(options, split), options, split)
+    if not located:
+        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows")
+    good = [row for row in located if _good(row, options.max_bad_rows, bad)]
+    if not good:
+        raise UserError(f"--dataset_name {options.dataset_name}: split {split} has no rows but bad ones; {bad[0]}")
+    return good
 
 
 def _pair_of(read: Example, data_format: str, first: str, options: DataOptions, balance: Balance) -> Row:
