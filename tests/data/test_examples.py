@@ -78,6 +78,17 @@ def test_a_column_is_named(tmp_path: Path):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another prompt beside a conversation": (
+        {
+            "prompt": "Another?",
+            "messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "a"}],
+        },
+        "columns 'prompt' and 'messages' could both be the prompt, and say different things",
+    ),
+    "a question beside a text": (
+        {"question": "Q?", "text": "Something else."},
+        "columns 'question' and 'text' could both be the prompt, and say different things",
+    ),
     "two_answers": ({"prompt": "a", "output": "b", "response": "c"}, "'output' and 'response' could both be"),
     "context": ({"instruction": "a", "context": "it says so", "response": "b"}, "--input_key context"),
     "no_assistant": ({"messages": [user("a")]}, "has no assistant's turn"),

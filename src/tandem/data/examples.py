@@ -4,11 +4,12 @@ Such a row is read as a pair of its answer with itself, so that columns, roles, 
 one way wherever they come from.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tandem.data.messages import unserialized
-from tandem.data.rows import Row, RowError, columns_of, has_value, kind_of
+from tandem.data.rows import Row, RowError, columns_of, has_value, kind_of, leaves
 
 if TYPE_CHECKING:
     from tandem.data.options import SFTDataOptions
@@ -101,8 +102,25 @@ def _conversation(row: Row, column: str) -> Example:
     if first == 0:
         raise RowError(f"field {column!r}: begins with an assistant's turn, which answers nothing")
     asked = "conversations" if any("from" in turn for turn in turns if isinstance(turn, dict)) else "prompt"
+    _refuse_lost(row, [asked], column)
     pair = _paired({name: row[name] for name in row if name != asked}, column, turns[first:])
     return Example(pair | {asked: turns[:first]}, "conversation", column)
+
+
+def _refuse_lost(row: Row, names: Sequence[str], column: str) -> None:
+    """Refuse a question beside `column`, which is the whole example, unless it is in there.
+
+    Raises:
+        RowError: it is not.
+    """
+    said = [text.strip() for text in leaves(row[column])]
+    for name in names:
+        lost = (text.strip() for text in leaves(row.get(name)) if name != column)
+        if any(not any(text in each for each in said) for text in lost):
+            raise RowError(
+                f"columns {name!r} and {column!r} could both be the prompt, and say different things: leave one out "
+                "with --ignore_columns"
+            )
 
 
 def _text(row: Row, column: str) -> Example:
@@ -111,5 +129,6 @@ def _text(row: Row, column: str) -> Example:
         raise RowError(f"field {column!r}: must be text, not {kind_of(text)}")
     if not text.strip():
         raise RowError(f"field {column!r}: the text is empty")
+    _refuse_lost(row, _QUESTIONS, column)
     kept = {name: value for name, value in row.items() if name not in (column, *_QUESTIONS, *_SIDES)}
     return Example(kept | dict.fromkeys(("prompt", *_SIDES), text), "text", column)
