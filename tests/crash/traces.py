@@ -32,6 +32,7 @@ def _content(file: Path) -> Any:
             value = json.loads(file.read_text())
             if file.name == RUN:
                 value.pop("id")
+                value.pop("replaced", None)  # other runs' ids, one more each time that a run starts over
             if file.name == MANIFEST:  # what it says of files with times differs, and `halves` has compared it
                 return sorted(value["files"])
             return _timeless(value)
