@@ -56,9 +56,9 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
     if options.dry_run:
         return dry_run(options, comparisons, labelled)
     with locked(options.folder):
-        if options.label_pairs:
-            write_page(options.folder, comparisons, options.label_pairs, options.seed)
         judge, plan, log, asked = gather(options, comparisons, labelled)
+        if options.label_pairs:  # after the server has answered: one that cannot be used leaves nothing
+            write_page(options.folder, comparisons, options.label_pairs, options.seed)
         summary = summarise(options, judge, plan, log, asked)
         write_json(options.folder / "winners.json", winners(plan["main"], log))
         write_json(options.folder / "usage.json", log.usage())
