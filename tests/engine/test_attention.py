@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tandem.engine import attention, kernels
 from tandem.engine.attention import PairAttention, UnsupportedAttention
-from tandem.engine.layout import plan_pairs
+from tandem.engine.layout import lay_out_pairs
 from tests.engine.tiny_models import collate, random_pairs, tiny_model
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -17,7 +17,7 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 @pytest.fixture
 def plan():
     batch = collate(random_pairs(3, seed=3))
-    return plan_pairs(**batch)
+    return lay_out_pairs(**batch)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def query_block(request, monkeypatch):
 @pytest.mark.parametrize("backend", ["sdpa", "dense", "varlen"])
 @pytest.mark.parametrize("layout", ["shared", "packed"])
 def test_every_backend_is_the_definition(monkeypatch, states, window, scale, backend, layout):
-    plan = plan_pairs(**collate(random_pairs(3, seed=3)), layout=layout)
+    plan = lay_out_pairs(**collate(random_pairs(3, seed=3)), layout=layout)
     states = [torch.randn(1, s.shape[1], plan.n_tokens, DIM, dtype=torch.float64, requires_grad=True) for s in states]
     monkeypatch.setattr(kernels.varlen, "varlen_attn", emulated_varlen)
     output = PairAttention(plan, backend)(*states, scale=scale, window=window)

@@ -251,7 +251,7 @@ def test_padded_is_trls_forward(batch):
 def test_the_probe_catches(batch, caplog, monkeypatch, fault):
     name = {"falcon": "FalconH1", "window": "Mistral"}.get(fault, "Llama")
     ours = tiny_model(name)
-    real_plan, real_call = forward.plan_pairs, forward.PairAttention.__call__
+    real_plan, real_call = forward.lay_out_pairs, forward.PairAttention.__call__
 
     def call(self, query, key, value, **options):
         if fault == "crash":
@@ -272,7 +272,7 @@ def test_the_probe_catches(batch, caplog, monkeypatch, fault):
     elif fault in ("window", "crash"):
         monkeypatch.setattr(forward.PairAttention, "__call__", call)
     else:
-        monkeypatch.setattr(forward, "plan_pairs", plan)
+        monkeypatch.setattr(forward, "lay_out_pairs", plan)
     theirs = tiny_model(name)
     reports = []
     add_pair_forward(ours, outputs=FIELDS, on_report=reports.append)
@@ -360,7 +360,7 @@ def test_longer_rows_are_probed_again(caplog, monkeypatch, told):
 
     def call(self, query, key, value, **options):
         output = real_call(self, query, key, value, **options)
-        return output if self.plan.max_k < 200 else output.flip(1)
+        return output if self.places.max_k < 200 else output.flip(1)
 
     monkeypatch.setattr(forward.PairAttention, "__call__", call)
     ours, theirs = tiny_model("Llama", max_position_embeddings=512), tiny_model("Llama", max_position_embeddings=512)

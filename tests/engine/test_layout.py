@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.layout import plan_pairs
+from tandem.engine.layout import lay_out_pairs
 
 # Two tokens only, so that rows share prefixes, completions begin alike and whole rows are equal often
 tokens = st.lists(st.integers(5, 6), max_size=5)
@@ -78,9 +78,9 @@ def test_each_token_is_scored_once_from_exactly_its_context(layout, batch):
     if not mask.any() or any(not mask[r, c - 1] for r, c in scored):
         # nothing to forward, or a completion without anything before it that left padding would have it predicted from
         with pytest.raises(ValueError, match=r"no tokens|nothing predicts"):
-            plan_pairs(ids, mask, labels, layout)
+            lay_out_pairs(ids, mask, labels, layout)
         return
-    plan = plan_pairs(ids, mask, labels, layout)
+    plan = lay_out_pairs(ids, mask, labels, layout)
 
     # What each packed token sees is a list of (position, token): its context
     tokens = ids.flatten()[plan.token_index].tolist()
@@ -123,7 +123,7 @@ def test_a_batch_by_hand():
     # pair 0: prompt 10 11, chosen 12, rejected 13 14; pair 1: prompt 20, chosen 21 22, rejected 23
     ids = torch.tensor([[10, 11, 12, 0], [20, 21, 22, 0], [10, 11, 13, 14], [20, 23, 0, 0]])
     labels = torch.tensor([[-100, -100, 12, -100], [-100, 21, 22, -100], [-100, -100, 13, 14], [-100, 23, -100, -100]])
-    plan = plan_pairs(ids, (ids != 0).long(), labels)
+    plan = lay_out_pairs(ids, (ids != 0).long(), labels)
     assert ids.flatten()[plan.token_index].tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 23]
     assert plan.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1]]
     assert plan.multiplicity.tolist() == [[2, 2, 1, 1, 1, 2, 1, 1, 1]]
@@ -141,21 +141,21 @@ def test_prompts_cut_at_different_places_share_nothing():
     # keep_end truncation of prompt 1 2 3 with a short and a long answer
     ids = torch.tensor([[1, 2, 3, 7], [3, 8, 8, 9]])
     labels = torch.tensor([[-100, -100, -100, 7], [-100, 8, 8, 9]])
-    plan = plan_pairs(ids, torch.ones_like(ids), labels)
+    plan = lay_out_pairs(ids, torch.ones_like(ids), labels)
     assert plan.n_tokens == 8 and plan.multiplicity.max() == 1
 
 
 def test_equal_answers_are_forwarded_once_and_scored_twice():
     ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
     labels = torch.tensor([[-100, 2, 3], [-100, 2, 3]])
-    plan = plan_pairs(ids, torch.ones_like(ids), labels)
+    plan = lay_out_pairs(ids, torch.ones_like(ids), labels)
     assert plan.n_tokens == 3 and len(plan.segments) == 1
     assert plan.score_index.tolist() == [0, 1, 0, 1]
 
 
 def test_the_scattered_grid_keeps_the_gradient_when_nothing_is_scored():
     ids = torch.tensor([[1, 2], [1, 3]])
-    plan = plan_pairs(ids, torch.ones_like(ids), torch.full_like(ids, -100))
+    plan = lay_out_pairs(ids, torch.ones_like(ids), torch.full_like(ids, -100))
     values = torch.zeros(0, requires_grad=True)
     grid = plan.scatter(values)
     grid.sum().backward()
@@ -175,12 +175,12 @@ def test_the_scattered_grid_keeps_the_gradient_when_nothing_is_scored():
 def test_batches_that_are_no_padded_pairs_are_refused(mask, labels, message):
     ids = torch.full((len(mask), 3), 5)
     with pytest.raises(ValueError, match=message):
-        plan_pairs(ids, torch.tensor(mask), torch.tensor(labels))
+        lay_out_pairs(ids, torch.tensor(mask), torch.tensor(labels))
 
 
 def test_a_plan_goes_to_a_device_in_one_copy(monkeypatch):
     ids = torch.tensor([[10, 11, 12], [10, 11, 13]])
-    plan = plan_pairs(ids, torch.ones_like(ids), torch.where(ids > 11, ids, -100))
+    plan = lay_out_pairs(ids, torch.ones_like(ids), torch.where(ids > 11, ids, -100))
     moved = []
     real = torch.Tensor.to
     monkeypatch.setattr(

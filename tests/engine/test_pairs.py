@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tandem.engine.layout import IGNORED_LABEL, plan_pairs
+from tandem.engine.layout import IGNORED_LABEL, lay_out_pairs
 from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, longest_row, sequence_logps
 from tests.engine.tiny_models import random_pairs
 
@@ -98,12 +98,12 @@ def test_the_plan_of_a_batch_is_made_in_a_loaders_worker(layout):
     loader = DataLoader(pairs, batch_size=3, num_workers=1, collate_fn=PairCollator(0, 30, layout=layout))
     for batch in loader:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        here = plan_pairs(batch["input_ids"], batch["attention_mask"], labels, layout)
-        assert torch.equal(batch["pair_plan"].indices, here.indices)
-        assert batch["pair_plan"].segments == here.segments and batch["pair_plan"].shape == here.shape
+        here = lay_out_pairs(batch["input_ids"], batch["attention_mask"], labels, layout)
+        assert torch.equal(batch["pair_layout"].indices, here.indices)
+        assert batch["pair_layout"].segments == here.segments and batch["pair_layout"].shape == here.shape
 
 
 def test_a_batch_without_a_token_has_no_plan():
     empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    assert "pair_plan" not in PairCollator(0, 30, layout="shared")([empty])
-    assert "pair_plan" not in PairCollator(0, 30)(random_pairs(1))
+    assert "pair_layout" not in PairCollator(0, 30, layout="shared")([empty])
+    assert "pair_layout" not in PairCollator(0, 30)(random_pairs(1))

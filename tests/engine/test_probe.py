@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from tandem.engine.layout import plan_pairs
+from tandem.engine.layout import lay_out_pairs
 from tandem.engine.precision import tolerance
 from tandem.engine.probe import ProbeCache, difference, length_for, probe_batch
 from tests.engine.tiny_models import VOCABULARY, tiny_model
@@ -12,7 +12,7 @@ from tests.engine.tiny_models import VOCABULARY, tiny_model
 def test_the_pairs_share_a_prompt_and_outgrow_a_small_window():
     model = tiny_model("Mistral", sliding_window=40)
     batch = probe_batch(model, torch.arange(3, VOCABULARY), length_for(model, 10))
-    plan = plan_pairs(**batch)
+    plan = lay_out_pairs(**batch)
     assert batch["input_ids"].shape == (4, 80)
     lengths = batch["attention_mask"].sum(-1).tolist()
     assert lengths == [80, 42, 60, 80]

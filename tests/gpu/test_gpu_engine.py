@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tandem.engine import attention
 from tandem.engine.forward import add_pair_forward
-from tandem.engine.layout import plan_pairs
+from tandem.engine.layout import lay_out_pairs
 from tandem.engine.pairs import PairCollator
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -61,7 +61,7 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def test_attention_and_its_gradients(dtype: torch.dtype, backend: Any, shape: dict[str, Any]):
     heads, kv, dim = 8, shape.get("kv", 2), shape.get("dim", 64)
     options = {name: shape[name] for name in ("window", "softcap") if name in shape}
-    plan = plan_pairs(**batch(3, 70, 50))
+    plan = lay_out_pairs(**batch(3, 70, 50))
     exact = [torch.randn(1, h, plan.n_tokens, dim, dtype=torch.float64).requires_grad_() for h in (heads, kv, kv)]
     reference = attention.PairAttention(plan, "dense")(*exact, **options)
     upstream = torch.randn_like(reference)

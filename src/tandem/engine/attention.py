@@ -1,4 +1,4 @@
-"""Attention over the packed row of a `PairPlan`, plugged into transformers through its attention registry.
+"""Attention over the packed row of a `PairLayout`, plugged into transformers through its attention registry.
 
 A model whose attention implementation was switched to `tandem|<original>` (see `switch_implementation`) runs
 `PairAttention` where the caller passes one as the forward keyword `pair_attention`, and exactly its original
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from tandem.engine import kernels
-from tandem.engine.layout import PairPlan, Segment, even_size
+from tandem.engine.layout import PairLayout, Segment, even_size
 
 Backend = Literal["auto", "varlen", "sdpa", "dense"]
 PAIR_ATTENTION = "pair_attention"
@@ -62,20 +62,20 @@ class AttentionRule:
 
 
 class PairAttention:
-    """The attention of one forward over one plan. Holds the masks its layers share.
+    """The attention of one forward over one layout. Holds the masks its layers share.
 
     Args:
-        plan: where the sequences are.
+        places: where the sequences are.
         backend: forces one backend for every layer; `auto` takes the fastest that serves the layer.
     """
 
-    def __init__(self, plan: PairPlan, backend: Backend = "auto") -> None:
-        self.plan = plan
+    def __init__(self, places: PairLayout, backend: Backend = "auto") -> None:
+        self.places = places
         self.backend = backend
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **rule: Any) -> Tensor:
-        """Attend every sequence of the plan to itself and its prefix, causally.
+        """Attend every sequence of the layout to itself and its prefix, causally.
 
         Args:
             query: (1, H, T, D).
@@ -96,7 +96,7 @@ class PairAttention:
         # Rotary embedding leaves float32 queries beside half-precision values under autocast, and not every backend
         # below is one that autocast knows
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        window = None if asked.window is not None and asked.window >= self.plan.max_k else asked.window
+        window = None if asked.window is not None and asked.window >= self.places.max_k else asked.window
         scale = query.shape[-1] ** -0.5 if asked.scale is None else asked.scale
         asked = replace(asked, scale=scale, window=window)
 
@@ -116,8 +116,8 @@ class PairAttention:
     def _each_segment(
         self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None
     ) -> Tensor:
-        segments = self.plan.segments
-        block = _CPU_QUERY_BLOCK if query.device.type == "cpu" else self.plan.max_q
+        segments = self.places.segments
+        block = _CPU_QUERY_BLOCK if query.device.type == "cpu" else self.places.max_q
         outputs = []
         for segment, own_query, keys, values in zip(
             segments, _split(query, segments), _keys(key, segments), _keys(value, segments), strict=True
@@ -152,18 +152,18 @@ class PairAttention:
         return self._masks[size]
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
-        plan, device = self.plan, query.device
-        key_index = plan.key_index.to(device)
+        places, device = self.places, query.device
+        key_index = places.key_index.to(device)
         # Both kernels align bottom-right where queries are fewer than keys, as flash-attn does since 2.1. A left window
         # of w - 1 keys and the query's own make a window of w.
         arguments = (
             query[0].transpose(0, 1),
             key[0].index_select(1, key_index).transpose(0, 1),
             value[0].index_select(1, key_index).transpose(0, 1),
-            plan.cu_seq_q.to(device),
-            plan.cu_seq_k.to(device),
-            plan.max_q,
-            plan.max_k,
+            places.cu_seq_q.to(device),
+            places.cu_seq_k.to(device),
+            places.max_q,
+            places.max_k,
         )
         window_size = (-1 if rule.window is None else rule.window - 1, 0)
         flash_attn = kernels.flash_attn_varlen()

@@ -20,7 +20,7 @@ from tandem.engine.precision import computed_in, is_sharded, same_autocast, tole
 
 logger = logging.getLogger("tandem.engine")
 
-# Layers whose memory along the row is attention, which the plan restricts; a recurrent state would leak across pairs
+# Layers whose memory along the row is attention, which the layout restricts; a recurrent state would leak across pairs
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 Scoring = Callable[[dict[str, Tensor]], Tensor]

@@ -22,7 +22,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from tandem.engine import attention
 from tandem.engine.attention import PAIR_ATTENTION, PairAttention
 from tandem.engine.choice import Findings, LayoutChoice, LayoutRequest, attention_configs
-from tandem.engine.layout import PAIR_PLAN, PairPlan, plan_pairs
+from tandem.engine.layout import PAIR_LAYOUT, PairLayout, lay_out_pairs
 from tandem.engine.logprobs import LogitTransform, score_tokens
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
@@ -40,8 +40,8 @@ def add_pair_forward(
 
     `model(input_ids=..., attention_mask=..., labels=..., fused_lm_head=True)` on a (2B, S) batch of pairs, as TRL
     collates them, then runs the backbone once, on one row that holds each distinct token once. It returns TRL's
-    fields, with no gradient on `entropy`. A batch may bring its plan, as `pair_plan` (`PairCollator.layout`); without
-    one it is planned here, for which the host waits for the device. Batches and models the engine cannot serve take
+    fields, with no gradient on `entropy`. A batch may bring its layout, as `pair_layout` (`PairCollator.layout`);
+    without one it is laid out here, for which the host waits for the device. Batches and models the engine cannot serve take
     TRL's padded forward, and a line on the logger `tandem.engine` says so. The first such call probes the model (see
     `tandem.engine.probe`). Install it before the model is wrapped by PEFT or accelerate, as TRL does.
 
@@ -58,7 +58,7 @@ def add_pair_forward(
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        made = kwargs.pop(PAIR_PLAN, None)
+        made = kwargs.pop(PAIR_LAYOUT, None)
         if not fused_lm_head:
             return padded_forward(*args, **kwargs)
         return engine(self, made, *args, **kwargs)
@@ -87,19 +87,19 @@ def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
             module.add_fused_lm_head = original
 
 
-def forward_plan(
-    model: PreTrainedModel, plan: PairPlan, input_ids: Tensor, labels: Tensor, outputs: tuple[str, ...]
+def forward_laid_out(
+    model: PreTrainedModel, places: PairLayout, input_ids: Tensor, labels: Tensor, outputs: tuple[str, ...]
 ) -> FusedCausalLMOutput:
-    """One forward of a plan that was made elsewhere, without a probe: for counting on tensors that hold no values.
+    """One forward of a layout that was made elsewhere, without a probe: for counting on tensors that hold no values.
 
     Args:
         model: without adapters around it; they may be in its layers.
-        plan: of the batch, its tensors of the same kind as the model's.
+        places: of the batch, its tensors of the same kind as the model's.
         input_ids, labels: (2B, S) int64, as in `add_pair_forward`.
         outputs: as in `add_pair_forward`.
     """
     engine = _PairEngine(model, model.forward, LayoutChoice(model), 1.0, False, outputs)
-    return engine.forward(model, plan, input_ids=input_ids, labels=labels)
+    return engine.forward(model, places, input_ids=input_ids, labels=labels)
 
 
 class _Unserved(Exception):
@@ -131,7 +131,7 @@ class _PairEngine:
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
         self.outputs = outputs
 
-    def __call__(self, model: PreTrainedModel, made: PairPlan | None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, model: PreTrainedModel, made: PairLayout | None, *args: Any, **kwargs: Any) -> Any:
         choice, input_ids = self.choice, kwargs.get("input_ids")
         if choice.report is None and kwargs.get("shift_labels") is not None:
             choice.settle("padded", "context or sequence parallelism cuts its rows")
@@ -140,11 +140,11 @@ class _PairEngine:
             choice.probe(model, input_ids, self.probe_padded, functools.partial(self.probe_packed, model))
         if not choice.is_padded:
             try:
-                plan = self.plan(made, args, kwargs)
+                places = self.lay_out(made, args, kwargs)
             except _Unserved as reason:
                 choice.findings.say_once(logging.WARNING, f"a batch takes the padded forward, because {reason}")
             else:
-                return self.forward(model, plan, **kwargs)
+                return self.forward(model, places, **kwargs)
         return self.padded_forward(*args, fused_lm_head=True, **kwargs)
 
     def probe_padded(self, batch: dict[str, Tensor]) -> Tensor:
@@ -152,11 +152,11 @@ class _PairEngine:
         return log_probs
 
     def probe_packed(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-        plan = plan_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"], self.choice.layout)
-        log_probs: Tensor = self.forward(model, plan, input_ids=batch["input_ids"], labels=batch["labels"]).log_probs
+        places = lay_out_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"], self.choice.layout)
+        log_probs: Tensor = self.forward(model, places, input_ids=batch["input_ids"], labels=batch["labels"]).log_probs
         return log_probs
 
-    def plan(self, made: PairPlan | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairPlan:
+    def lay_out(self, made: PairLayout | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PairLayout:
         extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _TEXT_INPUTS)
         input_ids, labels, mask = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
         if extra:
@@ -168,7 +168,7 @@ class _PairEngine:
         if made is not None and made.shape == tuple(input_ids.shape):
             return made.to(input_ids.device, non_blocking=True)
         try:
-            return plan_pairs(
+            return lay_out_pairs(
                 input_ids, torch.ones_like(input_ids) if mask is None else mask, labels, self.choice.layout
             )
         except ValueError as error:
@@ -177,7 +177,7 @@ class _PairEngine:
     def forward(
         self,
         model: PreTrainedModel,
-        plan: PairPlan,
+        places: PairLayout,
         *,
         input_ids: Tensor,
         labels: Tensor,
@@ -190,16 +190,16 @@ class _PairEngine:
             attention.switch_implementation(config)
         router = output_router_logits or getattr(self.text_config, "output_router_logits", False)
         backbone = model.base_model(
-            input_ids=input_ids.flatten()[plan.token_index][None],
-            position_ids=plan.position_ids,
+            input_ids=input_ids.flatten()[places.token_index][None],
+            position_ids=places.position_ids,
             # A 4-d mask is passed on as it is; one without elements fails loudly wherever something reads it
             attention_mask=torch.empty(0, 0, 0, 0, dtype=torch.bool, device=input_ids.device),
             use_cache=False,
-            **{PAIR_ATTENTION: PairAttention(plan, self.choice.backend)},
+            **{PAIR_ATTENTION: PairAttention(places, self.choice.backend)},
             **({"output_router_logits": True} if router else {}),
         )
-        scores = self.score(model, backbone.last_hidden_state[0], plan)
-        per_token = {name: plan.scatter(scores[name]) for name in scores}
+        scores = self.score(model, backbone.last_hidden_state[0], places)
+        per_token = {name: places.scatter(scores[name]) for name in scores}
         log_probs = per_token["log_probs"]
         label_mask = (labels[:, 1:] != -100).to(log_probs.device)
         tokens = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -211,19 +211,21 @@ class _PairEngine:
                 backbone.router_logits,
                 self.text_config.num_experts,
                 self.text_config.num_experts_per_tok,
-                plan.multiplicity,
+                places.multiplicity,
             )
             loss = loss + getattr(self.text_config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(loss=loss, label_mask=label_mask, aux_loss=aux_loss, **per_token)
 
-    def score(self, model: PreTrainedModel, states: Tensor, plan: PairPlan) -> dict[str, Tensor]:
+    def score(self, model: PreTrainedModel, states: Tensor, places: PairLayout) -> dict[str, Tensor]:
         head = model.get_output_embeddings()  # looked up on each call: FSDP and PEFT replace it after installation
         device = head.weight.device
-        hidden = states.index_select(0, plan.score_index.to(states.device)).to(device)
+        hidden = states.index_select(0, places.score_index.to(states.device)).to(device)
         precision: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.cast_lm_head_to_fp32:
             hidden = hidden.float()
             precision = torch.autocast(device.type, enabled=False)
         with precision:
-            scores = score_tokens(hidden, head.weight, head.bias, plan.targets.to(device), self.transform, self.outputs)
+            scores = score_tokens(
+                hidden, head.weight, head.bias, places.targets.to(device), self.transform, self.outputs
+            )
         return {name: value for name, value in vars(scores).items() if value is not None}

@@ -2,7 +2,7 @@
 
 TRL forwards a batch of B pairs as a padded grid of 2B rows by S columns: row i is prompt + chosen of pair i, row
 B + i its prompt + rejected. Both rows of a pair begin with the same tokens, at least the prompt, and a causal model
-gives equal prefixes equal hidden states. The plan therefore keeps one row of
+gives equal prefixes equal hidden states. The layout therefore keeps one row of
 
     prefix, rest of chosen, rest of rejected   of pair 0, then of pair 1, ...
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 Layout = Literal["shared", "packed", "padded"]
 IGNORED_LABEL = -100
-PAIR_PLAN = "pair_plan"
-"""Name of a plan in a batch, and of the forward's argument."""
+PAIR_LAYOUT = "pair_layout"
+"""Name of a layout in a batch, and of the forward's argument."""
 
 
 class Segment(NamedTuple):
@@ -49,14 +49,14 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class PairPlan:
-    """Index plan of one batch: T packed tokens, K keys, N sequences, M scored completion tokens. int64 unless said.
+class PairLayout:
+    """Places of one batch: T packed tokens, K keys, N sequences, M scored completion tokens. int64 unless said.
 
-    All numbers are Python's and all tensors are views of one: a plan that a data loader has made goes to the device in
+    All numbers are Python's and all tensors are views of one: a layout that a data loader has made goes to the device in
     one copy, and nothing in a step waits for the device to learn a size.
 
     Attributes:
-        shape: (2B, S) of the padded grid the plan was made from.
+        shape: (2B, S) of the padded grid the layout was made from.
         segments: the N sequences, as slices of the packed row.
         n_scored: M.
         indices: (3T + K + 2(N + 1) + 3M,) the tensors below, one after the other.
@@ -133,12 +133,12 @@ class PairPlan:
         """The most keys of a sequence."""
         return max(segment.k_length for segment in self.segments)
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PairPlan":
-        """The plan on `device`. Data loaders call this as they do a tensor's."""
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PairLayout":
+        """The layout on `device`. Data loaders call this as they do a tensor's."""
         return replace(self, indices=self.indices.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "PairPlan":
-        """The plan in page-locked memory, from which a copy to the device does not wait. Data loaders call this."""
+    def pin_memory(self) -> "PairLayout":
+        """The layout in page-locked memory, from which a copy to the device does not wait. Data loaders call this."""
         return replace(self, indices=self.indices.pin_memory())
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ class PairPlan:
         return grid.scatter(0, self.score_slots, values).view(rows, columns - 1)
 
 
-def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout: Layout = "shared") -> PairPlan:
-    """Plan a batch of B pairs.
+def lay_out_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout: Layout = "shared") -> PairLayout:
+    """Lay out a batch of B pairs.
 
     Args:
         input_ids: (2B, S) int64; rows i and B + i are chosen and rejected of pair i.
@@ -160,7 +160,7 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
             either.
 
     Returns:
-        The plan, on the device of `input_ids`; from another than the host, in one wait for the batch.
+        The layout, on the device of `input_ids`; from another than the host, in one wait for the batch.
 
     Raises:
         ValueError: an odd number of rows, no token at all, a row with a hole, or a label that no real token precedes.
@@ -207,14 +207,14 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout
         targets,
         scored.flatten().nonzero().squeeze(1),
     )
-    return PairPlan(shape, segments, len(targets), torch.cat(indices)).to(device)
+    return PairLayout(shape, segments, len(targets), torch.cat(indices)).to(device)
 
 
 def _check(rows: int, columns: int, layout: Layout) -> None:
     if rows % 2 and layout == "shared":
         raise ValueError(f"a batch of pairs has an even number of rows, not {rows}")
     if layout == "padded":
-        raise ValueError("the padded layout has no plan: it is TRL's own forward")
+        raise ValueError("the padded layout has no places: it is TRL's own forward")
     if not columns:
         raise ValueError("the batch has no tokens")
 

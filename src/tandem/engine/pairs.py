@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from tandem.engine.layout import IGNORED_LABEL, PAIR_PLAN, Layout, plan_pairs
+from tandem.engine.layout import IGNORED_LABEL, PAIR_LAYOUT, Layout, lay_out_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,7 @@ class PairCollator:
 
     Rows are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`,
     `attention_mask`, `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where
-    the pairs have them; `pair_id`, a list; `pair_plan`, the engine's `PairPlan` of the batch, with a `layout` that has
+    the pairs have them; `pair_id`, a list; `pair_layout`, the engine's `PairLayout` of the batch, with a `layout` that has
     one.
 
     Attributes:
@@ -39,7 +39,7 @@ class PairCollator:
         multiple: make rows a multiple of this long, and no longer than `max_length`: few lengths instead of many.
         size: make every batch this many pairs, copies of its first one filling it up, and add `pair_weights`, (B,)
             float32: 0 for a copy, else 1.
-        layout: add the plan of this layout. Where it is made here, in a data loader's worker, no step waits for it.
+        layout: add the places of this layout. Where it is made here, in a data loader's worker, no step waits for it.
     """
 
     pad_token_id: int
@@ -65,7 +65,7 @@ class PairCollator:
         if self.layout != "padded":
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
             with contextlib.suppress(ValueError):  # the engine will say why it cannot serve this batch
-                batch[PAIR_PLAN] = plan_pairs(batch["input_ids"], batch["attention_mask"], labels, self.layout)
+                batch[PAIR_LAYOUT] = lay_out_pairs(batch["input_ids"], batch["attention_mask"], labels, self.layout)
         return batch | {"pair_id": [pair.get("pair_id") for pair in filled]}
 
     def _width(self, longest: int) -> int:
@@ -80,13 +80,13 @@ class ExampleCollator:
 
     An example has `input_ids`, and `labels` that are `IGNORED_LABEL` at what is not trained; a row of several, with
     their `seq_lengths`, is taken apart again. Keys: `input_ids`, `attention_mask`, `labels`, (rows, S) int64, and
-    `pair_plan`, the engine's `PairPlan` of the batch, with a `layout` that has one.
+    `pair_layout`, the engine's `PairLayout` of the batch, with a `layout` that has one.
 
     Attributes:
         pad_token_id: what fills rows up on the right.
         max_length: longest row.
         size: make every batch this many rows of `max_length`, whatever the examples; rows without labels fill it up.
-        layout: `packed` to add the plan.
+        layout: `packed` to add the places.
     """
 
     pad_token_id: int
@@ -106,7 +106,9 @@ class ExampleCollator:
         batch["labels"][len(own) :] = IGNORED_LABEL
         batch["labels"][:, 0] = IGNORED_LABEL  # which nothing predicts
         if self.layout != "padded":
-            batch[PAIR_PLAN] = plan_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"], self.layout)
+            batch[PAIR_LAYOUT] = lay_out_pairs(
+                batch["input_ids"], batch["attention_mask"], batch["labels"], self.layout
+            )
         return batch
 
 

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.optimization import Adafactor
 from trl.trainer.utils import add_fused_lm_head
 
-from tandem.engine.forward import forward_plan
-from tandem.engine.layout import IGNORED_LABEL, Layout, PairPlan, plan_pairs
+from tandem.engine.forward import forward_laid_out
+from tandem.engine.layout import IGNORED_LABEL, Layout, PairLayout, lay_out_pairs
 from tandem.engine.modes import disable_dropout
 from tandem.errors import UserError
 from tandem.models.load import base_of_adapter, lora_config, revision_of_base
@@ -44,7 +44,7 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    plan: PairPlan | None
+    plan: PairLayout | None
 
     @classmethod
     def of(cls, rows: list[tuple[list[int], int]], layout: Layout) -> Self:
@@ -57,14 +57,14 @@ class Batch:
                 ([torch.tensor([IGNORED_LABEL] * prompt + ids[prompt:]) for ids, prompt in rows], IGNORED_LABEL),
             )
         )
-        plan = None if layout == "padded" else plan_pairs(input_ids, mask, labels, layout)
+        plan = None if layout == "padded" else lay_out_pairs(input_ids, mask, labels, layout)
         return cls(input_ids, mask, labels, plan)
 
     def log_probs(self, model: Any) -> Tensor:
         """Their sum, from `build`'s model."""
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         if self.plan is not None:
-            output = forward_plan(base, self.plan, self.input_ids, self.labels, _OUTPUTS)
+            output = forward_laid_out(base, self.plan, self.input_ids, self.labels, _OUTPUTS)
         else:
             output = base(
                 input_ids=self.input_ids, attention_mask=self.attention_mask, labels=self.labels, fused_lm_head=True

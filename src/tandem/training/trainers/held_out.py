@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tandem.engine.layout import IGNORED_LABEL, PAIR_PLAN
+from tandem.engine.layout import IGNORED_LABEL, PAIR_LAYOUT
 
 
 class WeightedMeans:
@@ -153,7 +153,7 @@ class EachPairOnce(EachRowOnce):
                 return value[:rows]
             return torch.cat([value[:rows], value[pairs : pairs + rows]])
 
-        return {name: some(value) for name, value in inputs.items() if name != PAIR_PLAN}
+        return {name: some(value) for name, value in inputs.items() if name != PAIR_LAYOUT}
 
     def _weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
@@ -173,7 +173,7 @@ class EachExampleOnce(EachRowOnce):
         return len(inputs["input_ids"])
 
     def _first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-        return {name: value[:rows] for name, value in inputs.items() if name != PAIR_PLAN}
+        return {name: value[:rows] for name, value in inputs.items() if name != PAIR_LAYOUT}
 
     def _weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         return {}, (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()

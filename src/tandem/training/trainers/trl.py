@@ -82,7 +82,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
         self._reference_source = keywords.pop("reference_source", Source())
         self._reference_name = ref_model.name_or_path if ref_model is not None else None
         splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
-        # Planned where batches are made, so that no step waits for its plan
+        # Laid out where batches are made, so that no step waits for it
         keywords["data_collator"] = dataclasses.replace(keywords["data_collator"], layout=engine.layout)
         longest = max(longest_row(pairs, keywords["data_collator"].max_length) for pairs in splits)
         self._added_adapter = keywords.get("peft_config")
