@@ -52,8 +52,8 @@ class Segment(NamedTuple):
 class PairLayout:
     """Places of one batch: T packed tokens, K keys, N sequences, M scored completion tokens. int64 unless said.
 
-    All numbers are Python's and all tensors are views of one: a layout that a data loader has made goes to the device in
-    one copy, and nothing in a step waits for the device to learn a size.
+    All numbers are Python's and all tensors are views of one: a layout that a data loader has made goes to the device
+    in one copy, and nothing in a step waits for the device to learn a size.
 
     Attributes:
         shape: (2B, S) of the padded grid the layout was made from.

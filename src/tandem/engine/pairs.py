@@ -29,8 +29,8 @@ class PairCollator:
 
     Rows are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`,
     `attention_mask`, `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where
-    the pairs have them; `pair_id`, a list; `pair_layout`, the engine's `PairLayout` of the batch, with a `layout` that has
-    one.
+    the pairs have them; `pair_id`, a list; `pair_layout`, the engine's `PairLayout` of the batch, with a `layout` that
+    has one.
 
     Attributes:
         pad_token_id: what fills rows up on the right.
