@@ -42,8 +42,8 @@ def add_pair_forward(
     collates them, then runs the backbone once, on one row that holds each distinct token once. It returns TRL's
     fields, with no gradient on `entropy`. A batch may bring its layout, as `pair_layout` (`PairCollator.layout`);
     without one it is laid out here, for which the host waits for the device. Batches and models the engine cannot serve
-    take TRL's padded forward, and a line on the logger `tandem.engine` says so. The first such call probes the model (see
-    `tandem.engine.probe`). Install it before the model is wrapped by PEFT or accelerate, as TRL does.
+    take TRL's padded forward, and a line on the logger `tandem.engine` says so. The first such call probes the model
+    (see `tandem.engine.probe`). Install it before the model is wrapped by PEFT or accelerate, as TRL does.
 
     Args:
         model: a causal language model, or a multimodal one that is given text.
