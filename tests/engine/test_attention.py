@@ -319,7 +319,7 @@ def test_masks_grow_with_the_longest_sequence_and_not_with_its_square(window):
     mask = torch.ones_like(ids)
     mask[0, -1] = 0
     labels = torch.where((mask == 1) & (torch.arange(ids.shape[1]) >= 1000), ids, -100)
-    plan = plan_pairs(ids, mask, labels)
+    plan = lay_out_pairs(ids, mask, labels)
     states = [torch.randn(1, 1, plan.n_tokens, 8) for _ in range(3)]
     forward = PairAttention(plan, "sdpa")
     forward(*states, window=window)
