@@ -140,7 +140,7 @@ class PairAttention:
         if q_length == k_length and (window is None or window >= k_length):
             return None
         if device.type == "cpu":
-            rows, columns = min(_CPU_QUERY_BLOCK, self.plan.max_q), self.plan.max_k
+            rows, columns = min(_CPU_QUERY_BLOCK, self.places.max_q), self.places.max_k
             return self._whole_mask(rows, columns, window, device)[rows - q_length :, columns - k_length :]
         return self._whole_mask(q_length, k_length, window, device)
 
