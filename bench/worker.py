@@ -28,7 +28,8 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.engine.pairs import PairCollator
-from tandem.models.load import load_model, load_tokenizer, lora_config
+from tandem.models.load import load_model, load_tokenizer
+from tandem.models.lora import lora_config
 from tandem.monitor.options import MonitorOptions
 from tandem.options.model import LoraOptions, ModelOptions
 from tandem.options.training import EngineOptions

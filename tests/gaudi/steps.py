@@ -105,7 +105,7 @@ def _builders(trainer: str) -> Any:
 def _stock(policy: Any, tokenizer: Any, arguments: dict[str, Any], text: Any, lora: Any, dpo: Any, data: Any) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    from tandem.models.load import lora_config
+    from tandem.models.lora import lora_config
 
     class Spied(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

@@ -200,7 +200,7 @@ def test_gemma_3_answers_with_its_cache_as_without(gemma: Path, monkeypatch: pyt
 
 def test_graphs_with_a_shared_reference(tiny_model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The stock class records the policy as a graph and runs the reference through it with the adapter off."""
-    from tandem.models.load import lora_config
+    from tandem.models.lora import lora_config
 
     lora = lora_config(LoraOptions(use_peft=True, lora_r=4))
     lazy = {"use_cpu": False, "use_habana": True, "use_lazy_mode": True, "use_hpu_graphs_for_training": True}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
-from tandem.models.load import load_model, load_tokenizer, lora_config
+from tandem.models.load import load_model, load_tokenizer
+from tandem.models.lora import lora_config
 from tandem.options.model import LoraOptions, ModelOptions
 from tests import wide
 

@@ -33,7 +33,8 @@ from tandem.engine.forward import pair_engine
 from tandem.errors import UserError
 from tandem.evaluation.evaluate import EvaluateOptions, evaluate
 from tandem.launch.ray import launch
-from tandem.models.load import load_model, lora_config
+from tandem.models.load import load_model
+from tandem.models.lora import lora_config
 from tandem.models.sampling import SamplingOptions
 from tandem.models.scorer import Scorer
 from tandem.monitor.options import MonitorOptions

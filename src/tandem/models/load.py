@@ -24,11 +24,11 @@ from tandem.log import logger
 from tandem.models.adapters import merged, rounded, weights_are_sent
 from tandem.models.shards import check_adapter, gather_tied_head
 from tandem.models.weights import check_weights, pickled
-from tandem.options.model import LoraOptions, ModelOptions, TemplateOptions, check_folder, is_adapter
+from tandem.options.model import ModelOptions, TemplateOptions, check_folder, is_adapter
 from tandem.places import not_here
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
 # Of transformers, PEFT and safetensors over files that are missing, torn or of another model
 _LOADING_ERRORS = (
@@ -166,20 +166,7 @@ def load_model(
     check_weights(Path(name))
     if Path(name).is_dir():
         name = str(Path(name).absolute())  # an adapter's config names its base so, and is read from other folders
-    keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
-    if tp_size > 1 or sharded:
-        from transformers.distributed import DistributedConfig
-
-        alike = int(os.environ["WORLD_SIZE"]) // tp_size
-        keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
-    elif meta or (weights_are_sent() and not ranks.is_first_here() and not quantize):
-        keywords["device_map"] = "meta"
-    else:
-        keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
-    if options.attn_implementation:
-        keywords["attn_implementation"] = options.attn_implementation
-    if options.model_revision:
-        keywords["revision"] = options.model_revision
+    keywords = _where_and_how(options, quantize, tp_size, sharded, meta)
     try:
         model, loading = _create_model(
             name,
@@ -196,6 +183,25 @@ def load_model(
     if sharded:
         gather_tied_head(model)
     return model
+
+
+def _where_and_how(options: ModelOptions, quantize: bool, tp_size: int, sharded: bool, meta: bool) -> dict[str, Any]:
+    """Keywords of from_pretrained: on which devices, and with which quantization, attention and revision."""
+    keywords: dict[str, Any] = {"quantization_config": _four_bits()} if quantize else {}
+    if tp_size > 1 or sharded:
+        from transformers.distributed import DistributedConfig
+
+        alike = int(os.environ["WORLD_SIZE"]) // tp_size
+        keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
+    elif meta or (weights_are_sent() and not ranks.is_first_here() and not quantize):
+        keywords["device_map"] = "meta"
+    else:
+        keywords["device_map"] = None  # TRL's `auto` would spread each process's model over all devices
+    if options.attn_implementation:
+        keywords["attn_implementation"] = options.attn_implementation
+    if options.model_revision:
+        keywords["revision"] = options.model_revision
+    return keywords
 
 
 def weight_files(options: ModelOptions) -> list[Path]:
@@ -326,86 +332,11 @@ def adapters_of_whole_layers() -> Iterator[None]:
         layer._get_in_out_features = width_of_part
 
 
-def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: Any = None) -> "LoraConfig | None":
-    """The PEFT configuration of `options`, or None without `--use_peft`.
-
-    Args:
-        base: options of the model that is adapted; the adapter remembers which revision of it.
-        model: the model itself. Where it has more than its decoder, `all-linear` means the decoder's: text reaches no
-            tower for images or sound, so an adapter there would never get a gradient.
-    """
-    if not options.use_peft:
-        return None
-    from peft import LoraConfig
-
-    # As TRL: one name alone is a regex, several are ends of names
-    targets, excluded = (
-        names[0] if len(names) == 1 else names or None
-        for names in (options.lora_target_modules, options.lora_exclude_modules)
-    )
-    if targets == "all-linear" and excluded is None and model is not None:
-        excluded = [*_outside_decoder(model), *_of_mamba(model)] or None
-    if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
-        targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=targets,
-        exclude_modules=excluded,
-        target_parameters=options.lora_target_parameters or None,
-        modules_to_save=options.lora_modules_to_save or None,
-        layers_to_transform=options.lora_layers_to_transform or None,
-        layers_pattern=options.lora_layers_pattern or None,
-        rank_pattern=options.lora_rank_pattern or {},
-        alpha_pattern=options.lora_alpha_pattern or {},
-        lora_bias=options.lora_bias,
-        use_rslora=options.use_rslora,
-        use_dora=options.use_dora,
-        revision=_revision(base) if base is not None else None,
-    )
-
-
-def _revision(model: ModelOptions) -> str | None:
-    """What was asked for, or the commit of a Hub model: its main branch may be another one tomorrow."""
-    name = model.model_name_or_path
-    return model.model_revision or (None if Path(name).is_dir() else commit_of(name, None))
-
-
 def commit_of(name: str, revision: str | None) -> str | None:
     """The commit of a Hub model that `revision`, or else its main branch, stands for by the Hub's cache on this
     machine; `revision` where the cache has it not."""
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
-
-
-def _of_mamba(model: Any) -> list[str]:
-    """Names of the linear layers of Mamba's mixers that PEFT refuses to adapt: their kernels read the weights alone."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.endswith(".out_proj")
-        and "mamba" in (name + type(model.get_submodule(name.rpartition(".")[0])).__name__).lower()
-    ]
-
-
-def _linear_ends(model: Any) -> list[str]:
-    """The ends of the names of the decoder's linear layers, as `all-linear` stands for."""
-    decoder = model.get_decoder()
-    return sorted({n.rpartition(".")[2] for n, each in decoder.named_modules() if isinstance(each, torch.nn.Linear)})
-
-
-def _outside_decoder(model: Any) -> list[str]:
-    """Names of the linear layers that are neither in the model's text decoder nor its head."""
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in inside
-    ]
 
 
 def _base_options(options: ModelOptions, adapter: str) -> ModelOptions:

@@ -26,7 +26,8 @@ from tandem.engine.forward import forward_laid_out
 from tandem.engine.layout import IGNORED_LABEL, Layout, PairLayout, lay_out_pairs
 from tandem.engine.modes import disable_dropout
 from tandem.errors import UserError
-from tandem.models.load import base_of_adapter, lora_config, revision_of_base
+from tandem.models.load import base_of_adapter, revision_of_base
+from tandem.models.lora import lora_config
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.training import TrainOptions
 

@@ -4,7 +4,7 @@ import pytest
 import transformers
 from peft import get_peft_model
 
-from tandem.models.load import lora_config
+from tandem.models.lora import lora_config
 from tandem.options.model import LoraOptions
 from tandem.training.trainers.sharding import trained
 

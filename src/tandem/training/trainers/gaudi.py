@@ -29,7 +29,7 @@ from tandem.engine.ref_cache import RefCache, fingerprint
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
-from tandem.models.load import lora_config
+from tandem.models.lora import lora_config
 from tandem.options.training import GaudiOptions
 from tandem.runs import write_json
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet

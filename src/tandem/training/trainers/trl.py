@@ -25,7 +25,8 @@ from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import ExampleCollator, PairCollator, longest_row, sequence_logps
 from tandem.engine.precision import is_sharded
 from tandem.engine.ref_cache import RefCache, Source, fingerprint, source_key
-from tandem.models.load import lora_config, weight_files
+from tandem.models.load import weight_files
+from tandem.models.lora import lora_config
 from tandem.monitor.memory import by_rank, read_memory
 from tandem.monitor.options import MonitorOptions
 from tandem.options.fields import handed_on

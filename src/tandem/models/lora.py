@@ -1,0 +1,87 @@
+"""The adapter that a run gives its policy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tandem.models.load import commit_of
+from tandem.options.model import LoraOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: Any = None) -> "LoraConfig | None":
+    """The PEFT configuration of `options`, or None without `--use_peft`.
+
+    Args:
+        base: options of the model that is adapted; the adapter remembers which revision of it.
+        model: the model itself. Where it has more than its decoder, `all-linear` means the decoder's: text reaches no
+            tower for images or sound, so an adapter there would never get a gradient.
+    """
+    if not options.use_peft:
+        return None
+    from peft import LoraConfig
+
+    # As TRL: one name alone is a regex, several are ends of names
+    targets, excluded = (
+        names[0] if len(names) == 1 else names or None
+        for names in (options.lora_target_modules, options.lora_exclude_modules)
+    )
+    if targets == "all-linear" and excluded is None and model is not None:
+        excluded = [*_outside_decoder(model), *_of_mamba(model)] or None
+    if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
+        targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        exclude_modules=excluded,
+        target_parameters=options.lora_target_parameters or None,
+        modules_to_save=options.lora_modules_to_save or None,
+        layers_to_transform=options.lora_layers_to_transform or None,
+        layers_pattern=options.lora_layers_pattern or None,
+        rank_pattern=options.lora_rank_pattern or {},
+        alpha_pattern=options.lora_alpha_pattern or {},
+        lora_bias=options.lora_bias,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        revision=_revision(base) if base is not None else None,
+    )
+
+
+def _of_mamba(model: Any) -> list[str]:
+    """Names of the linear layers of Mamba's mixers that PEFT refuses to adapt: their kernels read the weights alone."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.endswith(".out_proj")
+        and "mamba" in (name + type(model.get_submodule(name.rpartition(".")[0])).__name__).lower()
+    ]
+
+
+def _linear_ends(model: Any) -> list[str]:
+    """The ends of the names of the decoder's linear layers, as `all-linear` stands for."""
+    decoder = model.get_decoder()
+    return sorted({n.rpartition(".")[2] for n, each in decoder.named_modules() if isinstance(each, torch.nn.Linear)})
+
+
+def _outside_decoder(model: Any) -> list[str]:
+    """Names of the linear layers that are neither in the model's text decoder nor its head."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) not in inside
+    ]
+
+
+def _revision(model: ModelOptions) -> str | None:
+    """What was asked for, or the commit of a Hub model: its main branch may be another one tomorrow."""
+    name = model.model_name_or_path
+    return model.model_revision or (None if Path(name).is_dir() else commit_of(name, None))
