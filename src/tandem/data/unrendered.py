@@ -45,7 +45,7 @@ def left_out(row: Row, side: str, text: str, template: str = "") -> set[str]:
     if isinstance(row["prompt"], str):
         return set()
     keywords = row.get("chat_template_kwargs") or {}
-    names = {f"chat_template_kwargs.{name}" for name in keywords.keys() - (_asked_for(template) if keywords else set())}
+    names = {f"chat_template_kwargs.{name}" for name in keywords if not _is_read(name, keywords[name], text, template)}
     for message in row["prompt"]:
         if message["role"] == "system" and not _is_in(text, message["content"]):
             names.add("system messages, as --system_prompt drop asks")
@@ -57,6 +57,19 @@ def left_out(row: Row, side: str, text: str, template: str = "") -> set[str]:
         given += [(f".{name}", message[name]) for name in PARTS if name in message]
     placed = [found for name, value in given for found in _placed(value, name)]
     return names.union(path for path, part in placed if part != _CALLED and not _is_in(text, part))
+
+
+def _is_read(name: str, value: Any, text: str, template: str) -> bool:
+    """Whether a template reads a keyword; one whose name it gives to something else as well shows it in its text."""
+    if name not in _asked_for(template):
+        return False
+    return name not in _set_by(template) or all(_is_in(text, part) for part in leaves(value))
+
+
+@functools.cache
+def _set_by(template: str) -> frozenset[str]:
+    """Names that a template gives values of its own, so that a keyword of that name may be none that it reads."""
+    return frozenset(re.findall(r"\{%-?\s*set\s+(\w+)", template))
 
 
 @functools.cache
