@@ -224,6 +224,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a history that is none": (TEXT | {"history": "Hi"}, "field 'history': must be a list of [question, answer] pairs"),
     "tools that are none": (TEXT | {"tools": "weather"}, "field 'tools': must be a list of JSON schemas"),
+    "a tool without a schema": (
+        TEXT | {"tools": [{"type": "function", "function": ""}]},
+        "field 'tools': must be a list of JSON schemas",
+    ),
     "keywords that are none": (TEXT | {"chat_template_kwargs": "x"}, "field 'chat_template_kwargs': must be an object"),
     "a video": (TEXT | {"videos": ["a.mp4"]}, "field 'videos': is not empty, and Tandem trains on text only"),
     "a function's call of old": (

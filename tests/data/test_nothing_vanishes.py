@@ -307,16 +307,21 @@ def examine(rows: list[Json], template: str | None, folder: Path) -> str:
     said = stderr.getvalue()
     names = names_in(said)
     unused = re.search(r"; (\d+) answers? in no pair", said)
-    in_no_pair = set()
+    without = re.search(r"none from (\d+) prompts?", said)  # rated rows that give no pair, counted with the reason
+    in_no_pair, no_pairs = set(), set()
     sequences = [Sequences(pair, text) for pair in tokens]
-    for row in rows:
+    for number, row in enumerate(rows):
         for path, word in located(row):
             if any(found.has(path, word) for found in sequences) or is_named(path, names):
                 continue
-            assert path[0] in RATED and unused, (path, word, said, [vars(found) for found in sequences])
-            in_no_pair.add(path[1])
+            assert not {*RATED}.isdisjoint(row) and (unused or without), (path, word, said, list(map(vars, sequences)))
+            if path[0] in RATED:
+                in_no_pair.add((number, path[1]))
+            else:
+                no_pairs.add(number)
         assert_only_own_turns(row, sequences)
     assert len(in_no_pair) <= int(unused.group(1) if unused else 0), (in_no_pair, said)
+    assert len(no_pairs) <= int(without.group(1) if without else 0), (no_pairs, said)
     return "trained"
 
 

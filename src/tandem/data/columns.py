@@ -170,9 +170,13 @@ def _tools(row: TrackedRow) -> list[Any]:
     if "tools" not in row or not has_value(row.peek("tools")):
         return []
     tools = without_nulls(parse_json(row["tools"]))
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise RowError("field 'tools': must be a list of JSON schemas, or such a list as JSON in a text")
     return tools
+
+
+def _is_tool(tool: Any) -> bool:
+    return isinstance(tool, dict) and bool(tool) and isinstance(tool.get("function", tool), dict)
 
 
 def _kwargs(row: TrackedRow) -> Row:
