@@ -18,6 +18,7 @@ from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.models import habana
 from tandem.models.load import load_model, load_tokenizer
+from tandem.monitor.gather import ROWS, MicroBatch
 from tandem.monitor.monitor import Monitor
 from tandem.monitor.options import MonitorOptions
 from tandem.options.losses import DPOOptions
@@ -145,9 +146,10 @@ RECORD: list[dict[str, Any]] = []
 
 
 def _recording_add(add: Any) -> Any:
-    def recorded(self: Monitor, pair_ids: list[str], margins: Any, logps: Any, loss: Any, **more: Any):
-        RECORD.append({"margins": margins.tolist(), "loss": loss.item()})
-        return add(self, pair_ids, margins, logps, loss, **more)
+    def recorded(self: Monitor, micro_batch: MicroBatch) -> None:
+        margins = micro_batch.values[ROWS.index("margin")]
+        RECORD.append({"margins": margins.tolist(), "loss": micro_batch.loss.item()})
+        add(self, micro_batch)
 
     return recorded
 

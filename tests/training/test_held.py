@@ -26,10 +26,12 @@ def alarms(out: Path) -> list[str]:
 @pytest.mark.parametrize("stage", ["dpo", "sft"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_all_weights_in_half_precision_are_refused(
-    script: Callable[[str], ModuleType], tiny_model: Path, tiny_data: Path, tmp_path: Path, stage: str, dtype: str
+    script: Callable[[str], ModuleType], tiny_model: Path, tmp_path: Path, stage: str, dtype: str
 ):
     """Before a line of data is read."""
-    argv = command(tiny_model, tiny_data / "nowhere", tmp_path / "out", f"--dtype {dtype}")
+    data = tmp_path / "data.jsonl"
+    data.write_text("no JSON\n")
+    argv = command(tiny_model, data, tmp_path / "out", f"--dtype {dtype}")
     if stage == "sft":
         at = argv.index("--ref_cache")
         del argv[at : at + 2]
