@@ -71,7 +71,7 @@ def merge_files(base: ModelOptions, adapter: str, dtype: torch.dtype, folder: Pa
 def save_config(model: Any, dtype: torch.dtype, folder: Path) -> None:
     """Write the configuration of a model whose weights of `dtype` are in `folder` already."""
     for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
-        config.dtype = dtype
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)  # transformers 4 has the second
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
