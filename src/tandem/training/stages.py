@@ -241,7 +241,7 @@ def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase
 
 def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     def one(pair: Row) -> Row:
-        if pair["format"] == TEXT:
+        if pair.get("format") == TEXT:
             return pair
         row = render(pair, text.use_chat_template)
         if text.max_prompt_length is None:
