@@ -70,7 +70,9 @@ def test_hpus_are_counted_by_intels_plugin(monkeypatch: pytest.MonkeyPatch):
         check_launch(launched | {"LOCAL_WORLD_SIZE": "9"}, arguments, cpu_asked=False, tp_size=1)
 
 
-@pytest.mark.parametrize(("value", "message"), [("cuda", "gaudi, trl or module:object"), ("gaudi", "needs optimum-habana")])
+@pytest.mark.parametrize(
+    ("value", "message"), [("cuda", "gaudi, trl or module:object"), ("gaudi", "needs optimum-habana")]
+)
 def test_a_wrong_choice_is_named(monkeypatch: pytest.MonkeyPatch, value: str, message: str):
     monkeypatch.setenv("TANDEM_TRAINERS", value)
     with pytest.raises(UserError, match=message):
