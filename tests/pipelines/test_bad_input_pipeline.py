@@ -34,7 +34,7 @@ def run(folder: Path, model: Path, data: Path, recipe: Path | None = None, **cha
     assert "Traceback" not in done.stdout
     left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert left <= {"dpo_pipeline_sanity.log"} | {
-        f".stages/{name}" for name in ("check.command", "check.begun", "hashes.json")
+        f".stages/{name}" for name in (".last", "check.command", "check.begun", "hashes.json")
     }, left
     assert not any(is_complete(path) for path in [out, *out.glob("*")] if path.is_dir())
     return done.stdout
