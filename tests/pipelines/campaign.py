@@ -30,20 +30,10 @@ import yaml
 from tests import tiny
 from tests.crash.traces import differences, normal
 from tests.judge.fault_server import FaultServer
-from tests.pipelines import test_rounds
+from tests.pipelines import test_pipeline, test_rounds
 
 ROOT = Path(__file__).parents[2]
-TRAINING = {
-    "max_length": 128,
-    "per_device_train_batch_size": 4,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_peft": True,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_steps": 2,
-    "save_total_limit": 2,
-}
+TRAINING = test_pipeline.TRAINING | {"max_length": 128, "save_steps": 2, "save_total_limit": 2}
 RECIPE = {
     "check": {"max_length": 128},
     "sft": TRAINING | {"max_steps": 4},
