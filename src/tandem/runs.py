@@ -201,7 +201,9 @@ def write_manifest(folder: str | Path, files: Iterable[Path] | None = None) -> N
     folder = Path(folder)
     listed = {}
     for file in sorted(folder.rglob("*") if files is None else files):
-        if file.is_file() and file.name not in (MANIFEST, CARD):
+        if file.is_file() and file.name == CARD:
+            sync(file)
+        elif file.is_file() and file.name != MANIFEST:
             listed[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": _hash(file, sync=True)}
     write_json(folder / MANIFEST, {"files": listed})
 

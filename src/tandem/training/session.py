@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from tandem.data.formats import Row
@@ -27,6 +28,7 @@ from tandem.options.training import TrainOptions
 from tandem.options.yaml_text import to_yaml
 from tandem.ranks import count, end_with_launcher, is_first, tell_once
 from tandem.runs import (
+    CARD,
     CONFIG,
     MANIFEST,
     RUN,
@@ -41,6 +43,7 @@ from tandem.runs import (
     run_id,
     sha256_json,
     step_of,
+    sync,
     write_atomic,
     write_json,
     write_manifest,
@@ -227,6 +230,9 @@ class Session:
         if not is_adapter(str(self.folder)):  # an adapter gets them when it is merged
             carry(self.config["model_name_or_path"], self.config["model_revision"], self.folder)
         write_json(self.folder / "training_metrics.json", {"train": metrics, "log_history": trainer.state.log_history})
+        for name in (CARD, TRAINING_ARGS_NAME):  # which are not of the model, but should not be lost either
+            if (self.folder / name).exists():
+                sync(self.folder / name)
         write_manifest(self.folder, [*model_files(self.folder), self.folder / RUN])
         logger.info("model saved in %s", self.folder)
 

@@ -1,7 +1,6 @@
 """Checkpoints that are complete or absent, and that hold all that a resumed run goes on from."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ class CompleteCheckpoints:
             write_atomic(folder / COUNTERS, json.dumps(counters))
             run = Path(self.args.output_dir) / RUN
             if run.exists():
-                shutil.copy(run, folder / RUN)
+                write_atomic(folder / RUN, run.read_bytes())
         # Older checkpoints may go only when this one is complete, so Trainer must not rotate by itself
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
