@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tandem.errors import UserError
 from tandem.models.adapters import sort_config
 from tandem.runs import (
+    CARD,
     COUNTERS,
     MANIFEST,
     RUN,
@@ -19,6 +20,7 @@ from tandem.runs import (
     discard,
     is_complete,
     step_of,
+    sync,
     write_atomic,
     write_manifest,
 )
@@ -101,6 +103,9 @@ class CompleteCheckpoints:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sort_config(folder)
+            card = Path(self.args.output_dir) / CARD  # TRL writes it at a checkpoint, and never again after the last
+            if card.exists():
+                sync(card)
             write_manifest(folder)
             self._remove_older()
 
