@@ -141,8 +141,22 @@ def test_examples_that_keep_nothing_are_left_out_and_named(tmp_path: Path, capsy
     long = {"prompt": [user("a" * 90)], "completion": [assistant("b")]}
     train([*COMPLETIONS, long], model, tmp_path, max_steps=1)
     assert "1 of 10 examples left out: --max_length keeps none of their answer" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--max_length 64: no example keeps any of its answer"):
+    with pytest.raises(UserError, match="--max_length 64: no example keeps any of its answers"):
         train([long, long], model, tmp_path / "none", max_steps=1)
+
+
+@pytest.mark.parametrize("given", [{}, {"assistant_only_loss": True}, {"completion_only_loss": False}])
+def test_answers_that_nothing_ends_are_named(given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A template without an end of turn, and one that writes it: only the first is warned of."""
+    rows = COMPLETIONS if "completion_only_loss" in given else CONVERSATIONS
+    endless = tiny.save_model(
+        tmp_path / "model", chat_template=MARKED.replace("m['content'] + eos_token", "m['content']")
+    )
+    train(rows, endless, tmp_path / "endless", max_steps=1, **given)
+    told = "9 of 9 examples have an answer that no special token ends"
+    assert told in capsys.readouterr().err
+    train(rows, tiny.save_model(tmp_path / "closed", chat_template=MARKED), tmp_path / "a", max_steps=1, **given)
+    assert "that no special token ends" not in capsys.readouterr().err
 
 
 def test_plan_counts_packed_rows(tmp_path: Path):

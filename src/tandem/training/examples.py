@@ -13,8 +13,7 @@ from tandem.data.tokenized import all_placed, check_rendered, closed, plain_ids,
 from tandem.data.unrendered import left_out
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import completion_mask
-from tandem.errors import UserError
-from tandem.log import logger
+from tandem.training.kept import kept, warn_of_endless
 from tandem.training.option_sets import SFTOptionSet
 
 if TYPE_CHECKING:
@@ -41,17 +40,16 @@ def tokenize_examples(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase",
 
     examples = all_placed(rows, example)
     tell_left_out(counts, len(examples), "examples")
+    warn_of_endless(([_trained(example)] for example in examples), tokenizer, "example")
     cut = [{name: ids[:longest] for name, ids in example.items()} for example in examples]
-    kept = [example for example in cut if any(label != IGNORED_LABEL for label in example["labels"])]
-    if len(kept) < len(cut):
-        logger.warning(
-            "%d of %d examples left out: --max_length keeps none of their answer", len(cut) - len(kept), len(cut)
-        )
-    if not kept:
-        raise UserError(
-            f"--max_length {longest}: no example keeps any of its answer; raise it or set --max_prompt_length"
-        )
-    return Dataset.from_list(kept)
+    why = "--max_length keeps none of their answer"
+    return Dataset.from_list(
+        kept(cut, lambda example: bool(_trained(example)), what="example", why=why, max_length=run.text.max_length)
+    )
+
+
+def _trained(example: Example) -> list[int]:
+    return [label for label in example["labels"] if label != IGNORED_LABEL]
 
 
 def _example(row: Row, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet, unrendered: set[str]) -> Example:

@@ -16,7 +16,6 @@ from tandem.data.rendering import keywords_of
 from tandem.data.sources import load_splits, load_training
 from tandem.data.texts import render, trim_prompt
 from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
-from tandem.data.tokens import ends, special_ids
 from tandem.devices import fast_bf16, has_accelerator
 from tandem.errors import UserError, first_line
 from tandem.log import logger
@@ -33,6 +32,7 @@ from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.examples import packed, tokenize_examples
 from tandem.training.held import held_fine
+from tandem.training.kept import kept, warn_of_endless
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
 from tandem.training.settings import as_begun, day_of, run_in, usual
@@ -251,30 +251,14 @@ def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerB
     return all_placed(pairs, one)
 
 
-def _warn_of_endless(pairs: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase) -> None:
-    specials = special_ids(tokenizer)
-    endless = sum(not (ends(pair["chosen_ids"], specials) and ends(pair["rejected_ids"], specials)) for pair in pairs)
-    if endless:
-        logger.warning(
-            "%d of %d pairs have an answer that no special token ends: the model would not learn to stop; give a chat "
-            "template that writes the end-of-sequence token with --chat_template", endless, len(pairs)
-        )  # fmt: skip
-
-
 def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     tokenized = tokenize_rows(rows, tokenizer)
     pairs: list[Row] = [pair | {"pair_id": row["pair_id"]} for pair, row in zip(tokenized, rows, strict=True)]
-    _warn_of_endless(tokenized, tokenizer)
+    warn_of_endless(((pair["chosen_ids"], pair["rejected_ids"]) for pair in tokenized), tokenizer, "pair")
     same = sum(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs)
     if same:
         logger.warning("%d of %d pairs have the same tokens on both sides, which train nothing", same, len(pairs))
-    fitting = [pair for pair in pairs if len(pair["prompt_ids"]) < max_length]
-    if len(fitting) < len(pairs):
-        logger.warning(
-            "%d of %d pairs left out: the prompt alone fills --max_length", len(pairs) - len(fitting), len(pairs)
-        )
-    if not fitting:
-        raise UserError(
-            f"--max_length {max_length}: no pair keeps any of its answers; raise it or set --max_prompt_length"
-        )
-    return Dataset.from_list(fitting)
+    why = "the prompt alone fills --max_length"
+    return Dataset.from_list(
+        kept(pairs, lambda pair: len(pair["prompt_ids"]) < max_length, what="pair", why=why, max_length=max_length)
+    )
