@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.data.columns import PROMPTS
 from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render
@@ -382,3 +383,21 @@ def test_it_is_so_with_thousands_of_others(rows: list[Json], template: str, tmp_
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_as_data_sets_have_them_are_trained(shape: str, tmp_path: Path):
     assert examine([SHAPES[shape](Words())], SHIPPED["qwen3_training"], tmp_path) == "trained"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("value", [4, True, {"other": "mk9e"}, [["mk9e"]]], ids=repr)
+def test_a_column_of_another_kind_is_read_named_or_refused(shape: str, value: Any, tmp_path: Path):
+    row = SHAPES[shape](Words())
+    for column in {*row, *PROMPTS, "input", "system", "history", "messages", "tools"}:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(row | {column: value}) + "\n")
+        tell_once.cache_clear()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                pairs = load_pairs(DataOptions(str(file)), "train")
+        except UserError as error:
+            assert str(file) in str(error)
+            continue
+        is_read = "mk9e" in json.dumps([dict(pair) for pair in pairs])
+        assert is_read or column in stderr.getvalue().partition("NOT read")[2], (column, stderr.getvalue())

@@ -17,7 +17,7 @@ from tandem.data.messages import Asked as Asked
 from tandem.data.messages import Message as Message
 from tandem.data.rows import Row as Row
 from tandem.data.rows import RowError as RowError
-from tandem.data.rows import TrackedRow, columns_of, leaves
+from tandem.data.rows import TrackedRow, columns_of, has_value, leaves
 from tandem.data.rows import kind_of as kind_of
 from tandem.errors import UserError
 from tandem.runs import sha256_json
@@ -254,14 +254,10 @@ def _messages(row: TrackedRow) -> Parts:
     if any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
         # They repeat the prompt, as ultrafeedback_binarized's do
         parts = _split_shared(chosen, rejected)
-        return _repeated([{"role": "user", "content": prompt}], *parts) if _is_text(prompt) else parts
-    if not _is_text(prompt) and len(chosen) > 1 < len(rejected):  # a conversation that the assistant begins
+        return _repeated([{"role": "user", "content": _string(row, "prompt")}], *parts) if has_value(prompt) else parts
+    if not has_value(prompt) and len(chosen) > 1 < len(rejected):  # a conversation that the assistant begins
         return _split_shared(chosen, rejected)
     return [{"role": "user", "content": _with_input(row, _string(row, "prompt"))}], chosen, rejected
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _without_prompt(prompt: list[Message], completion: list[Message]) -> list[Message]:

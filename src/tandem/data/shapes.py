@@ -76,7 +76,9 @@ def _as_prompt(row: Row, column: str) -> Row:
         RowError: there is a prompt already, which says something else.
     """
     contents = {str(text).strip() for turn in row[column] for text in leaves(turn)}
-    if any(text.strip() not in contents for text in leaves(row.get("prompt")) if text.strip()):
+    asked = row.get("prompt")
+    says_else = any(text.strip() not in contents for text in leaves(asked) if text.strip())
+    if says_else or (has_value(asked) and not any(leaves(asked))):
         raise RowError(
             f"columns 'prompt' and {column!r} could both be the prompt: name it with --prompt_key, or leave one out "
             "with --ignore_columns"
