@@ -35,6 +35,7 @@ from tandem.data.tokenized import tokenize_rows
 from tandem.engine.balance import Dealing, Waits
 from tandem.engine.lengths import PairLengths
 from tandem.models.load import load_tokenizer
+from tandem.monitor.margins import read_margins, read_margins_log
 from tandem.options.model import ModelOptions
 from tandem.training.dealing import pair_costs
 
@@ -127,7 +128,8 @@ def run(processes: int, model: str, steps: int) -> None:
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
             metrics = json.loads((out / "training_metrics.json").read_text())
             losses = [entry["loss"] for entry in metrics["log_history"] if "loss" in entry]
-            margins = [np.load(path) for path in sorted((out / "logs" / "margins").rglob("step_*.npy"))]
+            folder_of_margins = out / "logs" / "margins"
+            margins = [read_margins(folder_of_margins / step["npy"]) for step in read_margins_log(folder_of_margins)[0]]
             if number:
                 seconds[balance].append(metrics["train"]["train_runtime"])
             found[balance] = losses, np.concatenate([each["margin"] for each in margins])

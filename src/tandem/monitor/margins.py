@@ -2,6 +2,7 @@
 
     <folder>/margins_log.jsonl            a record per step, and the event that ended the warm-up
     <folder>/epoch_001/step_00012.npy     structured array: pair_id (str), margin (float32, nats)
+    <folder>/steps_10001_11000.npz        beyond 10,000 steps: a thousand such arrays (`packs`)
 
 The array is written first and its record after it, so a record's array is always there. Both are synced to disk, which
 takes longer than all else the monitor does in a step; so a thread writes them, and the next step's wait for it. A kill
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.monitor import packs
 from tandem.monitor.tail import TailRecord
 from tandem.runs import append_jsonl, read_jsonl, write_atomic
 
@@ -61,6 +63,7 @@ class MarginsLog:
         self.path = self.folder / LOG_NAME
         self._disk = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
+        self._open: Path | None = None  # the pack that the last step will be in
 
     def flush(self) -> None:
         """Wait until all that was logged is on disk.
@@ -107,6 +110,16 @@ class MarginsLog:
         np.save(content, pairs, allow_pickle=False)
         write_atomic(self.folder / record["npy"], content.getvalue())
         append_jsonl(self.path, record)
+        self._close_packs(record["step"])
+
+    def _close_packs(self, step: int) -> None:
+        """Close the pack of the steps before, where `step` is its last one or the first that is written after it."""
+        before, self._open = self._open, packs.pack_of(self.folder, step)
+        if before is not None and before != self._open:
+            packs.close(before)
+        if self._open is not None and packs.last_step(self._open) == step:
+            packs.close(self._open)
+            self._open = None
 
     def write_warmup_end(self, epoch: int, step: int, tau0: float, delta: float) -> None:
         """Log the event that the warm-up ended at `step` with the threshold `tau0`, in nats."""
@@ -118,13 +131,9 @@ class MarginsLog:
         """Forget every step after `step`, so that a run resumed there goes on without a gap or a repeat."""
         self.flush()
         keep_records(self.path, lambda record: record["step"] <= step)
-        for epoch in self.folder.glob("epoch_*"):
-            later = [array for array in epoch.glob("step_*.npy") if int(array.stem.removeprefix("step_")) > step]
-            for array in later:
-                array.unlink()
-            # Looked at once a folder: after each file it would be quadratic
-            if later and not any(epoch.iterdir()):
-                epoch.rmdir()
+        packs.cut_after(self.folder, step)
+        packs.close_until(self.folder, step)
+        self._open = packs.pack_of(self.folder, step)
 
 
 def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -142,6 +151,20 @@ def read_margins_log(folder: str | Path) -> tuple[list[dict[str, Any]], list[dic
 
 
 def read_margins(path: str | Path) -> NDArray[Any]:
-    """A step's structured array (n,) with the fields `pair_id` (str) and `margin` (float32, nats)."""
-    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    """A step's structured array (n,) with the fields `pair_id` (str) and `margin` (float32, nats).
+
+    Args:
+        path: of its file, `<folder>/epoch_001/step_00012.npy`; where that is in a pack by now, it is read from there.
+
+    Raises:
+        FileNotFoundError: it is in neither.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        packed = packs.read(Path(path))
+        if packed is None:
+            raise
+        content = packed
+    array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
     return array
