@@ -13,7 +13,10 @@ import pytest
 from transformers import TrainerCallback
 
 from tandem.errors import UserError
+from tandem.monitor import packs
+from tandem.monitor.margins import read_margins, read_margins_log
 from tandem.runs import MANIFEST, RUN, checkpoints, is_complete, sha256_file
+from tandem.training.trainers import checkpoints as checkpoints_module
 
 Train = Callable[..., Path]
 
@@ -247,9 +250,12 @@ def test_killed_after_the_last_step_trains_none_more(train: Train, tmp_path: Pat
     out = train()
     (out / MANIFEST).unlink()
     (out / "adapter_model.safetensors").rename(out / ".tmpa1B2c3")  # as safetensors has it while it writes
+    card = (out / "README.md").read_bytes()
+    (out / "README.md").write_bytes(bytes(len(card)))  # after a power cut
     assert result(train(mount_dir=tmp_path / "other")) == straight
     assert steps(out) == [1, 2, 3, 4, 5, 6]
     assert not list(out.glob(".tmp*"))
+    assert (out / "README.md").read_bytes() == card
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
@@ -304,6 +310,69 @@ def test_a_checkpoint_that_a_kill_kept_from_being_removed_goes_with_the_next_com
     assert metrics(train(**options)) == straight
     for folder in (out, tmp_path / "drive" / "dpo"):
         assert [path.name for path in checkpoints(folder)] == ["checkpoint-6"]
+
+
+def test_training_does_not_wait_for_a_slow_drive(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The copy of the first save ends when the next save comes; else it would wait for ever. Before a checkpoint is
+    removed its copy is whole, and after a kill's exception too."""
+    from tandem.training import mirror
+
+    copy, remove, removed = mirror._copy, checkpoints_module.discard, []
+    mirrored = tmp_path / "drive" / "dpo"
+
+    def slow(file: Path, to: Path) -> None:
+        if to.parent.name == "checkpoint-2":
+            for _ in range(1000):
+                if (tmp_path / "vm" / "dpo" / "checkpoint-4" / MANIFEST).exists():
+                    break
+                time.sleep(0.02)
+            else:
+                raise AssertionError("training waits for the drive")
+        copy(file, to)
+
+    def watched(folder: Path) -> None:
+        removed.append(folder.name)
+        assert is_complete(mirrored / folder.name)
+        remove(folder)
+
+    monkeypatch.setattr(mirror, "_copy", slow)
+    monkeypatch.setattr(checkpoints_module, "discard", watched)
+    with pytest.raises(Lost):
+        train(lost_at=5, save_total_limit=1)
+    assert removed == ["checkpoint-2"]
+    assert [path.name for path in checkpoints(mirrored) if is_complete(path)] == ["checkpoint-4"]
+
+
+def test_a_full_drive_ends_training_soon(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tandem.training import mirror
+
+    def full(file: Path, to: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mirror, "_copy", full)
+    with pytest.raises(UserError, match=r"--mount_dir .*drive: cannot write .*: No space left on device; what .* is"):
+        train(max_steps=1000, save_steps=2)
+    assert len(checkpoints(tmp_path / "vm" / "dpo")) < 400
+
+
+def test_margins_that_are_packed_come_back(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: tuple[str, list[float]]
+):
+    monkeypatch.setattr(packs, "LOOSE", 2)
+    monkeypatch.setattr(packs, "PER_PACK", 2)
+    with pytest.raises(Lost):
+        train(lost_at=6, save_steps=3)
+    lose_machine(tmp_path)
+    out = train(save_steps=3)
+    margins = contents(out / "logs" / "margins")
+    assert sorted(margins) == [
+        "epoch_001/step_00001.npy", "epoch_001/step_00002.npy", "margins_log.jsonl", "steps_00003_00004.npz",
+        "steps_00005_00006.npz",
+    ]  # fmt: skip
+    assert contents(tmp_path / "drive" / "dpo" / "logs" / "margins") == margins
+    records, _ = read_margins_log(out / "logs" / "margins")
+    assert [len(read_margins(out / "logs" / "margins" / record["npy"])) for record in records] == [4] * 6
+    assert result(out) == straight
 
 
 def metrics(out: Path) -> dict[str, float]:

@@ -1,15 +1,23 @@
-"""The mirror of a run (`--mount_dir`): a copy of its folder on another disk, which outlives the machine."""
+"""The mirror of a run (`--mount_dir`): a copy of its folder on another disk, which outlives the machine.
+
+In training a thread copies while the next steps are trained, so that a slow drive holds nothing up. It copies whole
+checkpoints only; of the other files, those that training goes on writing are logs, of which each prefix is right.
+"""
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tandem.errors import UserError
+from tandem.log import logger
+from tandem.monitor import packs
 from tandem.runs import (
     LOCK,
     MANIFEST,
@@ -26,6 +34,9 @@ from tandem.runs import (
     write_atomic,
 )
 
+_MARGINS = Path("logs", "margins")
+_PASSES = 3  # over files of which some change while they are copied, as logs always may
+
 
 class Mirror(TrainerCallback):
     """Copies a run's folder into `mount`/NAME at every save and at the end, and brings it back on a fresh machine.
@@ -39,8 +50,13 @@ class Mirror(TrainerCallback):
 
     def __init__(self, source: Path, mount: Path) -> None:
         self.source, self.folder = source, mount / source.resolve().name
-        # Size and time of each original when it was copied: a mounted drive may not keep the times of its copies
+        # What was copied is trusted to be there: to ask a drive for each file of a long run takes minutes. Size and
+        # time of each original when it was copied: a mounted drive may not keep the times of its copies
         self._copied: dict[Path, tuple[int, int]] = {}
+        self._whole: set[str] = set()  # checkpoints that are whole in the mirror, and the same as here
+        self._ids: dict[str, str | None] = {}  # by checkpoint of the mirror: the run that made it
+        self._thread: ThreadPoolExecutor | None = None
+        self._asked: list[Future[None]] = []
 
     def refuse_foreign(self, ids: Iterable[str], start_over: bool) -> None:
         """Refuse a mirror that this run may neither write over nor be restored from.
@@ -120,43 +136,136 @@ class Mirror(TrainerCallback):
         with self._errors(self.folder):
             put_aside_after(step, self._own())
 
+    @contextlib.contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Within the block, a thread makes the copies that saves ask for; at its end all are made.
+
+        Raises:
+            UserError: at the next step, save or removal of a checkpoint, or at the end: the mirror cannot be written.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror") as self._thread:
+            try:
+                yield
+            except BaseException:
+                try:
+                    self.join()
+                except UserError as error:
+                    logger.error("%s", error)  # beside what has ended the run
+                raise
+            else:
+                self.join()
+            finally:
+                self._thread = None
+
+    def join(self) -> None:
+        """Wait until all copies that were asked for are made.
+
+        Raises:
+            UserError: the mirror cannot be written.
+        """
+        asked, self._asked = self._asked, []
+        for copy in asked:
+            copy.result()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if self._thread is None:
             self.copy()
+            return
+        self._tell()
+        if len(self._asked) < 2:  # one that has not begun yet will find all that is there
+            self._asked.append(self._thread.submit(self.copy))
+
+    def _tell(self) -> None:
+        """Raise what a copy has failed with."""
+        while self._asked and self._asked[0].done():
+            self._asked.pop(0).result()
 
     def copy(self) -> None:
         """Bring the mirror up to date; manifests go last, as they do in the original.
 
-        Of what the original lacks only the run's own older checkpoints are removed, once a newer one is whole.
+        Of what the original lacks only the run's own older checkpoints are removed, once a newer one is whole, and the
+        files of margins that are packed now.
 
         Raises:
             UserError: the mirror cannot be written.
         """
         with self._errors(self.folder):
-            whole = {path.name for path in checkpoints(self.source) if _is_copied(path, self.folder / path.name)}
-            for file in _manifests_last(self.source):
-                place = file.relative_to(self.source)
-                if place.parts[0] not in whole:
-                    with contextlib.suppress(FileNotFoundError):  # a log's temporary file
-                        self._update(file, self.folder / place)
-            mine = self._own()
-            newest = max((step_of(path) for path in mine if is_complete(path)), default=0)
-            for path in mine:
-                if step_of(path) < newest and not (self.source / path.name).exists():
-                    discard(path)
+            new = self._new_checkpoints()
+            for name in new:  # of another life of this run, if it is there
+                (self.folder / name / MANIFEST).unlink(missing_ok=True)
+                self._ids.pop(name, None)
+            for _ in range(_PASSES):
+                found = self._to_copy(new)
+                if self._copy_all(file for file in found if file.name != MANIFEST):
+                    break
+            for file in found:
+                if file.name == MANIFEST:
+                    self._update(file)
+            self._whole |= new
+            self._remove_older()
+
+    def _new_checkpoints(self) -> set[str]:
+        """Whole checkpoints of the run's folder that the mirror lacks, by name. One that is being written is not."""
+        found = {path.name for path in checkpoints(self.source) if (path / MANIFEST).exists()} - self._whole
+        self._whole |= {name for name in found if _is_copied(self.source / name, self.folder / name)}
+        return found - self._whole
+
+    def _to_copy(self, new: set[str]) -> list[Path]:
+        """All files of the run but those of checkpoints that are not `new`."""
+        return _manifests_last(self.source, {path.name for path in checkpoints(self.source)} - new)
+
+    def _copy_all(self, files: Iterable[Path]) -> bool:
+        """Copy what has changed of `files`; whether each was there, and stayed the same while it was copied."""
+        steady, packed = True, []
+        for file in files:
+            try:
+                new = self._update(file)
+                steady &= not new or self._copied[file] == _version(file)
+            except FileNotFoundError:  # a log's temporary file, or margins that are in a pack by now
+                new = steady = False
+            if new and packs.is_pack(file):
+                packed.append(file)
+        if packed:
+            packs.drop_files(packed, self.folder / _MARGINS)
+        return steady
+
+    def _remove_older(self) -> None:
+        mine = self._own()
+        newest = max((step_of(path) for path in mine if path.name in self._whole or is_complete(path)), default=0)
+        for path in mine:
+            if step_of(path) < newest and not (self.source / path.name).exists():
+                discard(path)
+                self._whole.discard(path.name)
 
     def _own(self) -> list[Path]:
-        return [path for path in checkpoints(self.folder) if run_id(path) == run_id(self.source)]
+        found = checkpoints(self.folder)
+        for path in found:
+            if self._ids.get(path.name) is None:
+                self._ids[path.name] = run_id(path)
+        own = run_id(self.source)
+        return [path for path in found if self._ids[path.name] == own]
 
     def is_up_to_date(self) -> bool:
         """Whether the finished run is all in the mirror."""
         return _is_copied(self.source, self.folder)
 
-    def _update(self, file: Path, copy: Path) -> None:
-        version = (file.stat().st_size, file.stat().st_mtime_ns)
-        if self._copied.get(file) != version or not copy.exists():
+    def _update(self, file: Path) -> bool:
+        """Copy a file, unless that was done; whether this process has not seen it as it is.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        copy, version = self.folder / file.relative_to(self.source), _version(file)
+        known = self._copied.get(file) == version
+        if not (known and self._thread is not None) and not _is_there(copy, None if known else version):
             _copy(file, copy)
-            self._copied[file] = version
+        self._copied[file] = version
+        return not known
 
     @contextlib.contextmanager
     def _errors(self, written: Path) -> Iterator[None]:
@@ -169,10 +278,29 @@ class Mirror(TrainerCallback):
             ) from error
 
 
-def _manifests_last(folder: Path) -> list[Path]:
-    """The files of a run. A checkpoint's `run.json` goes first: a copy that is cut off says whose it is."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK and not is_temporary(file)]
-    return sorted(files, key=lambda file: (file.name == MANIFEST, file.parent, file.name != RUN, file))
+def _manifests_last(folder: Path, without: Collection[str] = ()) -> list[Path]:
+    """The files of a run, but those in its folders `without`. A checkpoint's `run.json` goes first: a copy that is cut
+    off says whose it is."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        if place == str(folder):
+            folders[:] = [name for name in folders if name not in without]
+        found += [(name == MANIFEST, place, name != RUN, name) for name in names if name != LOCK]
+    files = (Path(place, name) for _, place, _, name in sorted(found))
+    return [file for file in files if not is_temporary(file)]
+
+
+def _version(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_there(file: Path, version: tuple[int, int] | None) -> bool:
+    """Whether there is such a file, of this version if one is given."""
+    try:
+        return version in (None, _version(file))
+    except FileNotFoundError:
+        return False
 
 
 def _copy(file: Path, copy: Path) -> None:

@@ -160,12 +160,14 @@ class Session:
             trainer.add_callback(EarlyStop(self.options.early_stopping_patience))
         for callback in _ADDED_CALLBACKS.get():
             trainer.add_callback(callback)
+        mirroring = self._mirror.in_background() if self._mirror else contextlib.nullcontext()
         if self._mirror:
             trainer.add_callback(self._mirror)
+            trainer.before_removal = self._mirror.join
         if resume_from:
             logger.info("resuming from %s", resume_from)
         anomalies = torch.autograd.set_detect_anomaly(True) if self.options.debug else contextlib.nullcontext()
-        with anomalies, Preemption(trainer.accelerator) as preemption:
+        with anomalies, mirroring, Preemption(trainer.accelerator) as preemption:
             trainer.add_callback(preemption)
             result = trainer.train(resume_from_checkpoint=resume_from)
         if preemption.came and trainer.state.global_step < trainer.state.max_steps:
@@ -223,6 +225,7 @@ class Session:
         if is_first():
             for leftover in self.folder.glob(_TEMPORARY_OF_SAFETENSORS):  # of a save that a kill cut off
                 leftover.unlink()
+        trainer.renew_card()
         trainer.save_model(str(self.folder))
         if not trainer.is_world_process_zero():
             return

@@ -1,6 +1,7 @@
 """Checkpoints that are complete or absent, and that hold all that a resumed run goes on from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ class CompleteCheckpoints:
     control: Any
     accelerator: Any
     _resumed_at: int | None = None
+    # Called before older checkpoints are removed, which a copy may still be made of
+    before_removal: Callable[[], None] = staticmethod(lambda: None)
 
     def checkpoint_folder(self) -> Path:
         """Where a checkpoint of the current step goes."""
@@ -109,6 +112,9 @@ class CompleteCheckpoints:
             write_manifest(folder)
             self._remove_older()
 
+    def renew_card(self) -> None:
+        """Write the model's card anew where a checkpoint has brought one: a kill may have torn it."""
+
     def _remove_older(self) -> None:
         """Remove checkpoints beyond `save_total_limit`, and what is left of those that a kill has cut off."""
         found = checkpoints(self.args.output_dir)
@@ -117,6 +123,8 @@ class CompleteCheckpoints:
         best = Path(self.state.best_model_checkpoint or "").name if self.args.load_best_model_at_end else ""
         old = [path for path in whole[:-limit] if path.name != best] if limit is not None else []
         cut_off = [path for path in found if whole and step_of(path) < step_of(whole[-1]) and _is_cut_off(path)]
+        if old or cut_off:
+            self.before_removal()
         for path in [*old, *cut_off]:
             discard(path)
 
@@ -161,8 +169,12 @@ class CompleteCheckpoints:
 class ContinuedLogs:
     """Mixin over a TRL trainer on transformers 5: a resumed run logs what one that was never stopped logs.
 
-    A checkpoint between two logs keeps the sums that the next log is an average of.
+    A checkpoint between two logs keeps the sums that the next log is an average of. The card that TRL writes beside a
+    checkpoint is no part of it, and is written again before the last save.
     """
+
+    args: Any
+    create_model_card: Any
 
     state: Any
     accelerator: Any
@@ -173,6 +185,11 @@ class ContinuedLogs:
     _globalstep_last_logged: int
     _initial_global_step: int
     _resumed_losses: dict[str, Any] | None = None
+
+    def renew_card(self) -> None:
+        folder = Path(self.args.output_dir)
+        if (folder / CARD).exists():
+            self.create_model_card(model_name=folder.name)
 
     def _counters(self) -> dict[str, Any]:
         losses = {
