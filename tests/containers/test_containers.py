@@ -35,6 +35,11 @@ def test_no_step_of_the_gaudi_image_may_bring_a_torch():
     assert "torch" not in names
 
 
+def test_make_clean_leaves_trained_models():
+    words = dry_make("clean").split()
+    assert "rm" in words and "runs" not in words and "runs/" not in words
+
+
 def test_make_build_takes_the_devices_dockerfile():
     assert "docker build -t tandem -f Dockerfile " in dry_make("build", "DEVICE=cpu")
     gaudi = dry_make("build", "DEVICE=gaudi", "BASE=registry/image:tag")

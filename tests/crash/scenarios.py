@@ -31,7 +31,7 @@ TRAINED = (
     "trackio",
 )  # TRL looks for it
 LOADED = ("tandem.commands.merge_lora", "tandem.models.adapters", "tandem.models.load", "accelerate.utils")
-ANSWERED = ("tandem.commands.evaluate", "tandem.commands.compare", "tandem.models.scorer")
+ANSWERED = ("tandem.commands.evaluate", "tandem.commands.compare", "tandem.commands.generate", "tandem.models.scorer")
 A_ROUND = ("tandem.rounds.sample", "tandem.rounds.score", "tandem.rounds.pairs", "tandem.models.load")
 
 
@@ -150,6 +150,12 @@ def compared(folder: Path) -> None:
     command("compare", dataset_name=folder / "data", max_new_tokens=8, output_dir=folder / "run", **given)
 
 
+def generated(folder: Path) -> None:
+    models = (f"{label}={folder / name}" for label, name in (("base", "model"), ("dpo", "dpo")))
+    argv = ["--models", *models, "--dataset_name", str(folder / "data"), "--max_new_tokens", "8", "--batch_size", "2"]
+    importlib.import_module("tandem.commands.generate").main([*argv, "--output_dir", str(folder / "run")])
+
+
 def reported(folder: Path) -> None:
     command("report", run_dir=folder / "run")
 
@@ -198,6 +204,7 @@ SCENARIOS = {
     "sft": Scenario(pairs, train("sft")),
     "evaluate": Scenario(models, measured, modules=ANSWERED),
     "compare": Scenario(models, compared, modules=ANSWERED),
+    "generate": Scenario(models, generated, modules=ANSWERED),
     "report": Scenario(finished, reported, modules=("tandem.commands.report",)),
     "round": Scenario(prompts, a_round, modules=A_ROUND),
 }

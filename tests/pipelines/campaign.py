@@ -46,6 +46,15 @@ RECIPE = {
 
 END = "the same command to its end"
 
+# Answers of a later round are better, so that none stops the pipeline: the command line names the round's folder
+LATER_IS_BETTER = """
+import re
+import sys
+
+def score(prompt, answer, row):
+    return len(answer) % 7 + 10 * int(re.findall("round_([0-9]+)", " ".join(sys.argv))[-1])
+"""
+
 
 @dataclass
 class Attempt:
@@ -253,6 +262,7 @@ def rounds_pipeline(folder: Path) -> Iterator[Campaign]:
     if not given.exists():
         given.mkdir(parents=True)
         test_rounds.prepare(given)
+        (given / "check.py").write_text(LATER_IS_BETTER)
         with (given / "recipe" / "dpo.yaml").open("a") as recipe:
             recipe.write(f"ref_cache: {folder}/life/machine/cache\n")
     yield Campaign(folder, test_rounds.PIPELINE, test_rounds.environment(given))
