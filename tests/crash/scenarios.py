@@ -193,6 +193,29 @@ def copied(folder: Path) -> None:
     command("merge_lora", adapter=folder / "model", output_dir=folder / "merged")
 
 
+def logged(folder: Path) -> None:
+    """Margins of 18 steps, packed by fours after the fourth; gone on with from each third step, as from checkpoints."""
+    import numpy as np
+
+    from tandem.monitor import packs
+    from tandem.monitor.margins import MarginsLog, read_margins_log
+    from tandem.monitor.tail import TailRecord
+
+    packs.LOOSE = packs.PER_PACK = 4
+    records, _ = read_margins_log(folder / "margins")
+    done = max((record["step"] for record in records), default=0) // 3 * 3
+    log = MarginsLog(folder / "margins")
+    log.truncate_after(done)
+    for step in range(done + 1, 19):
+        margins = np.array([step, -step], np.float32)
+        log.write_step(1 + (step - 1) // 7, step, ["a", f"pair {step}"], margins, TailRecord(beta=0.1, tau=None))
+    log.flush()
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
 MERGED = ("merged",)
 SCENARIOS = {
     "merge": Scenario(adapter, merge, MERGED, LOADED),
@@ -202,6 +225,7 @@ SCENARIOS = {
     "dpo": Scenario(pairs, train("dpo", use_peft="true", mirrored=True, eval_strategy="steps", eval_steps=2)),
     "dpo_anew": Scenario(trained_over, train("dpo", use_peft="true", max_steps=2, resume_from_checkpoint="no")),
     "sft": Scenario(pairs, train("sft")),
+    "margins": Scenario(nothing, logged, modules=("tandem.monitor.margins",)),
     "evaluate": Scenario(models, measured, modules=ANSWERED),
     "compare": Scenario(models, compared, modules=ANSWERED),
     "generate": Scenario(models, generated, modules=ANSWERED),
