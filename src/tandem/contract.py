@@ -78,6 +78,7 @@ _FORWARD, _CHECKPOINTS, _SHARDING = "engine.forward", "training.trainers.checkpo
 _EQUAL, _RESUMED = "tests/training/trainers/test_tandem_trainer.py", "tests/training/test_stages.py"
 _TWO_PROCESSES = "tests/distributed/test_sharded_equality.py"
 _REHEARSED = "tests/training/test_rehearsal.py"
+_DECODING, _DECODED = "models.decoding", "tests/models/test_decoding.py"
 _DPO, _SFT, _TRAINER = "trl.trainer.dpo_trainer.DPOTrainer", "trl.SFTTrainer", "transformers.Trainer"
 
 MAIN = Contract(
@@ -172,6 +173,11 @@ MAIN = Contract(
             "tests/engine/test_forward.py",
         ),
         Borrowed("transformers.PreTrainedModel", "_no_split_modules", _SHARDING, _TWO_PROCESSES),
+        Borrowed("transformers.generation.GenerationMixin", "_supports_default_dynamic_cache", _DECODING, _DECODED),
+        *(
+            Borrowed("transformers.cache_utils.DynamicLayer", name, "models.growing", _DECODED)
+            for name in ("update", "lazy_initialization", "get_seq_length", "batch_select_indices")
+        ),
         Borrowed(
             "transformers.models.mixtral.modeling_mixtral",
             "load_balancing_loss_func",

@@ -1,5 +1,6 @@
 """Which accelerators this process sees, and what they do fast."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -67,3 +68,17 @@ def why_no_gpu() -> str:
             f"{oldest} or newer: update the driver, or install a torch for an older CUDA"
         )
     return f"torch {torch.__version__} for CUDA {torch.version.cuda} finds none, though the driver is loaded"
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that `device` has, in use or not; of the CPU and of GPUs that share its memory, what this process
+    may have: a container's limit counts."""
+    if device.type in ("cuda", "xpu"):
+        return int(torch.accelerator.get_memory_info(device)[1])
+    import psutil
+
+    found = [psutil.virtual_memory().total]
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            found.append(int(limit.read_text()))
+    return min(found)

@@ -19,7 +19,7 @@ from tandem.answers.generate import generate as generate_all
 from tandem.data.formats import prompt_id
 from tandem.data.held_out import chosen_answers, held_out_prompts
 from tandem.errors import UserError
-from tandem.models.sampling import Sampling, SamplingOptions, prompt_seed
+from tandem.models.sampling import SamplingOptions, prompt_seed
 from tandem.runs import locked, read_jsonl
 from tests import tiny
 
@@ -54,7 +54,7 @@ def test_a_line_a_prompt(undisturbed: list[dict[str, Any]], tiny_model: Path):
     assert record["messages"] in PROMPTS
     assert (record["model"], record["adapter"], record["engine"]) == (str(tiny_model), None, "transformers")
     assert list(record) == [
-        "prompt_id", "messages", "model", "adapter", "weights", "engine", "base_url", "dtype", "batch_size", "sampling",
+        "prompt_id", "messages", "model", "adapter", "weights", "engine", "base_url", "dtype", "sampling",
         "seed", "text", "n_tokens", "finish_reason",
     ]  # fmt: skip
     draw = {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.95, "max_prompt_length": 512}
@@ -72,18 +72,18 @@ def test_a_stopped_run_goes_on_where_it_was(
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in undisturbed]
     before = "".join(lines[:kept]) + lines[kept][:20]  # and a torn line
     path.write_text(before)
-    sampled = []
-    sample = tandem.models.scorer.Scorer.sample
+    drawn = []
+    draw = tandem.models.scorer.Scorer.draw
 
-    def counting(self: Any, prompts: Any, sampling: Any, seed: int) -> Any:
-        sampled.append(seed)
-        return sample(self, prompts, sampling, seed)
+    def counting(self: Any, prompts: Any, sampling: Any, seeds: Any) -> Any:
+        drawn.append(len(prompts))
+        return draw(self, prompts, sampling, seeds)
 
-    monkeypatch.setattr(tandem.models.scorer.Scorer, "sample", counting)
+    monkeypatch.setattr(tandem.models.scorer.Scorer, "draw", counting)
     generate(str(tiny_model), "dpo", PROMPTS, options(), tmp_path)
     assert path.read_text().startswith("".join(lines[:kept]))
     assert read_jsonl(path) == undisturbed
-    assert sampled == [42 + start for start in range(0, 10, 3) if start + 3 > kept]
+    assert drawn == [min(3, 10 - start) for start in range(0, 10, 3) if start + 3 > kept]
 
 
 def test_kill_and_go_on(tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]]):
@@ -159,13 +159,13 @@ def test_padding_does_not_change_a_greedy_answer(tmp_path: Path, talking_model: 
 
 def test_long_prompts_are_cut(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
-    sample = tandem.models.scorer.Scorer.sample
+    draw = tandem.models.scorer.Scorer.draw
 
-    def watching(self: Any, prompts: Any, sampling: Any, seed: int) -> Any:
+    def watching(self: Any, prompts: Any, *given: Any) -> Any:
         seen.extend(map(len, prompts))
-        return sample(self, prompts, sampling, seed)
+        return draw(self, prompts, *given)
 
-    monkeypatch.setattr(tandem.models.scorer.Scorer, "sample", watching)
+    monkeypatch.setattr(tandem.models.scorer.Scorer, "draw", watching)
     long = [{"role": "user", "content": "say the red house " * 50}]
     path = generate(str(tiny_model), "dpo", [long], options(max_prompt_length=20), tmp_path)
     assert seen == [20]
@@ -288,17 +288,6 @@ def test_each_prompt_has_a_seed_of_its_own():
     assert prompt_seed(1, "a") in seeds
 
 
-def test_sampling_keywords():
-    assert SamplingOptions(greedy=True).sampling.keywords() == {"max_new_tokens": 128, "do_sample": False}
-    assert Sampling(8, 0.5, 0.9).keywords() == {
-        "max_new_tokens": 8,
-        "do_sample": True,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 0,
-    }
-
-
 @pytest.mark.parametrize("broken", ["gone", "no config", "no weights", "no tokenizer", "no shard", "no base", "pickle"])
 def test_no_answer_is_drawn_before_all_models_are_known_to_be_there(broken: str, tmp_path: Path, tiny_model: Path):
     """The last model is the one that cannot be loaded."""
@@ -328,23 +317,26 @@ def test_no_answer_is_drawn_before_all_models_are_known_to_be_there(broken: str,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"dtype": "bfloat16"}, r"another --dtype \(float32, now bfloat16\)"),
-        ({"batch_size": 2}, r"another --batch_size \(3, now 2\)"),
-    ],
-)
-def test_answers_of_other_settings_of_the_engine_are_not_mixed(
-    tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]], change: dict[str, Any], said: str
-):
+def test_answers_of_another_type_are_not_mixed(tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]]):
     path = tmp_path / "generations_dpo.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in undisturbed))
-    engine = GenerationOptions(**{"batch_size": 3, "dtype": "float32"} | change)
-    with pytest.raises(UserError, match=rf"holds answers of {said}; move it away"):
+    engine = GenerationOptions(batch_size=3, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"holds answers of another --dtype \(float32, now bfloat16\); move it away"):
         generate_all({"dpo": str(tiny_model)}, PROMPTS, options(), engine, tmp_path)
-    # what older versions wrote names no setting, and is taken
-    old = [{name: record[name] for name in record.keys() - {"dtype", "batch_size"}} for record in undisturbed]
-    path.write_text("".join(json.dumps(record) + "\n" for record in old))
-    generate_all({"dpo": str(tiny_model)}, PROMPTS, options(), engine, tmp_path)
-    assert len(path.read_text().splitlines()) == len(undisturbed)
+    # what older versions wrote names no setting, or a batch size, and is taken
+    for old in ({}, {"batch_size": 8}):
+        older = [{name: record[name] for name in record.keys() - {"dtype"}} | old for record in undisturbed]
+        path.write_text("".join(json.dumps(record) + "\n" for record in older))
+        generate_all({"dpo": str(tiny_model)}, PROMPTS, options(), engine, tmp_path)
+        assert len(path.read_text().splitlines()) == len(undisturbed)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+def test_an_answer_depends_on_no_batch(tmp_path: Path, talking_model: Path, batch_size: int | None):
+    """Other batches, and other prompts beside them; answers that end, so that rows leave."""
+    few = options(max_new_tokens=40, temperature=1.5)
+    wanted = by_prompt(read_jsonl(generate(str(talking_model), "three", PROMPTS, few, tmp_path)))
+    assert len({record["n_tokens"] for record in read_jsonl(tmp_path / "generations_three.jsonl")}) > 3
+    engine = GenerationOptions(batch_size=batch_size)
+    files = generate_all({"other": str(talking_model)}, PROMPTS[2:], few, engine, tmp_path)
+    assert wanted.items() >= by_prompt(read_jsonl(files["other"])).items()

@@ -22,7 +22,8 @@ BATCH = 4
 def ours(model: str, pairs: list[dict[str, list[int]]], max_length: int) -> dict[str, Any]:
     scorer = load_scorer(model, "float32", batch_size=BATCH, bf16=False)
     prompts = [pair["prompt_ids"] for pair in pairs[:6]]
-    answers = [*scorer.sample(prompts[:BATCH], GREEDY, seed=0), *scorer.sample(prompts[BATCH:], GREEDY, seed=0)]
+    batches = prompts[:BATCH], prompts[BATCH:]
+    answers = [answer for batch in batches for answer in scorer.draw(batch, GREEDY, range(len(batch)))]
     return {"logps": scorer.pair_logps(pairs, max_length).tolist(), "answers": answers}
 
 

@@ -106,9 +106,10 @@ def test_few_shapes(models: dict[str, str], pairs: list[Any]):
     assert seen == {(8, 128, 128)}
     seen.clear()
     for start in range(0, 18, 4):
-        answers = scorer.sample([pair["prompt_ids"] for pair in pairs[start : start + 4]], Sampling(5, 1.0, 1.0), 0)
+        prompts = [pair["prompt_ids"] for pair in pairs[start : start + 4]]
+        answers = scorer.draw(prompts, Sampling(5, 1.0, 0.9), range(len(prompts)))
         assert len(answers) == min(4, 18 - start)
         assert all(0 < len(answer) <= 5 for answer in answers)
     assert seen == {(4, 133, 133), (4, 1, 133)}
-    scorer.sample([[5] * 129], Sampling(5, 1.0, 1.0), 0)
+    scorer.draw([[5] * 129], Sampling(5, 1.0, 1.0), [0])
     assert (4, 261, 261) in seen

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tandem.models import habana
+from tandem.models.decoding import until_end
 from tandem.models.load import load_model, load_tokenizer
 from tandem.models.sampling import Sampling
-from tandem.models.scorer import Scorer, _until_end
+from tandem.models.scorer import Scorer
 from tandem.options.model import ModelOptions
 from tests import tiny
 
@@ -68,7 +69,7 @@ def test_samples_follow_the_model(tiny_model: Path):
     prompt = [3, 40, 41]
     with torch.no_grad():
         probabilities = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).numpy()
-    answers = scorer(tiny_model).sample([prompt] * 4000, Sampling(1, 1.0, 1.0), seed=0)
+    answers = scorer(tiny_model).draw([prompt] * 4000, Sampling(1, 1.0, 1.0), range(4000))
     counts = np.bincount([answer[0] for answer in answers], minlength=len(probabilities))
     expected = 4000 * probabilities
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -77,8 +78,8 @@ def test_samples_follow_the_model(tiny_model: Path):
 
 
 def test_answers_end_with_their_end(tiny_model: Path, tmp_path: Path):
-    assert _until_end([5, 6, 2, 7, 2], {2}) == [5, 6, 2]
-    assert _until_end([5, 6], {2}) == [5, 6]
+    assert until_end([5, 6, 2, 7, 2], {2}) == [5, 6, 2]
+    assert until_end([5, 6], {2}) == [5, 6]
     assert scorer(tiny_model).ends == {2}
     # A model may name several ends; the tokenizer's own always counts
     folder = shutil.copytree(tiny_model, tmp_path / "two_ends")
@@ -109,5 +110,5 @@ def test_an_hpu_without_optimum_habana_gets_few_shapes_and_the_same_numbers(
     assert seen == {(4, 128)}
     seen.clear()
     prompts, greedy = [[3, 40, 41, 9], [3, 42], [5]], Sampling(8, 0.0, 1.0)
-    assert fixed.sample(prompts, greedy, seed=0) == plain.sample(prompts, greedy, seed=0)
+    assert fixed.draw(prompts, greedy, range(3)) == plain.draw(prompts, greedy, range(3))
     assert seen == {(4, 128), (4, 1)}

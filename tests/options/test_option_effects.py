@@ -325,21 +325,21 @@ def test_held_out_pairs_of_an_evaluation(tiny_data: Path):
 @pytest.mark.parametrize(
     ("name", "value"), [("max_new_tokens", 5), ("temperature", 0.3), ("top_p", 0.5), ("greedy", True)]
 )
-def test_sampling_options_change_the_arguments_of_generate(name: str, value: Any):
-    assert SamplingOptions(**{name: value}).sampling.keywords() != SamplingOptions().sampling.keywords()
+def test_sampling_options_change_the_sampling(name: str, value: Any):
+    assert SamplingOptions(**{name: value}).sampling != SamplingOptions().sampling
 
 
 @pytest.fixture
 def drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of prompts in each batch that is answered."""
     sizes = []
-    sample = Scorer.sample
+    draw = Scorer.draw
 
     def watched(self: Scorer, prompts: list[list[int]], *given: Any) -> Any:
         sizes.append(len(prompts))
-        return sample(self, prompts, *given)
+        return draw(self, prompts, *given)
 
-    monkeypatch.setattr(Scorer, "sample", watched)
+    monkeypatch.setattr(Scorer, "draw", watched)
     return sizes
 
 
@@ -519,10 +519,17 @@ def test_how_answers_are_drawn_and_weights_are_held_in_evaluation(evaluated: Cal
     assert differing(eval_bf16=True) >= {"mean_margin", "perplexity_chosen"}
 
 
-def test_prompts_in_a_batch_of_an_evaluation(evaluated: Callable[..., dict[str, Any]], drawn_at_a_time: list[int]):
-    """Each is answered twice."""
-    evaluated(eval_batch_size=3, kl_prompts=8)
-    assert drawn_at_a_time == [6, 6, 4]
+def test_pairs_in_a_batch_of_an_evaluation(evaluated: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    rows = []
+    token_logps = Scorer._token_logps
+
+    def watched(self: Scorer, batch: dict[str, Any]) -> Any:
+        rows.append(len(batch["input_ids"]))
+        return token_logps(self, batch)
+
+    monkeypatch.setattr(Scorer, "_token_logps", watched)
+    evaluated(eval_batch_size=3, kl_prompts=0)
+    assert set(rows) == {6, 4}  # two rows a pair, eight pairs
 
 
 # Libraries that are not here: what they are asked for
@@ -576,7 +583,7 @@ TRL = f"{HERE}::test_training_options_reach_trl"
 LOSS = f"{HERE}::test_dpo_options_reach_trl"
 SPLITS = f"{HERE}::test_splits_and_their_seed"
 TEXT = f"{HERE}::test_text_options_change_the_tokens"
-SAMPLED = f"{HERE}::test_sampling_options_change_the_arguments_of_generate"
+SAMPLED = f"{HERE}::test_sampling_options_change_the_sampling"
 TAIL = "monitor/test_monitor_options.py::test_arithmetic_gets_what_the_user_set"
 ALARM_STOPS = "monitor/test_callback.py::test_other_alarms_stop_after_a_checkpoint"
 KEYS = "data/test_sources.py::test_keys"
@@ -794,7 +801,7 @@ PROOFS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("reference_model", "sft_model", "dpo_model"), LINE + "test_evaluate"),
         "eval_dtype": "evaluation/test_evaluate.py::test_weights_in_bfloat16_give_about_the_same_log_probs",
         **dict.fromkeys(("output_file", "max_eval_samples", "kl_prompts"), f"{HERE}::test_how_much_is_evaluated"),
-        "eval_batch_size": f"{HERE}::test_prompts_in_a_batch_of_an_evaluation",
+        "eval_batch_size": f"{HERE}::test_pairs_in_a_batch_of_an_evaluation",
         **dict.fromkeys(
             ("kl_max_new_tokens", "eval_seed", "eval_bf16"),
             f"{HERE}::test_how_answers_are_drawn_and_weights_are_held_in_evaluation",

@@ -155,15 +155,13 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
 def _setting(options: GenerationOptions) -> dict[str, Any]:
     """What changes an answer besides the model and the sampling; None where it does not matter."""
     if options.backend == "openai":
-        return {"base_url": options.base_url, "dtype": None, "batch_size": None}
-    from tandem.answers.backends.base import BATCH_SIZE, weights_dtype
+        return {"base_url": options.base_url, "dtype": None}
+    from tandem.answers.backends.base import weights_dtype
 
-    # vLLM's draws have seeds of their own; transformers' have one a batch, and are padded to the batch's longest
-    batch_size = (options.batch_size or BATCH_SIZE) if options.backend == "transformers" else None
-    return {"base_url": None, "dtype": weights_dtype(options), "batch_size": batch_size}
+    return {"base_url": None, "dtype": weights_dtype(options)}
 
 
-_SETTINGS = {"base_url": "another server", "dtype": "another --dtype", "batch_size": "another --batch_size"}
+_SETTINGS = {"base_url": "another server", "dtype": "another --dtype"}
 
 
 def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:

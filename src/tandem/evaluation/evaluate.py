@@ -331,21 +331,22 @@ def _scorer(name: str, options: EvaluateOptions, dtype: str) -> Any:
 def _score_policy(
     scorer: Any, label: str, pairs: list[dict[str, list[int]]], options: EvaluateOptions, text: Any
 ) -> tuple[Array, Samples]:
-    from tandem.models.sampling import Sampling
+    from tandem.models.sampling import Sampling, draw_seed
 
     logps = scorer.pair_logps(pairs, text.max_length, label)
     prompts = list(dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs))[: options.kl_prompts]
     prompts.sort(key=len)  # prompts of like length together: less padding
     own = Sampling(options.kl_max_new_tokens, temperature=1.0, top_p=1.0)
+    size = max(1, scorer.rows_at_a_time(max(map(len, prompts), default=1), own.max_new_tokens) // 2)
 
-    def sample(start: int) -> list[dict[str, list[int]]]:
-        batch = [list(prompt) for prompt in prompts[start : start + options.eval_batch_size]]
-        answers = scorer.sample(batch * 2, own, options.eval_seed + start)
+    def sample(batch: list[tuple[int, ...]]) -> list[dict[str, list[int]]]:
+        seeds = [draw_seed(options.eval_seed, str(prompt), number) for number in range(2) for prompt in batch]
+        answers = scorer.draw([list(prompt) for prompt in batch] * 2, own, seeds)
         return [
-            {"prompt_ids": prompt, "chosen_ids": first, "rejected_ids": second}
+            {"prompt_ids": list(prompt), "chosen_ids": first, "rejected_ids": second}
             for prompt, first, second in zip(batch, answers, answers[len(batch) :], strict=False)
         ]
 
-    starts = range(0, len(prompts), options.eval_batch_size)
-    samples = list(itertools.chain.from_iterable(ranks.in_turns(starts, sample)))
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    samples = list(itertools.chain.from_iterable(ranks.in_turns(batches, sample)))
     return logps, Samples(samples, scorer.pair_logps(samples, None, f"samples of {label}"))

@@ -8,6 +8,10 @@ from transformers import LogitsProcessor
 
 from tandem.models.sampling import Sampling
 
+_LIKELIEST = (
+    1024  # tokens that hold the nucleus nearly always; sorting a vocabulary of 49,152 costs forty times as much
+)
+
 
 class RowDraws(LogitsProcessor):
     """Leaves each row one token: the one that its next uniform number falls on, by the inverse of the distribution.
@@ -26,6 +30,10 @@ class RowDraws(LogitsProcessor):
         self._uniforms = torch.from_numpy(np.stack(uniforms))
         self._sampling = sampling
         self._width = width
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows (k,), by index, and no others."""
+        self._uniforms = self._uniforms[rows.cpu()]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores` (rows, vocabulary) with all but the drawn token at −∞."""
@@ -49,7 +57,19 @@ def pick(logits: torch.Tensor, top_p: float, uniform: torch.Tensor) -> torch.Ten
     probabilities = logits.softmax(-1)
     if top_p >= 1:
         return _place(probabilities, uniform)
-    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    if probabilities.shape[1] <= _LIKELIEST or logits.device.type == "hpu":  # which compiles one way, not two
+        return _of_nucleus(*probabilities.sort(descending=True, stable=True), top_p, uniform)
+    likeliest, tokens = probabilities.topk(_LIKELIEST)
+    token = _of_nucleus(likeliest, tokens, top_p, uniform)
+    flat = (likeliest.cumsum(-1)[:, -1] < top_p).nonzero()[:, 0]  # rows whose nucleus is larger
+    if len(flat):
+        ordered, tokens = probabilities[flat].sort(descending=True, stable=True)
+        token[flat] = _of_nucleus(ordered, tokens, top_p, uniform[flat])
+    return token
+
+
+def _of_nucleus(ordered: torch.Tensor, tokens: torch.Tensor, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
+    """(rows,) tokens drawn from the nucleus, given probabilities (rows, k), falling, that hold it, and their tokens."""
     inside = ordered.cumsum(-1) - ordered < top_p
     inside[:, 0] = True
     place = _place(ordered * inside, uniform)

@@ -1,7 +1,6 @@
 """How answers are drawn from a model."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from tandem.options.fields import opt
 from tandem.options.rules import Options
@@ -15,18 +14,6 @@ class Sampling:
     max_new_tokens: int = 128
     temperature: float = 0.7
     top_p: float = 0.95
-
-    def keywords(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-        }
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem import ranks
 from tandem.data.tokenized import SIDES
@@ -17,6 +17,8 @@ from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import PairCollator, completion_logps, round_up
 from tandem.errors import UserError
 from tandem.models import habana
+from tandem.models.decoding import decode, rows_that_fit, until_end
+from tandem.models.draws import RowDraws
 from tandem.models.ends import end_ids
 from tandem.models.fits import check_head, check_rows, largest_id, positions_of
 from tandem.models.load import load_model, load_tokenizer
@@ -134,33 +136,37 @@ class Scorer:
             log_probs: torch.Tensor = output.log_probs.float()
             return log_probs
 
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
-        """One answer of token ids to each prompt of one batch, its end-of-sequence token included if it came."""
-        torch.manual_seed(seed)
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
-        self._check(prompts, longest, "give a smaller --max_prompt_length or --max_new_tokens")
-        ids, mask = self._padded(prompts)
-        return self._generate(len(prompts), ids, mask, sampling.keywords())
+    def rows_at_a_time(self, longest: int, new_tokens: int) -> int:
+        """How many prompts of up to `longest` tokens are answered at a time where nobody says, by the memory here."""
+        if self.few_shapes:
+            return self.batch_size
+        return rows_that_fit(self.model, longest, new_tokens, self.device)
 
     def draw(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[list[int]]:
-        """As `sample`, each answer drawn with a seed of its own and, but for rounding, whatever the others are."""
-        from transformers import LogitsProcessorList
+        """One answer of token ids to each prompt of one batch, its end-of-sequence token included if it came.
 
-        from tandem.models.draws import RowDraws
-
+        Each is drawn with a seed of its own and, but for rounding, whatever the others are.
+        """
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         self._check(prompts, longest, "give a smaller --max_prompt_length or --max_new_tokens")
         ids, mask = self._padded(prompts)
-        keywords = sampling.keywords()
+        draws = None
         if sampling.temperature > 0:
-            own = [*seeds, *[0] * (len(ids) - len(prompts))]
-            rows = RowDraws(own, sampling, ids.shape[1])
-            keywords = {
-                "max_new_tokens": sampling.max_new_tokens,
-                "do_sample": False,
-                "logits_processor": LogitsProcessorList([rows]),
-            }
-        return self._generate(len(prompts), ids, mask, keywords)
+            draws = RowDraws([*seeds, *[0] * (len(ids) - len(prompts))], sampling, ids.shape[1])
+        if self.few_shapes:
+            return self._generate_in_few_shapes(ids, mask, sampling, draws)[: len(prompts)]
+        # Without autocast: it would convert every weight again for every token, since it caches none without gradients
+        with torch.no_grad():
+            return decode(
+                self.model,
+                ids,
+                mask,
+                max_new_tokens=sampling.max_new_tokens,
+                ends=self.ends,
+                pad=self.tokenizer.pad_token_id,
+                draws=draws,
+                rows_leave=not ranks.is_sharded(),
+            )
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, (rows, columns); prompts stand at the right, and rows may be added."""
@@ -174,22 +180,24 @@ class Scorer:
         return ids, mask
 
     @torch.no_grad()
-    def _generate(self, count: int, ids: torch.Tensor, mask: torch.Tensor, keywords: dict[str, Any]) -> list[list[int]]:
-        # Without autocast: it would convert every weight again for every token, since it caches none without gradients
+    def _generate_in_few_shapes(
+        self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, draws: Any | None
+    ) -> list[list[int]]:
+        """Keys and values have a fixed length. Optimum-habana's `generate` keeps to that by itself."""
+        keywords: dict[str, Any] = {"cache_implementation": "static"}
+        if habana.has_optimum_habana():
+            keywords = {"lazy_mode": habana.is_lazy()}
         output = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             pad_token_id=self.tokenizer.pad_token_id,
-            **self._cache(),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([draws] if draws is not None else []),
             **keywords,
         )
-        return [_until_end(answer, self.ends) for answer in output[:count, ids.shape[1] :].tolist()]
-
-    def _cache(self) -> dict[str, Any]:
-        """Arguments of `generate`: keys and values of a fixed length where shapes count."""
-        if habana.has_optimum_habana():  # whose `generate` keeps to them by itself
-            return {"use_cache": True, "lazy_mode": habana.is_lazy()}
-        return {"use_cache": True} | ({"cache_implementation": "static"} if self.few_shapes else {})
+        return [until_end(answer, self.ends) for answer in output[:, ids.shape[1] :].tolist()]
 
 
 def _device() -> torch.device:
@@ -205,10 +213,3 @@ def _tokens(pair: TokenizedPair) -> int:
 def _batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    for index, token in enumerate(ids):
-        if token in ends:
-            return ids[: index + 1]
-    return ids

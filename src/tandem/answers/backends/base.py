@@ -10,7 +10,7 @@ from tandem.data.formats import Asked, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZE = 8  # prompts at a time, where the user and the backend leave it open
+BATCH_SIZE = 8  # prompts at a time, where the user and the backend leave it open: requests, and rows on Gaudi
 
 
 Draw = tuple[int, int]  # index of the prompt, and which of its draws, counted from 0
@@ -39,7 +39,7 @@ class Backend(Protocol):
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
         """Answers to the prompts with the indices `wanted`, each with its index, as they get ready.
 
-        The draw for a prompt depends on the seed, the prompt and the rest of `prompts`, never on `wanted`.
+        The draw for a prompt depends on the seed, the prompt and at most the rest of `prompts`, never on `wanted`.
 
         Raises:
             UserError: a server failed, or refused every prompt.

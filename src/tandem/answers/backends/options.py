@@ -27,7 +27,8 @@ class GenerationOptions(TemplateOptions):
     )
     batch_size: int | None = opt(
         None,
-        "prompts at a time: in a batch, in vLLM or in requests; unset: 8, and with vllm as many as it takes",
+        "prompts at a time: in a batch, in vLLM or in requests; unset: in a batch as many as memory allows, to 32 on a "
+        "CPU and 64 elsewhere (8 on Gaudi), 8 requests, and with vllm as many as it takes",
         low=1,
     )
     dtype: str | None = opt(

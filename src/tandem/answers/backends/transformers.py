@@ -11,45 +11,36 @@ from tandem.models.scorer import Scorer, load_scorer
 
 
 class TransformersBackend:
-    """An `Engine` that holds one model in this process, and shares the batches with the others of a launch."""
+    """A `Backend` that holds one model in this process, and shares the batches with the others of a launch."""
 
     def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:
-        self._batch_size = options.batch_size or BATCH_SIZE
+        self._batch_size = options.batch_size
         self._dtype = weights_dtype(options)
         self._sampling, self._template = sampling, options
         self._scorer: Scorer | None = None
 
     def load(self, model: str) -> None:
-        """See `Engine`."""
+        """See `Backend`."""
         self._scorer = None  # before the next one comes into memory
-        self._scorer = load_scorer(model, self._dtype, batch_size=self._batch_size, template=self._template)
+        self._scorer = load_scorer(
+            model, self._dtype, batch_size=self._batch_size or BATCH_SIZE, template=self._template
+        )
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        """See `Engine`. Batches are fixed by `prompts`, and each has a seed of its own."""
-        assert self._scorer is not None
-        scorer, sampling = self._scorer, self._sampling
-        ids = encode(prompts, scorer.tokenizer, sampling.max_prompt_length)
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        batches = {start: order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)}
-
-        def draw(start: int) -> list[list[int]]:
-            return scorer.sample([ids[index] for index in batches[start]], sampling.sampling, sampling.seed + start)
-
-        starts = [start for start, batch in batches.items() if not set(batch).isdisjoint(wanted)]
-        for start, drawn in zip(starts, ranks.in_turns(starts, draw), strict=True):
-            for index, answer in zip(batches[start], drawn, strict=True):
-                if index in wanted:
-                    yield index, read_answer(answer, scorer.tokenizer, scorer.ends)
+        """See `Backend`. An answer is the first of a prompt's draws."""
+        for (index, _), answer in self.draws(prompts, 1, {(index, 0) for index in wanted}):
+            yield index, answer
 
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
     ) -> Iterator[tuple[Draw, Answer]]:
-        """See `Engine`. Batches are fixed by `prompts` and `count`, so that not even rounding depends on `wanted`."""
+        """See `Backend`. Batches are fixed by `prompts` and `count`, so that not even rounding depends on `wanted`."""
         assert self._scorer is not None
         scorer, sampling = self._scorer, self._sampling
         ids = encode(prompts, scorer.tokenizer, sampling.max_prompt_length)
         order = [(at, number) for at in sorted(range(len(ids)), key=lambda at: len(ids[at])) for number in range(count)]
-        size = self._batch_size
+        longest = max(map(len, ids), default=1)
+        size = self._batch_size or scorer.rows_at_a_time(longest, sampling.max_new_tokens)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         batches = [batch for batch in batches if not set(batch).isdisjoint(wanted)]
 
@@ -63,5 +54,5 @@ class TransformersBackend:
                     yield key, read_answer(answer, scorer.tokenizer, scorer.ends)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """See `Backend`."""
         self._scorer = None
