@@ -22,14 +22,15 @@ class RowDraws(LogitsProcessor):
     Args:
         seeds: one for each row; equal seeds draw equal numbers
         sampling: temperature above 0
-        width: columns of the prompts, with which `generate` begins
+        width: columns of the prompts, with which `generate` begins; None where its ids are as wide as they will be
+            from the first call on (optimum-habana's): calls are counted
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, width: int) -> None:
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, width: int | None) -> None:
         uniforms = [np.random.default_rng(seed).random(sampling.max_new_tokens, np.float32) for seed in seeds]
         self._uniforms = torch.from_numpy(np.stack(uniforms))
         self._sampling = sampling
-        self._width = width
+        self._width, self._calls = width, 0
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows (k,), by index, and no others."""
@@ -37,7 +38,9 @@ class RowDraws(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores` (rows, vocabulary) with all but the drawn token at −∞."""
-        uniform = self._uniforms[:, input_ids.shape[1] - self._width].to(scores.device)
+        number = self._calls if self._width is None else input_ids.shape[1] - self._width
+        self._calls += 1
+        uniform = self._uniforms[:, number].to(scores.device)
         token = pick(scores.float() / self._sampling.temperature, self._sampling.top_p, uniform)
         drawn = torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
         return drawn  # type: ignore[return-value]

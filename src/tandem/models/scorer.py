@@ -152,7 +152,8 @@ class Scorer:
         ids, mask = self._padded(prompts)
         draws = None
         if sampling.temperature > 0:
-            draws = RowDraws([*seeds, *[0] * (len(ids) - len(prompts))], sampling, ids.shape[1])
+            width = None if habana.has_optimum_habana() else ids.shape[1]
+            draws = RowDraws([*seeds, *[0] * (len(ids) - len(prompts))], sampling, width)
         if self.few_shapes:
             return self._generate_in_few_shapes(ids, mask, sampling, draws)[: len(prompts)]
         # Without autocast: it would convert every weight again for every token, since it caches none without gradients
