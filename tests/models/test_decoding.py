@@ -60,7 +60,7 @@ def test_answers_are_those_of_generate_alone(name: str, monkeypatch: pytest.Monk
     ids, mask = padded(rows)
     draws = RowDraws(seeds, Sampling(NEW, 1.0, 0.9), ids.shape[1])
     with torch.no_grad():
-        together = decode(model, ids, mask, max_new_tokens=NEW, ends=ENDS, pad=PAD, draws=draws, rows_leave=True)
+        together = decode(model, ids, mask, max_new_tokens=NEW, pad=PAD, draws=draws, rows_leave=True)
     leaves = growing_cache(model) is not None
     assert leaves == (name != "FalconH1")  # which has states of another kind
     assert len({len(answer) for answer in together}) > 2
@@ -78,9 +78,7 @@ def test_greedy_answers_and_rows_that_stay():
     answers = {}
     for leave in (False, True):
         forwards.clear()
-        answers[leave] = decode(
-            model, *padded(rows), max_new_tokens=NEW, ends=ENDS, pad=PAD, draws=None, rows_leave=leave
-        )
+        answers[leave] = decode(model, *padded(rows), max_new_tokens=NEW, pad=PAD, draws=None, rows_leave=leave)
         assert len(forwards) == max(map(len, answers[leave]))
         assert (set(forwards) == {len(rows)}) != leave
     assert answers[False] == answers[True] == [alone(model, row, None) for row in rows]
@@ -89,9 +87,7 @@ def test_greedy_answers_and_rows_that_stay():
 def test_an_answer_that_begins_with_its_end():
     model = tiny_model("Llama")
     model.generation_config = GenerationConfig(eos_token_id=list(range(128)))
-    answers = decode(
-        model, *padded(prompts()), max_new_tokens=5, ends=set(range(128)), pad=PAD, draws=None, rows_leave=True
-    )
+    answers = decode(model, *padded(prompts()), max_new_tokens=5, pad=PAD, draws=None, rows_leave=True)
     assert [len(answer) for answer in answers] == [1] * 9
 
 

@@ -29,21 +29,21 @@ def decode(
     mask: torch.Tensor,
     *,
     max_new_tokens: int,
-    ends: Collection[int],
     pad: int,
     draws: Any | None,
     rows_leave: bool,
 ) -> list[list[int]]:
-    """What `generate` answers to each row of one batch: token ids, with an end of `ends`, where it came, as the last.
+    """What `generate` answers to each row of one batch: token ids, where its end came with that as the last.
 
     Args:
         ids: (rows, columns) prompts, at the right
         mask: (rows, columns) 1 where there is a prompt
+        pad: what a row that has ended is filled up with
         draws: a logits processor that leaves one token each row (`Draws`); None: the most likely one
         rows_leave: rows that have ended leave the batch, by calling `generate` again for the others with their cache.
             Not where another process has to call as often.
     """
-    width = ids.shape[1]
+    width, ends = ids.shape[1], set(model.generation_config.eos_token_id or [])
     answers: list[list[int]] = [[] for _ in ids]
     rows = torch.arange(len(ids), device=ids.device)
     cache = growing_cache(model)

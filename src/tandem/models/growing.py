@@ -14,6 +14,9 @@ class GrowingLayer(DynamicLayer):
     `keys` and `values`, (rows, heads, columns, width), are views of the columns in use of two larger tensors.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self._rooms: list[torch.Tensor] = []

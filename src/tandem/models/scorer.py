@@ -163,7 +163,6 @@ class Scorer:
                 ids,
                 mask,
                 max_new_tokens=sampling.max_new_tokens,
-                ends=self.ends,
                 pad=self.tokenizer.pad_token_id,
                 draws=draws,
                 rows_leave=not ranks.is_sharded(),
