@@ -146,6 +146,12 @@ MAIN = Contract(
             _TWO_PROCESSES,
             takes=("self", "train_dataset"),
         ),
+        Borrowed(
+            _TRAINER,
+            "current_gradient_accumulation_steps",
+            "training.trainers.budget",
+            "tests/training/trainers/test_budget.py",
+        ),
         Borrowed(_TRAINER, "_save_checkpoint", _CHECKPOINTS, _RESUMED, takes=("self", "model", "trial")),
         Borrowed(_TRAINER, "_tr_loss", _CHECKPOINTS, _RESUMED),
         Borrowed(_TRAINER, "_total_loss_scalar", _CHECKPOINTS, _RESUMED),

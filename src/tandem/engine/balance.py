@@ -296,3 +296,32 @@ class _Units:
             loads[part] -= given[one, other]
             loads[chosen[others[other]]] += given[one, other]
             chosen[mine[one]], chosen[others[other]] = chosen[others[other]], part
+
+
+def parts_within(sizes: Sequence[int] | Ints, budget: int, *, padded: bool = False) -> int:
+    """Into how many parts n items are cut at least, in equal counts, so that none is larger than `budget`.
+
+    n where an item is larger by itself.
+
+    Args:
+        sizes: (n,) of the items.
+        padded: a part is as large as its largest item, times its count.
+    """
+    largest_of = (lambda part: len(part) * max(part)) if padded else sum
+    for parts in range(1, len(sizes)):
+        if len(sizes) % parts == 0:
+            cut = evenly(sizes, parts, padded=padded)
+            if max(largest_of([int(sizes[item]) for item in part]) for part in cut) <= budget:
+                return parts
+    return len(sizes)
+
+
+def evenly(sizes: Sequence[int] | Ints, parts: int, *, padded: bool = False) -> list[list[int]]:
+    """The items, by index, in `parts` parts of equal counts, the largest of which is nearly as small as it can be."""
+    work = np.asarray(sizes, np.int64)
+    units = _Units.of(work, range(len(work)))
+    size = len(work) // parts
+    cut = units.sorted_into(parts, size) if padded else units.split(parts, size)
+    if cut is None:
+        raise ValueError(f"{len(work)} items do not go into {parts} parts")
+    return sorted(sorted(part) for part in cut)

@@ -65,6 +65,26 @@ class MicroBatch:
             batch=batch,
         )
 
+    @classmethod
+    def joined(
+        cls, parts: "Sequence[MicroBatch]", order: Sequence[int], batch: Callable[[], Mapping[str, Any]]
+    ) -> "MicroBatch":
+        """Parts of equal counts as the one micro-batch that they were cut from.
+
+        Args:
+            order: the place in it of each of the parts' pairs, one after the other.
+            batch: its inputs.
+        """
+        place = sorted(range(len(order)), key=order.__getitem__)
+        pair_ids = [pair for part in parts for pair in part.pair_ids]
+        return cls(
+            pair_ids=[pair_ids[row] for row in place],
+            values=torch.cat([part.values for part in parts], dim=1)[:, place],
+            loss=torch.stack([part.loss for part in parts]).mean(),
+            tokens=torch.stack([part.tokens for part in parts]).sum(),
+            batch=batch,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:

@@ -16,7 +16,7 @@ broadcast; rank 0 alone writes the logs.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class Monitor:
     def add(self, micro_batch: gather.MicroBatch) -> None:
         """Take one micro-batch of pairs in training. Does not wait for the device."""
         self._micro_batches.append(micro_batch)
+
+    def join(self, count: int, order: Sequence[int], batch: Callable[[], Mapping[str, Any]]) -> None:
+        """The last `count` micro-batches were parts of one; see `MicroBatch.joined`."""
+        self._micro_batches[-count:] = [gather.MicroBatch.joined(self._micro_batches[-count:], order, batch)]
 
     def add_grad_norm(self, grad_norm: float | torch.Tensor | None) -> None:
         """Take the gradient norm before clipping. Does not wait for the device; collective if it is a DTensor."""

@@ -275,6 +275,12 @@ class EngineOptions(Options):
     layout: Literal["shared", "packed", "padded"] = opt(
         "shared", "each prompt forwarded once (shared), twice unpadded (packed), or as TRL (padded)", choices=LAYOUTS
     )
+    token_budget: int | None = opt(
+        None,
+        "most tokens that a process forwards at a time: --per_device_train_batch_size pairs go through in parts of as "
+        "many pairs each; means over pairs stay as they are",
+        low=1,
+    )
     ref_cache: str | None = opt(None, "folder of reference log-probs; unset: in the user's cache folder")
 
 

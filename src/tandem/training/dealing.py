@@ -1,5 +1,6 @@
 """In which order a run's pairs come: the sampler's, with each step's pairs dealt evenly over the processes."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,11 +8,14 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from tandem.devices import has_hpu
 from tandem.engine.balance import Cost, Dealing, Ints
 from tandem.engine.layout import Layout
 from tandem.engine.lengths import PairLengths
+from tandem.errors import UserError
 from tandem.options.losses import DPOOptions
 from tandem.options.training import TrainOptions
+from tandem.training.option_sets import DPOOptionSet
 
 _REMEMBERED = 1024  # steps that data loaders may be ahead of the one that is trained on
 
@@ -36,14 +40,40 @@ def why_undealt(train: TrainOptions, dpo: DPOOptions | None, config: Any) -> str
     """
     if train.balance_ranks is not None:
         return None if train.balance_ranks else "--balance_ranks false"
+    coupled = why_coupled(train, dpo, config)
+    return f"{coupled}; --balance_ranks true to do it" if coupled else None
+
+
+def why_coupled(train: TrainOptions, dpo: DPOOptions | None, config: Any) -> str | None:
+    """Why the loss may depend on which pairs share a micro-batch; None where it is a mean over pairs."""
     coupled = [loss.name for loss, _ in (dpo.losses if dpo else []) if loss.coupled]
     if coupled:
-        return f"{' and '.join(coupled)} may depend on which pairs share a micro-batch; --balance_ranks true to do it"
+        return f"{' and '.join(coupled)} may depend on which pairs share a micro-batch"
     weight = train.router_aux_loss_coef
     weight = getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight
     if hasattr(config, "output_router_logits") and weight:
-        return "experts are balanced over a micro-batch (router_aux_loss_coef); --balance_ranks true to do it"
+        return "experts are balanced over a micro-batch (router_aux_loss_coef)"
     return None
+
+
+def check_budget(run: DPOOptionSet, config: Any) -> None:
+    """Refuse a budget where parts would not add up to the whole.
+
+    Args:
+        config: transformers' of the text model.
+
+    Raises:
+        UserError: the loss couples pairs, DeepSpeed counts micro-batches by itself, or Gaudi wants one shape.
+    """
+    if run.engine.token_budget is None:
+        return
+    why = why_coupled(run.train, run.dpo, config)
+    if has_hpu():
+        why = "it is not there on Gaudi, where all batches have one shape"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1", "yes"):
+        why = "DeepSpeed counts micro-batches by itself; use an accelerate config of FSDP or DDP"
+    if why:
+        raise UserError(f"--token_budget: {why}")
 
 
 class Order:

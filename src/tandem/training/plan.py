@@ -141,9 +141,8 @@ class Plan:
         return peak
 
     def reference_usage(self, step: Rehearsal) -> Usage:
-        """Of the pass that scores the reference before training: pairs of like length together, the longest last."""
-        by_length = sorted(range(len(self.data)), key=lambda index: self.schedule.tokens([index]))
-        usage = step.count_forward(self.schedule.batch(by_length[-self.run.train.per_device_train_batch_size :]))
+        """Of the pass that scores the reference before training."""
+        usage = step.count_forward(self.schedule.largest_reference())
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.reference_model:  # counted as large as the policy
             usage["reference"] = usage["weights"]
         return usage
@@ -248,7 +247,9 @@ class Plan:
             return "time: not measured, since the run's device is not here or the model is too large for a probe"
         step, forward = seconds
         batches = self.schedule.batches
-        micro_batches = sum(map(len, batches)) / self.hardware.processes * self.schedule.unevenness(batches)
+        micro_batches = (
+            sum(map(len, batches)) / self.hardware.processes * self.schedule.unevenness(self.schedule.as_dealt)
+        )
         line = f"time: {_duration(step * micro_batches)} of training"
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             of_reference = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes

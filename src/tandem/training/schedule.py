@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from tandem.data.tokenized import SIDES, common_length
-from tandem.engine.balance import Dealing, Ints, Waits
+from tandem.engine.balance import Dealing, Ints, Waits, evenly, parts_within
 from tandem.engine.layout import Layout
 from tandem.engine.lengths import PairLengths, row_lengths
 from tandem.engine.pairs import unpacked
@@ -57,11 +57,34 @@ class Schedule:
 
     @functools.cached_property
     def batches(self) -> list[list[list[int]]]:
+        """The pairs that are forwarded together, in each optimizer step, of all processes: `as_dealt`, or parts of it
+        that stay within the token budget."""
+        budget = self.run.engine.token_budget if isinstance(self.run, DPOOptionSet) else None
+        if budget is None:
+            return self.as_dealt
+        together = self.hardware.processes
+        return [
+            [part for start in range(0, len(step), together) for part in self._within(step[start:][:together], budget)]
+            for step in self.as_dealt
+        ]
+
+    def _within(self, batches: list[list[int]], budget: int) -> list[list[int]]:
+        """The parts of one batch of each process, which all have as many."""
+        padded, sizes = self.layout == "padded", [[self.tokens([pair]) for pair in batch] for batch in batches]
+        parts = max(parts_within(each, budget, padded=padded) for each in sizes)
+        return [
+            [batch[place] for place in part]
+            for batch, each in zip(batches, sizes, strict=True)
+            for part in evenly(each, parts, padded=padded)
+        ]
+
+    @functools.cached_property
+    def as_dealt(self) -> list[list[list[int]]]:
         """The pairs of each micro-batch of each optimizer step, of all processes, as the run deals them."""
         return self.dealt(self.undealt is None)
 
     def dealt(self, evenly: bool) -> list[list[list[int]]]:
-        """`batches`, dealt by what the pairs take or in the sampler's order."""
+        """`as_dealt`, dealt by what the pairs take or in the sampler's order."""
         size, epochs = self.run.train.per_device_train_batch_size, math.ceil(self.steps / self.steps_per_epoch)
         order = Order(len(self.data), self.run.train.seed, self.dealing, self.costs if evenly else None)
         return [_cut(pairs, size) for epoch in range(epochs) for pairs in order.epoch(epoch)][: self.steps]
@@ -101,7 +124,7 @@ class Schedule:
         sampled = self.unevenness(self.dealt(False))
         if self.undealt is not None:
             return f"slowest process, over the mean: {sampled:.2f}; a step's pairs are not dealt evenly: {self.undealt}"
-        even = self.unevenness(self.batches)
+        even = self.unevenness(self.as_dealt)
         return f"slowest process, over the mean: {even:.2f}, in the sampler's order {sampled:.2f}"
 
     @property
@@ -138,6 +161,13 @@ class Schedule:
                 (pair["prompt_ids"] + pair[f"{side}_ids"], len(pair["prompt_ids"])) for side in SIDES for pair in data
             ]
         return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout)
+
+    def largest_reference(self) -> Batch:
+        """Of the pass that scores the reference before training: pairs of like length together, the longest first."""
+        by_length = sorted(range(len(self.data)), key=lambda index: -self.tokens([index]))
+        longest = by_length[: self.run.train.per_device_train_batch_size]
+        budget = self.run.engine.token_budget if isinstance(self.run, DPOOptionSet) else None
+        return self.largest([longest] if budget is None else self._within([longest], budget))
 
     def largest(self, batches: Iterable[list[int]]) -> Batch:
         return self.batch(max(batches, key=self.tokens))

@@ -354,6 +354,8 @@ def sft_trainer(build: Build[SFTOptionSet]) -> TandemGaudiSFTTrainer:
 def dpo_trainer(build: Build[DPOOptionSet]) -> TandemGaudiDPOTrainer:
     """See `build.Builders`."""
     run, max_length = build.run, build.run.text.max_length
+    if run.engine.token_budget is not None:
+        raise UserError("--token_budget is not there on Gaudi, where all batches have one shape")
     logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", max_length)
     # A graph recorded with the adapter on could be replayed for the reference
     shared = build.reference is None and (run.lora.use_peft or isinstance(build.policy, PeftModel))

@@ -34,10 +34,11 @@ from tandem.options.losses import DPOOptions
 from tandem.options.model import is_adapter
 from tandem.options.training import EngineOptions
 from tandem.ranks import is_first
-from tandem.training.dealing import pair_costs, why_undealt
+from tandem.training.dealing import check_budget, pair_costs, why_undealt
 from tandem.training.examples import packed
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
+from tandem.training.trainers.budget import TokenBudget
 from tandem.training.trainers.build import Build
 from tandem.training.trainers.checkpoints import CompleteCheckpoints, ContinuedLogs
 from tandem.training.trainers.deferred import DeferredGather, Promise
@@ -48,7 +49,7 @@ from tandem.training.trainers.reference import starts_as_its_base, without_trls_
 from tandem.training.trainers.sharding import Sharded, of_rank_0, policy_is_reference, scoring
 
 
-class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded, DPOTrainer):
+class TandemDPOTrainer(ContinuedLogs, EachPairOnce, TokenBudget, PairTrainer, Evenly, Sharded, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -79,7 +80,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, PairTrainer, Evenly, Sharded
     ) -> None:
         self._dpo = dpo or DPOOptions()
         self._ref_cache = RefCache(engine.ref_cache) if self._dpo.needs_reference else None
-        self._layout, self._undealt = engine.layout, undealt
+        self._layout, self._undealt, self._token_budget = engine.layout, undealt, engine.token_budget
         self._reference_source = keywords.pop("reference_source", Source())
         self._reference_name = ref_model.name_or_path if ref_model is not None else None
         splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
@@ -357,6 +358,7 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
     """See `build.Builders`."""
     run, max_length = build.run, build.run.text.max_length
     dpo, engine = run.dpo, run.engine
+    check_budget(run, build.policy.config.get_text_config())
     loss_types, loss_weights = dpo.trl_losses
     if has_hpu():  # which compiles anew for every shape
         engine = dataclasses.replace(engine, layout="padded")
