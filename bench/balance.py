@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 from datasets import Dataset
+from safetensors.numpy import load_file
 from transformers import AutoConfig
 
 from tandem.data.options import DataOptions
@@ -33,6 +34,7 @@ from tandem.data.sources import load_pairs
 from tandem.data.texts import render
 from tandem.data.tokenized import tokenize_rows
 from tandem.engine.balance import Dealing, Waits
+from tandem.engine.layout import PAIR_LAYOUT
 from tandem.engine.lengths import PairLengths
 from tandem.models.load import load_tokenizer
 from tandem.monitor.margins import read_margins, read_margins_log
@@ -107,44 +109,84 @@ def simulate(model: str) -> None:
         print(f"a step of {dealing.in_step} pairs is dealt in {seconds / STEPS * 1e3:.1f} ms", file=sys.stderr)
 
 
-def run(processes: int, model: str, steps: int) -> None:
-    """Train twice each way, in turns, with the reference in the cache; losses, margins and seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "pairs.jsonl"
+def run(processes: int, model: str, steps: int, turns: int) -> None:
+    """Train each way in turns, then say how losses, margins, weights, tokens and seconds compare."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = folder / "pairs.jsonl"
         with gzip.open(HH, "rt") as file:
             lines = file.read().splitlines()
-        data.write_text("\n".join(lines[: 8 * processes * (steps // 2 + 1)]) + "\n")
-        seconds: dict[str, list[float]] = {"true": [], "false": []}
-        found: dict[str, Any] = {}
-        for number, balance in enumerate(["true", "true", "false", "true", "false"]):  # the first fills the cache
-            out = Path(folder) / f"{number}"
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", __file__]
-            command += ["--rank", *f"""
-                --model_name_or_path {model} --dataset_name {data} --max_bad_rows 100 --output_dir {out} --use_cpu true
-                --bf16 false --use_peft true --max_steps {steps} --per_device_train_batch_size 4 --logging_steps 1
-                --max_length 512 --save_strategy no --gradient_checkpointing false --ref_cache {folder}/cache
-                --balance_ranks {balance} --learning_rate 1e-4
-            """.split()]  # fmt: skip
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-            metrics = json.loads((out / "training_metrics.json").read_text())
-            losses = [entry["loss"] for entry in metrics["log_history"] if "loss" in entry]
-            folder_of_margins = out / "logs" / "margins"
-            margins = [read_margins(folder_of_margins / step["npy"]) for step in read_margins_log(folder_of_margins)[0]]
-            if number:
-                seconds[balance].append(metrics["train"]["train_runtime"])
-            found[balance] = losses, np.concatenate([each["margin"] for each in margins])
-        (loss, margin), (plain_loss, plain_margin) = found["true"], found["false"]
-        print(f"{processes} processes, {steps} steps: {seconds['false']} s as sampled, {seconds['true']} s dealt")
-        print(f"losses differ by at most {np.abs(np.subtract(loss, plain_loss)).max():.1e}, margins by")
-        print(f"{np.abs(margin - plain_margin).max():.1e} nats")
+        data.write_text("\n".join(lines[: 4 * processes * steps]) + "\n")
+        runs: dict[str, list[Path]] = {"false": [], "true": []}
+        for number in range(turns):
+            for balance, done in runs.items():
+                done.append(folder / f"{balance}_{number}")
+                _train(processes, f"""
+                    --model_name_or_path {model} --dataset_name {data} --max_bad_rows 100 --output_dir {done[-1]}
+                    --use_cpu true --bf16 false --use_peft true --max_steps {steps} --per_device_train_batch_size 4
+                    --logging_steps 1 --max_length 512 --save_strategy no --gradient_checkpointing false
+                    --ref_cache {folder}/cache --balance_ranks {balance} --learning_rate 1e-4
+                """)  # fmt: skip
+        print(f"{processes} processes, {steps} steps of 4 pairs each:")
+        for balance, done in runs.items():
+            seconds = [_metrics(each)["train"]["train_runtime"] for each in done]
+            uneven = _unevenness(done[0], processes)
+            print(f"  {'dealt' if balance == 'true' else 'as sampled'}: {seconds} s; slowest over mean {uneven:.3f}")
+        for what, difference in _differences(runs["false"][0], runs["true"][0]).items():
+            print(f"  {what} differ by at most {difference:.1e}")
+
+
+def _train(processes: int, flags: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", __file__, "--rank"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *flags.split()], check=False, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+
+
+def _metrics(run: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((run / "training_metrics.json").read_text())
+    return metrics
+
+
+def _unevenness(run: Path, processes: int) -> float:
+    """Of the distinct tokens that each process laid out in each step: the slowest's over the mean, over the steps."""
+    tokens = np.array([json.loads((run / f"tokens_{rank}.json").read_text()) for rank in range(processes)])
+    return float(tokens.max(0).sum() / tokens.mean(0).sum())
+
+
+def _differences(one: Path, other: Path) -> dict[str, float]:
+    losses = [[entry["loss"] for entry in _metrics(run)["log_history"] if "loss" in entry] for run in (one, other)]
+    margins, weights = [], []
+    for folder in (one, other):
+        steps = [np.load(path) for path in sorted((folder / "logs" / "margins").rglob("step_*.npy"))]
+        margins.append({str(row["pair_id"]): float(row["margin"]) for step in steps for row in step})
+        weights.append(load_file(folder / "adapter_model.safetensors"))
+    return {
+        "losses": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "margins, in nats,": max(abs(margins[0][pair] - margins[1][pair]) for pair in margins[0] | margins[1]),
+        "weights": max(float(np.abs(weights[0][name] - weights[1][name]).max()) for name in weights[0]),
+    }
 
 
 def rank(argv: list[str]) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
+    """One process of a run, held to one core, which writes down the distinct tokens of each of its micro-batches."""
+    own, cores = int(os.environ["LOCAL_RANK"]), sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[own % len(cores)]})
     from tandem.commands import dpo
+    from tandem.training.trainers.trl import TandemDPOTrainer
 
+    tokens: list[int] = []
+    compute = TandemDPOTrainer.compute_loss
+
+    def counting(self: Any, model: Any, inputs: Any, *given: Any, **keywords: Any) -> Any:
+        tokens.append(inputs[PAIR_LAYOUT].n_tokens)
+        return compute(self, model, inputs, *given, **keywords)
+
+    TandemDPOTrainer.compute_loss = counting  # type: ignore[method-assign]
     dpo.main(argv)
+    output = Path(argv[argv.index("--output_dir") + 1])
+    (output / f"tokens_{own}.json").write_text(json.dumps(tokens))
 
 
 if __name__ == "__main__":
@@ -155,5 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=str(Path.home() / ".cache" / "tandem" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--run", type=int, help="train with so many processes instead")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=2, help="runs each way")
     given = parser.parse_args()
-    run(given.run, given.model, given.steps) if given.run else simulate(given.model)
+    run(given.run, given.model, given.steps, given.turns) if given.run else simulate(given.model)

@@ -707,6 +707,7 @@ PROOFS: dict[str, dict[str, str]] = {
     "EngineOptions": {
         "layout": f"{HERE}::test_the_layout_is_the_engines",
         "ref_cache": "training/test_stages.py::test_debug_is_short_and_loud",
+        "token_budget": "training/trainers/test_budget.py::test_the_same_training_in_smaller_parts",
     },
     "GaudiOptions": {
         **dict.fromkeys(
