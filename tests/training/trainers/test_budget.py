@@ -126,7 +126,7 @@ def test_the_same_training_in_smaller_parts(dpo: Run, monkeypatch: pytest.Monkey
     assert max(tokens for _, tokens in forwarded) > BUDGET
     forwarded.clear()
     parts = dpo("parts", layout=layout, token_budget=BUDGET)
-    assert {pairs for pairs, _ in forwarded} > {1} or {pairs for pairs, _ in forwarded} == {1, 2}
+    assert len({pairs for pairs, _ in forwarded}) > 1
     assert all(tokens <= BUDGET or pairs == 1 for pairs, tokens in forwarded)
     for mine, its in zip(margins(parts), margins(whole), strict=True):
         assert mine["pair_id"].tolist() == its["pair_id"].tolist()
@@ -184,9 +184,6 @@ def test_the_plan_counts_the_parts(
         line = next(line for line in capsys.readouterr().out.splitlines() if "activations" in line)
         return float(line.split()[1])
 
-    from tandem.training.plan import Plan
-
-    assert Plan is not None
     assert activations(token_budget=BUDGET, per_device_train_batch_size=16) < 0.5 * activations(
         per_device_train_batch_size=16
     )

@@ -19,6 +19,7 @@ from tandem.engine.balance import Ints, evenly, parts_within
 from tandem.engine.layout import Layout
 from tandem.engine.lengths import PairLengths
 from tandem.engine.pairs import PairCollator
+from tandem.log import logger
 from tandem.training.trainers.topology import Topology
 
 _EXAMPLES = "examples"
@@ -61,20 +62,31 @@ class TokenBudget:
         rows: dict[str, str] = super()._dealt_row()  # type: ignore[misc]
         if self._token_budget is None:
             return rows
-        layout = self.data_collator.layout
-        lengths = PairLengths.of(self.train_dataset, self.data_collator.max_length)
-        longer = 2 * np.maximum(lengths.chosen, lengths.rejected) if layout == "padded" else lengths.tokens(layout)
-        longer = longer[longer > self._token_budget]
-        alone = f"; {len(longer)} pairs are longer by themselves, up to {longer.max()}" if len(longer) else ""
-        return rows | {"a batch": f"in parts of as many pairs each, of {self._token_budget} tokens at most{alone}"}
+        return rows | {"a batch": f"in parts of as many pairs each, of {self._token_budget} tokens at most"}
 
     def get_train_dataloader(self) -> DataLoader:
+        self._warn_of_long_pairs()
         collate, self.data_collator = self.data_collator, self._reference_collator(0)
         try:
             loader: DataLoader = super().get_train_dataloader()  # type: ignore[misc]
         finally:
             self.data_collator = collate
         return loader
+
+    def _warn_of_long_pairs(self) -> None:
+        if self._token_budget is None:
+            return
+        lengths = PairLengths.of(self.train_dataset, self.data_collator.max_length)
+        padded = self.data_collator.layout == "padded"
+        tokens = (
+            2 * np.maximum(lengths.chosen, lengths.rejected) if padded else lengths.tokens(self.data_collator.layout)
+        )
+        longer = tokens[tokens > self._token_budget]
+        if len(longer):
+            logger.warning(
+                "--token_budget %d: %d of %d pairs are longer by themselves, up to %d tokens: their batches go through "
+                "pair by pair", self._token_budget, len(longer), len(tokens), longer.max()
+            )  # fmt: skip
 
     def _reference_collator(self, batch_size: int) -> Any:
         return self.data_collator if self._token_budget is None else _Kept.batch
