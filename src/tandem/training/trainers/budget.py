@@ -1,8 +1,8 @@
 """Micro-batches that stay within so many tokens (`--token_budget`): memory is not sized for the longest pairs.
 
-A batch of the data loader is forwarded and sent back in parts of as many pairs each, on all processes in as many parts.
-So every mean over pairs weighs each as before, as do TRL's metrics, and sharded weights are gathered as often by each
-process; what the sampler gives, and with it the steps and what is resumed, stays the same.
+A batch of the data loader is forwarded and sent back in parts of as many pairs each, in as many on all processes. So every
+mean over pairs weighs each as before, also in TRL's metrics (those over tokens are the mean of the parts'), and sharded
+weights are gathered as often by each process. What the sampler gives, the steps and what is resumed stay the same.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from tandem.engine.layout import Layout
 from tandem.engine.lengths import PairLengths
 from tandem.engine.pairs import PairCollator
 from tandem.log import logger
+from tandem.training.trainers.deferred import mean_of
 from tandem.training.trainers.topology import Topology
 
 _EXAMPLES = "examples"
@@ -53,6 +54,7 @@ class TokenBudget:
     data_collator: PairCollator
     current_gradient_accumulation_steps: int
     monitor: Any
+    _metrics: dict[str, dict[str, list[Any]]]
     topology: Topology
     _prepare_inputs: Any
     _token_budget: int | None
@@ -125,7 +127,8 @@ class TokenBudget:
             return loss
         pairs = inputs[_EXAMPLES].pairs
         parts = self._parts(pairs)
-        steps = self.current_gradient_accumulation_steps
+        steps, logged = self.current_gradient_accumulation_steps, self._metrics["train"]
+        before = {name: len(values) for name, values in logged.items()}
         self.current_gradient_accumulation_steps = steps * len(parts)
         try:
             losses = []
@@ -135,6 +138,9 @@ class TokenBudget:
                     losses.append(super().training_step(model, batch, *arguments, **keywords))  # type: ignore[misc]
         finally:
             self.current_gradient_accumulation_steps = steps
+        for name, values in logged.items():  # TRL's are means over what was forwarded together: now over the batch
+            if len(own := values[before.get(name, 0) :]) == len(parts):
+                values[before.get(name, 0) :] = [mean_of(own)]
         self.monitor.join(len(parts), [index for part in parts for index in part], lambda: self.data_collator(pairs))
         return torch.stack(losses).sum()
 

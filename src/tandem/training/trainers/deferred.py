@@ -5,7 +5,7 @@ that are read only when something is logged. `DeferredGather` stands in for the 
 numbers: it keeps the local tensors and hands out promises, and `collect` gathers all of them at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,13 @@ class Promise:
 
     def __gt__(self, other: int) -> bool:
         return True
+
+
+def mean_of(values: Sequence[Any]) -> Promise:
+    """Promise of the mean of numbers, some of them promised."""
+    return Promise(
+        lambda: sum(float(each.value() if isinstance(each, Promise) else each) for each in values) / len(values)
+    )
 
 
 class DeferredGather:
