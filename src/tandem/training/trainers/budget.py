@@ -1,8 +1,9 @@
 """Micro-batches that stay within so many tokens (`--token_budget`): memory is not sized for the longest pairs.
 
-A batch of the data loader is forwarded and sent back in parts of as many pairs each, in as many on all processes. So every
-mean over pairs weighs each as before, also in TRL's metrics (those over tokens are the mean of the parts'), and sharded
-weights are gathered as often by each process. What the sampler gives, the steps and what is resumed stay the same.
+A batch of the data loader is forwarded and sent back in parts of as many pairs each, in as many on all processes. So
+every mean over pairs weighs each as before, also in TRL's metrics (those over tokens are the mean of the parts'), and
+sharded weights are gathered as often by each process. What the sampler gives, the steps and what is resumed stay the
+same.
 """
 
 import contextlib
