@@ -22,7 +22,8 @@ import json, os, resource, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 def cpu():
-    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 """
 # The last line of each prints what is measured. `new` is whether it is this tree
 ROWS = {
