@@ -10,6 +10,9 @@ for _names, _value in (
     # torch, at its first tensor: tensors of 2 MiB and more on the CPU begin at a page, which leaves fewer holes in
     # glibc's heap (bench/RESULTS.md)
     (("THP_MEM_ALLOC_ENABLE",), "1"),
+    # libgomp, which torch brings on Linux, when torch is imported: a thread that waits asks 300,000 times, for
+    # milliseconds, before it sleeps, and takes them from whatever else runs (bench/RESULTS.md)
+    (("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"), "1000"),
     # torch, when it first uses a GPU: memory in segments that can grow. Every micro-batch has another shape, and blocks
     # of fixed size left from one are of no use to the next
     (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"), "expandable_segments:True"),
