@@ -159,7 +159,8 @@ def _differences(one: Path, other: Path) -> dict[str, float]:
     losses = [[entry["loss"] for entry in _metrics(run)["log_history"] if "loss" in entry] for run in (one, other)]
     margins, weights = [], []
     for folder in (one, other):
-        steps = [np.load(path) for path in sorted((folder / "logs" / "margins").rglob("step_*.npy"))]
+        kept = folder / "logs" / "margins"
+        steps = [read_margins(kept / step["npy"]) for step in read_margins_log(kept)[0]]
         margins.append({str(row["pair_id"]): float(row["margin"]) for step in steps for row in step})
         weights.append(load_file(folder / "adapter_model.safetensors"))
     return {

@@ -42,9 +42,12 @@ class _Kept:
 
     pairs: Sequence[dict[str, Any]]
 
-    @classmethod
-    def batch(cls, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {_EXAMPLES: cls(pairs), "pair_id": [pair.get("pair_id") for pair in pairs]}
+
+class _Keeping(PairCollator):
+    """A collator that leaves the pairs as they are."""
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {_EXAMPLES: _Kept(examples), "pair_id": [pair.get("pair_id") for pair in examples]}
 
 
 class TokenBudget:
@@ -91,8 +94,8 @@ class TokenBudget:
                 "pair by pair", self._token_budget, len(longer), len(tokens), longer.max()
             )  # fmt: skip
 
-    def _reference_collator(self, batch_size: int) -> Any:
-        return self.data_collator if self._token_budget is None else _Kept.batch
+    def _reference_collator(self, batch_size: int) -> PairCollator:
+        return self.data_collator if self._token_budget is None else _Keeping(**vars(self.data_collator))
 
     def _parts(self, pairs: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The pairs, by index, as they are forwarded together. Collective."""
