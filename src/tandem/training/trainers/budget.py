@@ -64,11 +64,11 @@ class TokenBudget:
     _token_budget: int | None
     """Tokens that a process forwards at a time; None: whatever the loader's batches have."""
 
-    def _dealt_row(self) -> dict[str, str]:
-        rows: dict[str, str] = super()._dealt_row()  # type: ignore[misc]
+    def _budget_row(self) -> dict[str, str]:
+        """A row of the start table."""
         if self._token_budget is None:
-            return rows
-        return rows | {"a batch": f"in parts of as many pairs each, of {self._token_budget} tokens at most"}
+            return {}
+        return {"a batch": f"in parts of as many pairs each, of {self._token_budget} tokens at most"}
 
     def get_train_dataloader(self) -> DataLoader:
         self._warn_of_long_pairs()

@@ -108,7 +108,7 @@ class TandemDPOTrainer(ContinuedLogs, EachPairOnce, TokenBudget, PairTrainer, Ev
         else:
             whose = self._reference_name or "the policy before training"
             reference = f"{whose}, sharded like the policy; its log-probs come from {self._ref_cache.path}"
-        return {"reference": reference, "layout": self._layout} | self._dealt_row()
+        return {"reference": reference, "layout": self._layout} | self._dealt_row() | self._budget_row()
 
     def _is_padded(self) -> bool:
         return self._layout == "padded"
