@@ -70,10 +70,11 @@ def worker(kind: str, report: str, argv: list[str]) -> None:
     """One process of a counted run."""
     if kind == "gpu":
         run_script.take_cpu_for_gpu()
+    from tandem.training.trainers.reference_scorer import ReferenceScorer
     from tandem.training.trainers.trl import TandemDPOTrainer
 
     counter = CollectiveBytes()
-    built, scored = TandemDPOTrainer.__init__, TandemDPOTrainer._score_reference
+    built, scored = TandemDPOTrainer.__init__, ReferenceScorer.with_columns
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         built(self, *args, **kwargs)
@@ -86,7 +87,7 @@ def worker(kind: str, report: str, argv: list[str]) -> None:
         finally:
             counter.phase = "other"
 
-    TandemDPOTrainer.__init__, TandemDPOTrainer._score_reference = init, score
+    TandemDPOTrainer.__init__, ReferenceScorer.with_columns = init, score
     with counter:
         runpy.run_path(str(launches.ROOT / "scripts" / "dpo.py"))["main"](argv)
     if os.environ["RANK"] == "0":

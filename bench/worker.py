@@ -178,7 +178,7 @@ def run(
     cls = TandemDPOTrainer if ours else StockTrainer
     clock, monitoring = {"wall": 0.0, "cpu": 0.0}, {"wall": 0.0, "cpu": 0.0}
     if not options.warm:
-        cls._precompute_ref_logps = timed(cls._precompute_ref_logps, clock)  # type: ignore[method-assign]
+        cls._precompute_ref_logps = timed(cls._precompute_ref_logps, clock)
     arguments = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=options.batch,
@@ -213,7 +213,7 @@ def run(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(steps)
     if ours:
-        trainer._feed_monitor = timed(trainer._feed_monitor, monitoring)
+        trainer.feed.add = timed(trainer.feed.add, monitoring)
         for name in ("collect", "end_step", "interval_logs"):
             setattr(trainer.monitor, name, timed(getattr(trainer.monitor, name), monitoring))
     timed(trainer.train, clock)()

@@ -35,16 +35,16 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_one_shape(tiny_model: Path, uneven: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_peft: bool):
-    from tandem.training.trainers.gaudi import TandemGaudiDPOTrainer
+    from tandem.training.trainers.reference_scorer import ReferenceScorer
 
     reference: list[tuple[int, ...]] = []
-    scored = TandemGaudiDPOTrainer.compute_ref_log_probs
+    scored = ReferenceScorer.logps
 
     def counted(self: Any, model: Any, inputs: Any) -> Any:
         reference.append(tuple(inputs["input_ids"].shape))
         return scored(self, model, inputs)
 
-    monkeypatch.setattr(TandemGaudiDPOTrainer, "compute_ref_log_probs", counted)
+    monkeypatch.setattr(ReferenceScorer, "logps", counted)
     case = Case(str(tiny_model), uneven, str(tmp_path), use_peft=use_peft, extra={"max_steps": -1})
     trainer = steps.build("gaudi", case)
     seen = shapes_of(trainer)
@@ -91,7 +91,8 @@ def test_no_look_at_a_value_in_a_step(
     """From the batch to the gradient, clipped, and the optimizer's step; the monitor then reads once."""
     case = Case(str(tiny_model), uneven, str(tmp_path), loss, use_peft, accumulation=2)
     trainer = steps.build("gaudi", case)
-    trainer._reference_checked = True  # which looks at a value, once a run, before the first step
+    if trainer.reference is not None:  # it looks at a value, once a run, before the first step
+        trainer.reference.check_once = lambda *_: None
     guarded = 0
     step, clip = trainer.training_step, trainer.accelerator.clip_grad_norm_
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from tandem.options.parsing import parse
 from tandem.training.option_sets import DPOOptionSet, check, classes
 from tandem.training.stages import fill_reference_cache
-from tandem.training.trainers.trl import TandemDPOTrainer
+from tandem.training.trainers.reference_scorer import ReferenceScorer
 from tests import tiny
 from tests.adapters import save_kind
 
@@ -129,10 +129,10 @@ def score(
     """`score(setting, cache)`: the reference's log-probs, and how many pairs were forwarded for them."""
     columns: list[Scored] = []
     forwarded: list[int] = []
-    precompute, forward = TandemDPOTrainer._precompute_ref_logps, TandemDPOTrainer.compute_ref_log_probs
+    with_columns, forward = ReferenceScorer.with_columns, ReferenceScorer.logps
 
     def kept(self: Any, *arguments: Any) -> Any:
-        dataset = precompute(self, *arguments)
+        dataset = with_columns(self, *arguments)
         columns.append(np.array([dataset["ref_chosen_logps"], dataset["ref_rejected_logps"]]).T)
         return dataset
 
@@ -140,8 +140,8 @@ def score(
         forwarded.append(len(inputs["input_ids"]) // 2)
         return forward(self, model, inputs)
 
-    monkeypatch.setattr(TandemDPOTrainer, "_precompute_ref_logps", kept)
-    monkeypatch.setattr(TandemDPOTrainer, "compute_ref_log_probs", counted)
+    monkeypatch.setattr(ReferenceScorer, "with_columns", kept)
+    monkeypatch.setattr(ReferenceScorer, "logps", counted)
 
     def run(setting: dict[str, Any], cache: Path) -> tuple[Scored, int]:
         columns.clear()

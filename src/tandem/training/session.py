@@ -163,7 +163,7 @@ class Session:
         mirroring = self._mirror.in_background() if self._mirror else contextlib.nullcontext()
         if self._mirror:
             trainer.add_callback(self._mirror)
-            trainer.before_removal = self._mirror.join
+            trainer.checkpoints.before_removal = self._mirror.join
         if resume_from:
             logger.info("resuming from %s", resume_from)
         anomalies = torch.autograd.set_detect_anomaly(True) if self.options.debug else contextlib.nullcontext()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.engine.precision import computed_in
+from tandem.engine.ref_cache import RefCache
 from tandem.errors import UserError
-from tandem.training.trainers import trl
+from tandem.training.trainers import reference_scorer
 from tandem.training.trainers.sharding import check_saves_whole, exact_sums, layer_classes, shard_frozen
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -128,11 +129,13 @@ def test_zero3_that_would_save_no_model_is_refused():
 
 
 @pytest.mark.parametrize("main", [True, False])
-def test_whole_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch, main: bool):
+def test_whole_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, main: bool):
     """On rank 0 alone: every rank of a node reading all weights of one disk would only wait for it."""
-    hashed: list[torch.nn.Module] = []
-    monkeypatch.setattr(trl, "of_rank_0", lambda value: value)
-    monkeypatch.setattr(trl, "PartialState", lambda: SimpleNamespace(is_main_process=main))
-    with trl._weights_hashed_by(lambda model: None, lambda model: hashed.append(model) or "a hash"):
-        value = trl_dpo_trainer.hash_module(torch.nn.Linear(2, 2))
-    assert (len(hashed), value) == ((1, "a hash") if main else (0, None))
+    hashed: list[nn.Module] = []
+    monkeypatch.setattr(reference_scorer, "of_rank_0", lambda value: value)
+    monkeypatch.setattr(reference_scorer, "fingerprint", lambda model, adapter: hashed.append(model) or "a hash")
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=main))
+    given = SimpleNamespace(name_or_path="m")
+    scorer: Any = reference_scorer.ReferenceScorer
+    scorer(trainer, RefCache(str(tmp_path)), None, given=given, added=None).identify(nn.Linear(2, 2))
+    assert len(hashed) == (1 if main else 0)

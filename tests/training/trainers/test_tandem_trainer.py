@@ -17,6 +17,7 @@ from tandem.models.load import load_model, load_tokenizer
 from tandem.monitor.options import MonitorOptions
 from tandem.options.model import ModelOptions
 from tandem.options.training import EngineOptions
+from tandem.training.trainers.reference_scorer import ReferenceScorer
 from tandem.training.trainers.trl import TandemDPOTrainer
 
 # Of the run's clock, or ours
@@ -84,13 +85,13 @@ def test_a_full_cache_means_no_reference_forward(
     monkeypatch: pytest.MonkeyPatch,
 ):
     calls: list[int] = []
-    scored = TandemDPOTrainer.compute_ref_log_probs
+    scored = ReferenceScorer.logps
 
     def counted(self: Any, model: Any, inputs: Any) -> Any:
         calls.append(len(inputs["input_ids"]) // 2)
         return scored(self, model, inputs)
 
-    monkeypatch.setattr(TandemDPOTrainer, "compute_ref_log_probs", counted)
+    monkeypatch.setattr(ReferenceScorer, "logps", counted)
 
     def run(name: str, *flags: str) -> int:
         calls.clear()

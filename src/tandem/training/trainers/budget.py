@@ -7,13 +7,12 @@ same.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from tandem.data.tokenized import SIDES, common_length
 from tandem.engine.balance import Ints, evenly, parts_within
@@ -22,7 +21,7 @@ from tandem.engine.lengths import PairLengths
 from tandem.engine.pairs import PairCollator
 from tandem.log import logger
 from tandem.training.trainers.deferred import mean_of
-from tandem.training.trainers.topology import Topology
+from tandem.training.trainers.reference_scorer import Logps
 
 _EXAMPLES = "examples"
 
@@ -51,119 +50,117 @@ class _Keeping(PairCollator):
 
 
 class TokenBudget:
-    """Mixin over `PairTrainer`."""
+    """The budget of a DPO trainer.
 
-    accelerator: Any
-    train_dataset: Any
-    data_collator: PairCollator
-    current_gradient_accumulation_steps: int
-    monitor: Any
-    _metrics: dict[str, dict[str, list[Any]]]
-    topology: Topology
-    _prepare_inputs: Any
-    _token_budget: int | None
-    """Tokens that a process forwards at a time; None: whatever the loader's batches have."""
+    Args:
+        limit: tokens that a process forwards at a time; None: whatever the loader's batches have.
+    """
 
-    def _budget_row(self) -> dict[str, str]:
+    def __init__(self, trainer: Any, limit: int | None) -> None:
+        self._trainer, self._limit = trainer, limit
+
+    def table_row(self) -> dict[str, str]:
         """A row of the start table."""
-        if self._token_budget is None:
+        if self._limit is None:
             return {}
-        return {"a batch": f"in parts of as many pairs each, of {self._token_budget} tokens at most"}
+        return {"a batch": f"in parts of as many pairs each, of {self._limit} tokens at most"}
 
-    def get_train_dataloader(self) -> DataLoader:
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Within, the trainer makes a data loader of pairs that are not yet tensors."""
         self._warn_of_long_pairs()
-        collate, self.data_collator = self.data_collator, self._reference_collator(0)
+        trainer = self._trainer
+        collate, trainer.data_collator = trainer.data_collator, self.collator()
         try:
-            loader: DataLoader = super().get_train_dataloader()  # type: ignore[misc]
+            yield
         finally:
-            self.data_collator = collate
-        return loader
+            trainer.data_collator = collate
 
-    def _warn_of_long_pairs(self) -> None:
-        if self._token_budget is None:
-            return
-        lengths = PairLengths.of(self.train_dataset, self.data_collator.max_length)
-        padded = self.data_collator.layout == "padded"
-        tokens = (
-            2 * np.maximum(lengths.chosen, lengths.rejected) if padded else lengths.tokens(self.data_collator.layout)
-        )
-        longer = tokens[tokens > self._token_budget]
-        if len(longer):
-            logger.warning(
-                "--token_budget %d: %d of %d pairs are longer by themselves, up to %d tokens: their batches go through "
-                "pair by pair", self._token_budget, len(longer), len(tokens), longer.max()
-            )  # fmt: skip
+    def collator(self) -> PairCollator:
+        """Of batches that `train` and `score` take."""
+        collator: PairCollator = self._trainer.data_collator
+        return collator if self._limit is None else _Keeping(**vars(collator))
 
-    def _reference_collator(self, batch_size: int) -> PairCollator:
-        return self.data_collator if self._token_budget is None else _Keeping(**vars(self.data_collator))
-
-    def _parts(self, pairs: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The pairs, by index, as they are forwarded together. Collective."""
-        assert self._token_budget is not None
-        layout, longest = self.data_collator.layout, self.data_collator.max_length
-        sizes: Ints = np.array([forwarded(pair, longest, layout) for pair in pairs])
-        padded = layout == "padded"
-        count = parts_within(sizes, self._token_budget, padded=padded)
-        if self.accelerator.num_processes > 1:
-            counts = torch.tensor([count], device=self.accelerator.device)
-            count = int(self.accelerator.gather(counts).max())
-        return evenly(sizes, count, padded=padded)
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `PairTrainer`."""
+    def score(self, inputs: Mapping[str, Any], scored: Callable[[dict[str, Any]], Logps]) -> Logps:
+        """The log-probs of a batch's pairs, by `scored` of each part. Collective."""
         if _EXAMPLES not in inputs:
-            whole: tuple[torch.Tensor, torch.Tensor] = super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
-            return whole
+            return scored(dict(inputs))
         pairs = inputs[_EXAMPLES].pairs
         parts = self._parts(pairs)
         found = []
         for part in parts:
-            batch = self._prepare_inputs(self.data_collator([pairs[index] for index in part]))
+            batch = self._trainer._prepare_inputs(self._trainer.data_collator([pairs[index] for index in part]))
             batch.pop("pair_id")
-            found.append(super().compute_ref_log_probs(model, batch))  # type: ignore[misc]
+            found.append(scored(batch))
         place = torch.tensor([index for part in parts for index in part]).argsort()
         chosen, rejected = (torch.cat(side)[place.to(side[0].device)] for side in zip(*found, strict=True))
         return chosen, rejected
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def train(self, model: Any, inputs: dict[str, Any], step: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch, by `step` (forward and backward) of each part. Collective."""
         if _EXAMPLES not in inputs:
-            loss: torch.Tensor = super().training_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]
-            return loss
-        pairs = inputs[_EXAMPLES].pairs
+            return step(inputs)
+        trainer, pairs = self._trainer, inputs[_EXAMPLES].pairs
         parts = self._parts(pairs)
-        steps, logged = self.current_gradient_accumulation_steps, self._metrics["train"]
+        steps, logged = trainer.current_gradient_accumulation_steps, trainer._metrics["train"]
         before = {name: len(values) for name, values in logged.items()}
-        self.current_gradient_accumulation_steps = steps * len(parts)
+        trainer.current_gradient_accumulation_steps = steps * len(parts)
         try:
             losses = []
             for number, part in enumerate(parts):
                 with self._gradients_stay(model, last=number == len(parts) - 1):
-                    batch = self.data_collator([pairs[index] for index in part])
-                    losses.append(super().training_step(model, batch, *arguments, **keywords))  # type: ignore[misc]
+                    losses.append(step(trainer.data_collator([pairs[index] for index in part])))
         finally:
-            self.current_gradient_accumulation_steps = steps
+            trainer.current_gradient_accumulation_steps = steps
         for name, values in logged.items():  # TRL's are means over what was forwarded together: now over the batch
             if len(own := values[before.get(name, 0) :]) == len(parts):
                 values[before.get(name, 0) :] = [mean_of(own)]
-        self.monitor.join(len(parts), [index for part in parts for index in part], lambda: self.data_collator(pairs))
+        order = [index for part in parts for index in part]
+        trainer.monitor.join(len(parts), order, lambda: trainer.data_collator(pairs))
         return torch.stack(losses).sum()
+
+    def as_padded(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What transformers counts the operations of: the loader's batch as it would be padded."""
+        if _EXAMPLES not in inputs:
+            return inputs
+        pairs, limit = inputs[_EXAMPLES].pairs, self._trainer.data_collator.max_length
+        rows = [len(pair["prompt_ids"]) + len(pair[f"{side}_ids"]) for pair in pairs for side in SIDES]
+        width = min(max(rows), limit or max(rows))
+        return {"input_ids": torch.empty(len(rows), width, device="meta")}
+
+    def _warn_of_long_pairs(self) -> None:
+        if self._limit is None:
+            return
+        collator = self._trainer.data_collator
+        lengths = PairLengths.of(self._trainer.train_dataset, collator.max_length)
+        padded = collator.layout == "padded"
+        tokens = 2 * np.maximum(lengths.chosen, lengths.rejected) if padded else lengths.tokens(collator.layout)
+        longer = tokens[tokens > self._limit]
+        if len(longer):
+            logger.warning(
+                "--token_budget %d: %d of %d pairs are longer by themselves, up to %d tokens: their batches go through "
+                "pair by pair", self._limit, len(longer), len(tokens), longer.max()
+            )  # fmt: skip
+
+    def _parts(self, pairs: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The pairs, by index, as they are forwarded together. Collective."""
+        assert self._limit is not None
+        collator, accelerator = self._trainer.data_collator, self._trainer.accelerator
+        sizes: Ints = np.array([forwarded(pair, collator.max_length, collator.layout) for pair in pairs])
+        padded = collator.layout == "padded"
+        count = parts_within(sizes, self._limit, padded=padded)
+        if accelerator.num_processes > 1:
+            counts = torch.tensor([count], device=accelerator.device)
+            count = int(accelerator.gather(counts).max())
+        return evenly(sizes, count, padded=padded)
 
     def _gradients_stay(self, model: Any, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Where each process has the whole model, gradients are summed over the processes after the last part alone.
 
         Not where it is sharded: what is not summed there is held whole.
         """
-        if last or not self.accelerator.sync_gradients or self.topology.engine != "ddp":
+        accelerator = self._trainer.accelerator
+        if last or not accelerator.sync_gradients or self._trainer.topology.engine != "ddp":
             return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        context: contextlib.AbstractContextManager[Any] = accelerator.no_sync(model)
         return context
-
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """transformers', of the loader's batch as it would be padded."""
-        if _EXAMPLES in inputs:
-            pairs, limit = inputs[_EXAMPLES].pairs, self.data_collator.max_length
-            rows = [len(pair["prompt_ids"]) + len(pair[f"{side}_ids"]) for pair in pairs for side in SIDES]
-            width = min(max(rows), limit or max(rows))
-            inputs = {"input_ids": torch.empty(len(rows), width, device="meta")}
-        operations: int = super().floating_point_ops(inputs)  # type: ignore[misc]
-        return operations

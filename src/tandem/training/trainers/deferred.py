@@ -5,7 +5,8 @@ that are read only when something is logged. `DeferredGather` stands in for the 
 numbers: it keeps the local tensors and hands out promises, and `collect` gathers all of them at once.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,3 +90,37 @@ class DeferredGather:
         ranks = self._accelerator.gather(flat).view(-1, flat.numel()).cpu()
         self._gathered = [part.reshape(-1) for part in ranks.split(sizes, dim=1)]
         self._local = []
+
+
+class DeferredMetrics:
+    """The metrics and the token count of a TRL trainer, gathered when they are resolved."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._gather = DeferredGather(trainer.accelerator)
+        self._token_counts: list[Promise] = []
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Within, what TRL gathers for its metrics is promised."""
+        trainer = self._trainer
+        accelerator, counted = trainer.accelerator, trainer._total_train_tokens
+        trainer.accelerator, trainer._total_train_tokens = self._gather, 0
+        try:
+            yield
+        finally:
+            self._token_counts.append(trainer._total_train_tokens)
+            trainer.accelerator, trainer._total_train_tokens = accelerator, counted
+
+    def resolve(self) -> None:
+        """Turn what TRL's metrics were promised into numbers. Collective."""
+        if not self._token_counts:
+            return
+        self._gather.collect()
+        trainer = self._trainer
+        metrics = trainer._metrics["train"]
+        trainer._total_train_tokens += int(sum(count.value() for count in self._token_counts))
+        self._token_counts = []
+        for name, values in metrics.items():
+            metrics[name] = [float(value.value()) if isinstance(value, Promise) else value for value in values]
+        metrics["num_tokens"] = [trainer._total_train_tokens]

@@ -25,24 +25,25 @@ from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.losses import Pairs, pair_losses, rewards
 from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import ExampleCollator, PairCollator, completion_logps, sequence_logps
-from tandem.engine.ref_cache import RefCache, fingerprint
+from tandem.engine.ref_cache import RefCache
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.models.habana import is_lazy
 from tandem.models.lora import lora_config
+from tandem.monitor.monitor import Monitor
 from tandem.options.training import GaudiOptions
 from tandem.runs import write_json
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.trainers.base import TandemTrainer
 from tandem.training.trainers.build import Build
 from tandem.training.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
-from tandem.training.trainers.held_out import MeansOverRows
-from tandem.training.trainers.pair_trainer import CompleteCheckpoints, PairTrainer
+from tandem.training.trainers.monitored import MonitorFeed
+from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 
 
-class _OnGaudi(MeansOverRows, CompleteCheckpoints):
-    """Mixin over GaudiTrainer: transformers' own order of the data, and batches of one shape."""
+class _OnGaudi(TandemTrainer):
+    """A GaudiTrainer: transformers' own order of the data, and batches of one shape."""
 
-    model: Any
     data_collator: Any
 
     # optimum-habana's sampler fills the last batch with other rows drawn at random, which then count twice
@@ -67,15 +68,16 @@ class _OnGaudi(MeansOverRows, CompleteCheckpoints):
 
     def get_batch_samples_transformers(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
         """transformers' `get_batch_samples`, by the name that optimum-habana calls it by."""
-        if self._nothing_left():
+        if self.checkpoints.nothing_left():
             return [], None
-        return super().get_batch_samples_transformers(*arguments, **keywords)  # type: ignore[misc, no-any-return]
+        samples: tuple[list[Any], Any] = super().get_batch_samples_transformers(*arguments, **keywords)
+        return samples
 
     def get_train_dataloader(self) -> DataLoader:
         return GaudiTrainer.get_train_dataloader(self)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        collator, size = self.data_collator, self.args.per_device_eval_batch_size  # type: ignore[attr-defined]
+        collator, size = self.data_collator, self.args.per_device_eval_batch_size
         self.data_collator = dataclasses.replace(collator, size=size)
         try:
             return GaudiTrainer.get_eval_dataloader(self, eval_dataset)
@@ -83,7 +85,7 @@ class _OnGaudi(MeansOverRows, CompleteCheckpoints):
             self.data_collator = collator
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
         file = Path(output_dir or self.args.output_dir) / CONFIG_NAME
         if file.exists():
             # It names Intel's class, which only this environment knows: other loaders, as vLLM, go by that name
@@ -96,7 +98,18 @@ class _OnGaudi(MeansOverRows, CompleteCheckpoints):
         self.accelerator.end_training()
 
 
-class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
+class _Scorer(ReferenceScorer):
+    """Forwards in the one shape and precision that the policy is compiled for."""
+
+    def collator(self, batch_size: int) -> PairCollator:
+        return dataclasses.replace(self._trainer.data_collator, size=batch_size)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any] = self._trainer.compute_loss_context_manager()
+        return context
+
+
+class TandemGaudiDPOTrainer(_OnGaudi, GaudiDPOTrainer):
     """optimum-habana's GaudiDPOTrainer on tokenized pairs with their `pair_id`, with TRL 1.16's numbers.
 
     The losses are those of TRL 0.9.6, which it calls. Against the stock class: accumulation is a mean over its
@@ -104,8 +117,11 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
     filled with copies that weigh nothing; metrics are means over all ranks, read when they are logged.
     """
 
-    _stored_metrics: dict[str, dict[str, list[torch.Tensor]]]
+    reference: ReferenceScorer
+    monitor: Monitor
+    train_dataset: Any
     eval_dataset: Any
+    _stored_metrics: dict[str, dict[str, list[torch.Tensor]]]
 
     def __init__(
         self,
@@ -116,7 +132,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         **keywords: Any,
     ) -> None:
         self._dpo = run.dpo
-        self._ref_cache = RefCache(run.engine.ref_cache) if run.dpo.needs_reference else None
+        cache = RefCache(run.engine.ref_cache) if run.dpo.needs_reference else None
         # The stock class would record the reference it is given as an HPU graph, in eager mode too
         super().__init__(*arguments, **keywords)
         self.ld_alpha = run.dpo.ld_alpha
@@ -124,42 +140,30 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         self._grad_norm: torch.Tensor | None = None
         self._tokens = torch.zeros((), device=self.args.device)
         self.accelerator.clip_grad_norm_ = self._recorded(self.accelerator.clip_grad_norm_)
+        self.reference = _Scorer(self, cache, self._logps, given=ref_model, added=keywords.get("peft_config"))
+        self.reference.identify(self.accelerator.unwrap_model(self.model) if ref_model is None else ref_model)
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self._added_adapter = keywords.get("peft_config")
-        self._reference_name = ref_model.name_or_path if ref_model is not None else None
         if self.args.disable_dropout:
             disable_dropout(self.model)
-        self._precompute_reference()
-        self._add_monitor(run.monitor, logs_dir)
+        self._score_reference()
+        self.feed = MonitorFeed(self, run.monitor, logs_dir, scored=cache is not None)
 
     @staticmethod
     def tokenize_row(row: dict[str, Any]) -> dict[str, Any]:
         return row
 
-    # Reference
-
-    def _precompute_reference(self) -> None:
+    def _score_reference(self) -> None:
         """Log-probs of the reference, while policy and reference are still the same model."""
-        model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        scored = self._ref_cache is not None
-        self._precompute_model_hash = fingerprint(model, adapter=self._with_adapter()) if scored else ""
         size = self.args.per_device_train_batch_size  # the shape of training, which is compiled anyway
-        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
+        self.train_dataset = self.reference.with_columns(self.train_dataset, "train", size)
         if self.eval_dataset is not None:
-            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", size)
+            self.eval_dataset = self.reference.with_columns(self.eval_dataset, "eval", size)
         self.ref_model = None
-
-    def _reference_collator(self, batch_size: int) -> PairCollator:
-        return dataclasses.replace(self.data_collator, size=batch_size)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        context: contextlib.AbstractContextManager[Any] = self.compute_loss_context_manager()
-        return context
 
     # Loss and metrics
 
-    def _logps(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logps(self, model: Any, inputs: dict[str, Any]) -> Logps:
         mask = inputs["completion_mask"]
         per_token = self._token_logps(model, inputs, mask)
         chosen, rejected = sequence_logps(per_token, mask[:, 1:], self.ld_alpha).chunk(2)
@@ -171,7 +175,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         chosen, rejected = self._logps(model, inputs)
         loss, metrics, logged = self._loss_and_metrics(chosen, rejected, inputs)
         self.store_metrics(metrics, "train")
-        self._feed_monitor(inputs["pair_id"], inputs, chosen.detach(), rejected.detach(), loss, logged)
+        self.feed.add(inputs["pair_id"], inputs, (chosen.detach(), rejected.detach()), loss, logged)
         self._tokens = self._tokens + (inputs["attention_mask"].sum(1) * inputs["pair_weights"].repeat(2)).sum()
         # The stock training step adds micro-batches up, where transformers takes their mean
         return loss / self.current_gradient_accumulation_steps
@@ -180,11 +184,10 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
-        inputs["pair_weights"] = inputs["pair_weights"] * self._is_own(inputs["pair_weights"])
+        inputs["pair_weights"] = inputs["pair_weights"] * self.held_out.is_own(inputs["pair_weights"])
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics, _ = self._loss_and_metrics(*self._logps(model, inputs), inputs)
-        for name, value in {"loss": loss, **metrics}.items():
-            self._means.add(name, value, inputs["pair_weights"].sum())
+        self.held_out.add({"loss": loss, **metrics}, inputs["pair_weights"].sum())
         return loss, None, None
 
     def _loss_and_metrics(
@@ -195,7 +198,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
         references = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         weights = batch["pair_weights"] / batch["pair_weights"].sum()
         lengths = batch["completion_mask"].sum(1).clamp(min=1).chunk(2)
-        scored = self._ref_cache is not None
+        scored = self.reference.cache is not None
         pairs = Pairs(
             chosen,
             rejected,
@@ -281,12 +284,12 @@ class TandemGaudiDPOTrainer(_OnGaudi, PairTrainer, GaudiDPOTrainer):
 
     # Checkpoints
 
-    def _counters(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         stored = self._stored_metrics.get("train", {})
         metrics = {name: torch.stack(values).tolist() for name, values in stored.items()}
         return {"num_tokens": self._num_tokens(), "metrics": metrics}
 
-    def _restore_counters(self, counters: dict[str, Any]) -> None:
+    def restore_counters(self, counters: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self._tokens = self._tokens + counters["num_tokens"]
         for name, values in counters["metrics"].items():
@@ -301,10 +304,10 @@ class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
         self.model_accepts_loss_kwargs = True  # so that the loop counts a step's completion tokens for `compute_loss`
         self._prepare_forward(gaudi, self.data_collator.max_length)
 
-    def _counters(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         return {}
 
-    def _restore_counters(self, counters: dict[str, Any]) -> None:
+    def restore_counters(self, counters: dict[str, Any]) -> None:
         pass
 
     def compute_loss(
@@ -321,11 +324,11 @@ class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
-        own = self._is_own(inputs["labels"])
+        own = self.held_out.is_own(inputs["labels"])
         inputs["labels"] = inputs["labels"].masked_fill(own[:, None] == 0, IGNORED_LABEL)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        self._means.add("loss", loss, (inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
+        self.held_out.add({"loss": loss}, (inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
         return loss, None, None
 
 

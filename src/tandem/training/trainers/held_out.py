@@ -5,8 +5,9 @@ several processes the rows that fill the last batches up count twice in some of 
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -72,81 +73,103 @@ class _Alone:
     gather_for_metrics = gather
 
 
-class MeansOverRows:
-    """Mixin over transformers' Trainer: the results of an evaluation are those that its `prediction_step` adds to
-    `_means`, among them `loss`."""
+class HeldOut:
+    """A trainer's evaluation: means over rows of what is added for each batch, `loss` among it."""
 
-    args: Any
-    accelerator: Any
-    _means: WeightedMeans
-
-    def _is_own(self, per_row: torch.Tensor) -> torch.Tensor:
-        """(rows,) float32 beside the rows of a batch of evaluation: 0 for those that another process has too."""
-        rows = len(per_row)
-        own = own_rows(self.accelerator, self.args.per_device_eval_batch_size, rows)
-        return (torch.arange(rows, device=per_row.device) < own).float()
-
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
         self._means = WeightedMeans()
-        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)  # type: ignore[misc]
-        means = self._means.over_ranks(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
-        return output
 
+    def begin(self) -> None:
+        """Forget the evaluation before."""
+        self._means = WeightedMeans()
 
-class EachRowOnce(MeansOverRows):
-    """Mixin over a TRL trainer on transformers 5: the batches of its evaluation, and what TRL's metrics weigh."""
+    def add(self, values: Mapping[str, Any], weight: Any) -> None:
+        """See `WeightedMeans.add`."""
+        for name, value in values.items():
+            self._means.add(name, value, weight)
 
-    _metrics: dict[str, Any]
-    _tp_size: int
-    _prepare_inputs: Any
+    def results(self, prefix: str) -> dict[str, float]:
+        """The means, by their names in a log. Collective."""
+        means = self._means.over_ranks(self._trainer.accelerator)
+        return {f"{prefix}_{name}": mean for name, mean in means.items()}
 
-    def _rows(self, inputs: Mapping[str, Any]) -> int:
-        raise NotImplementedError
+    def is_own(self, per_row: torch.Tensor) -> torch.Tensor:
+        """(rows,) float32 beside the rows of a batch: 0 for those that another process has too."""
+        rows = len(per_row)
+        return (torch.arange(rows, device=per_row.device) < self._own(rows)).float()
 
-    def _first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-        """A batch of the first `rows` of `inputs`."""
-        raise NotImplementedError
+    def once(self, inputs: dict[str, Any], rows: "Rows", tp_size: int) -> "Counted":
+        """A batch without the rows that another process has too, and what the means over it weigh.
 
-    def _weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """How many each of a batch's metrics is a mean over, by name; and how many all others are."""
-        raise NotImplementedError
+        Args:
+            tp_size: see `own_rows`.
+        """
+        count = rows.count(inputs)
+        own = self._own(count, tp_size)
+        if 0 < own < count:
+            inputs = rows.first(inputs, own)
+        # A process that has only copies forwards them all the same: with shards that is a collective
+        return Counted(inputs, *rows.weights(inputs), counts=own > 0)
 
-    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        rows = self._rows(inputs)
-        own = own_rows(self.accelerator, self.args.per_device_eval_batch_size, rows, self._tp_size)
-        if 0 < own < rows:
-            inputs = self._first(inputs, own)
-        weights, others = self._weights(inputs)
-        with self._alone():
-            loss, _, _ = super().prediction_step(model, inputs, True)  # type: ignore[misc]
-        # A process that has only copies has forwarded them all the same: with shards that is a collective
-        counted = int(own > 0)
-        metrics = self._metrics["eval"]
+    def add_trls(self, loss: torch.Tensor, metrics: dict[str, list[Any]], batch: "Counted") -> None:
+        """Add the loss of a batch, and what TRL has appended to its `metrics` on it, which is taken away there."""
         found = {name: metrics.pop(name)[-1] for name in list(metrics) if name != "num_tokens"}
         for name, value in {"loss": loss, **found}.items():
-            self._means.add(name, value, weights.get(name, others) * counted)
-        return loss, None, None
+            self._means.add(name, value, batch.weights.get(name, batch.others) * int(batch.counts))
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        accelerator = self.accelerator
-        self.accelerator = _Alone(accelerator)
+    def alone(self) -> Iterator[None]:
+        """Within, the trainer's accelerator gathers nothing."""
+        accelerator = self._trainer.accelerator
+        self._trainer.accelerator = _Alone(accelerator)
         try:
             yield
         finally:
-            self.accelerator = accelerator
+            self._trainer.accelerator = accelerator
+
+    def _own(self, rows: int, tp_size: int = 1) -> int:
+        return own_rows(self._trainer.accelerator, self._trainer.args.per_device_eval_batch_size, rows, tp_size)
 
 
-class EachPairOnce(EachRowOnce):
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A batch of an evaluation.
+
+    Attributes:
+        inputs: what is forwarded.
+        weights: how many each of its metrics is a mean over, by name.
+        others: how many all other metrics are.
+        counts: False where all of its rows are another process's.
+    """
+
+    inputs: dict[str, Any]
+    weights: dict[str, Any]
+    others: Any
+    counts: bool
+
+
+class Rows(Protocol):
+    """How the batches of a TRL trainer are made, and what its metrics are means over."""
+
+    def count(self, inputs: Mapping[str, Any]) -> int:
+        """Rows of a batch."""
+
+    def first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+        """A batch of the first `rows` of `inputs`."""
+
+    def weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """See `Counted.weights` and `Counted.others`."""
+
+
+class PairRows:
     """Of TRL's DPOTrainer."""
 
-    def _rows(self, inputs: Mapping[str, Any]) -> int:
+    def count(self, inputs: Mapping[str, Any]) -> int:
         return len(inputs["pair_id"])
 
-    def _first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-        pairs = self._rows(inputs)
+    def first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+        pairs = self.count(inputs)
 
         def some(value: Any) -> Any:
             if len(value) == pairs:
@@ -155,7 +178,7 @@ class EachPairOnce(EachRowOnce):
 
         return {name: some(value) for name, value in inputs.items() if name != PAIR_LAYOUT}
 
-    def _weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    def weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
         weights = {
             "entropy": chosen + rejected,
@@ -163,17 +186,17 @@ class EachPairOnce(EachRowOnce):
             "logits/chosen": chosen,
             "logits/rejected": rejected,
         }
-        return weights, self._rows(inputs)
+        return weights, self.count(inputs)
 
 
-class EachExampleOnce(EachRowOnce):
+class ExampleRows:
     """Of TRL's SFTTrainer, whose metrics are all means over tokens."""
 
-    def _rows(self, inputs: Mapping[str, Any]) -> int:
+    def count(self, inputs: Mapping[str, Any]) -> int:
         return len(inputs["input_ids"])
 
-    def _first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    def first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
         return {name: value[:rows] for name, value in inputs.items() if name != PAIR_LAYOUT}
 
-    def _weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    def weights(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         return {}, (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
@@ -18,87 +17,58 @@ from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 
-from tandem.data.turn_end import named
+from tandem.engine.pairs import PairCollator
 from tandem.errors import UserError
-from tandem.log import logger
-from tandem.models.fits import adapter_told
-from tandem.models.load import adapters_of_whole_layers
-from tandem.models.shards import gather_tied_head
-from tandem.training.held import upcast_trained
-from tandem.training.trainers.topology import Topology
+from tandem.training.trainers.budget import TokenBudget
+from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 
 
-class Sharded:
-    """Mixin over transformers' Trainer: states what the run is, shards by layer, saves whole models."""
+class ShardedScorer(ReferenceScorer):
+    """Of a reference that is forwarded as the launch shards it, and within the trainer's token budget."""
 
-    accelerator: Accelerator
-    args: Any
-    model: Any
-    model_wrapped: Any
-    processing_class: Any
-    is_fsdp_enabled: bool
-    topology: Topology
-    unit: str
+    _engine: Any = None
+    """DeepSpeed's, of the policy: made for the training pairs, and used for the held-out ones too."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        self._ends = named(keywords["processing_class"])
-        with adapters_of_whole_layers(), adapter_told():
-            super().__init__(*arguments, **keywords)
-        if self.topology.engine in ("single", "ddp") and (self.args.bf16 or self.args.fp16):
-            upcast_trained(self.model)
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Any]:
+        trainer = self._trainer
+        with scoring(trainer.ref_model or self._engine or trainer.model, trainer.accelerator) as ready:
+            if trainer.is_deepspeed_enabled and trainer.ref_model is None:
+                self._engine = ready
+            yield ready
 
-    def create_accelerator_and_postprocess(self) -> None:
-        if self.args.n_gpu > 1:  # for which transformers takes one process that sees several GPUs as DataParallel
-            self.args._n_gpu = 1
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = exact_sums(plugin.mixed_precision_policy)
-            if plugin.transformer_cls_names_to_wrap is None:
-                plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
-        check_saves_whole(self.accelerator)
-        if getattr(self.model, "fsdp_size", None) not in (None, 1):
-            gather_tied_head(self.model)
-        self.topology = Topology.of(self.accelerator, self.args, self.model)
-        if self.accelerator.is_main_process:
-            rows = (
-                {"trained": trained(self.model)}
-                | self.table_rows()
-                | {"learning rate": learning_rate(self.args), "answers end with": self._ends}
-            )
-            logger.info("%s", self.topology.table(self.unit, **rows))
+    def gather(self, logps: Logps) -> Logps:
+        tp_size = self._trainer._tp_size
+        if tp_size == 1:
+            return super().gather(logps)
+        # The ranks of a tensor-parallel group, neighbours, have the same pairs
+        chosen, rejected = (
+            self._trainer.accelerator.gather(side).view(-1, tp_size, len(side))[:, 0].flatten() for side in logps
+        )
+        return chosen, rejected
 
-    def table_rows(self) -> dict[str, str]:
-        """Rows of the start table that only this trainer has."""
-        return {}
+    def collator(self, batch_size: int) -> PairCollator:
+        budget: TokenBudget = self._trainer.budget
+        return budget.collator()
 
-    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
-        if self.is_fsdp_enabled:
-            # Before there is an optimizer: accelerate finds its weights' shards by their addresses, and weights on meta
-            # have none
-            fsdp2_prepare_model(self.accelerator, self.model)
-        prepared = super()._prepare_for_training(*arguments, **keywords)  # type: ignore[misc]
-        if self.topology.engine == "tp_fsdp":
-            average_cut_adapter(self.model, self.accelerator)
-        self.topology.verify(self.model_wrapped)
-        gather_once(self.model_wrapped)
-        return prepared
+    def logps(self, model: Any, inputs: dict[str, Any]) -> Logps:
+        budget: TokenBudget = self._trainer.budget
+        scored = super().logps
+        return budget.score(inputs, lambda batch: scored(model, batch))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a folder that anything loads; of sharded weights, too, of which transformers writes nothing.
 
-        A checkpoint (`_internal_call`) keeps its shards beside it and gets what makes a model of them (`merge_shards`).
-        """
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        elif _internal_call:
-            if self.args.should_save:
-                save_without_weights(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
-                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
-        else:
-            weights = self.accelerator.get_state_dict(self.model)  # whole, on rank 0, whatever the plugin's type
-            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+def shard_by_layer(accelerator: Accelerator, model: Any) -> None:
+    """Have FSDP shard `model` a layer a unit, where the launch names no other units, and sum gradients exactly."""
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = exact_sums(plugin.mixed_precision_policy)
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layer_classes(model)
+
+
+def saves_shards(accelerator: Accelerator) -> bool:
+    """Whether transformers would write shards, from which it writes no model at the end."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type)
 
 
 def trained(model: Any) -> str:
@@ -254,8 +224,3 @@ def scoring(model: Any, accelerator: Accelerator) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def of_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank: with FSDP's economical loading only it has the weights. Collective."""
-    return broadcast_object_list([value])[0]
