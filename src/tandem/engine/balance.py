@@ -20,6 +20,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.widths import Widths
+
 Ints = NDArray[np.int64]
 Waits = Literal["step", "micro_batch"]
 """When processes wait for each other: once in an optimizer step (DDP), or in each micro-batch (sharded weights)."""
@@ -42,21 +44,17 @@ class Cost:
     @classmethod
     def of(cls, config: Any) -> Self:
         """From a transformers config (of the text model). Where that does not say, tokens are counted alone."""
-        try:
-            hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-            head_size = getattr(config, "head_dim", None) or hidden // heads
-            groups = getattr(config, "num_key_value_heads", None) or heads
-            experts = getattr(config, "num_experts_per_tok", None) or 1
-            inner = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
-            inner = inner or getattr(config, "intermediate_size", None) or 4 * hidden
-            # Multiplications: queries and outputs, keys and values, a gated feed-forward of three matrices
-            layer = hidden * (2 * heads + 2 * groups) * head_size + 3 * experts * hidden * inner
-            head = config.vocab_size * hidden
-            attention = 2 * heads * head_size
-        except (AttributeError, TypeError, ZeroDivisionError):
+        widths = Widths.of(config)
+        if widths is None:
             return cls()
-        token = layers * layer
-        return cls(per_scored=_SCALE * head // token, per_key=_SCALE * layers * attention // token)
+        hidden, head = widths.hidden, widths.head
+        # Multiplications: queries and outputs, keys and values, a gated feed-forward of three matrices
+        layer = hidden * 2 * (widths.heads + widths.groups) * head + 3 * widths.experts * hidden * widths.inner
+        attention = 2 * widths.heads * head
+        token = widths.layers * layer
+        return cls(
+            per_scored=_SCALE * widths.vocabulary * hidden // token, per_key=_SCALE * widths.layers * attention // token
+        )
 
     def total(self, tokens: Ints, scored: Ints, keys: Ints) -> Ints:
         """(n,) of n pairs, from (n,) counts each."""

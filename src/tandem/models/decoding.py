@@ -1,12 +1,14 @@
 """Answers to one batch of prompts by transformers' `generate`: its cache grows in place, rows leave when they end."""
 
 from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from tandem.devices import memory
+from tandem.models.draws import RowDraws
+from tandem.widths import Widths
 
 # Rows at a time. On a CPU a token of a row of 32 costs a quarter of one of four, and 64 gain nothing (bench/RESULTS.md)
 _MOST_ROWS = {"cpu": 32}
@@ -16,13 +18,6 @@ _SHARE = 0.25
 _LEAVE = 4  # a quarter of the rows has ended: the others go on without them
 
 
-class Draws(Protocol):
-    """A logits processor that knows something of each row."""
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows (k,), by index, and no others."""
-
-
 def decode(
     model: PreTrainedModel,
     ids: torch.Tensor,
@@ -30,7 +25,7 @@ def decode(
     *,
     max_new_tokens: int,
     pad: int,
-    draws: Any | None,
+    draws: RowDraws | None,
     rows_leave: bool,
 ) -> list[list[int]]:
     """What `generate` answers to each row of one batch: token ids, where its end came with that as the last.
@@ -39,7 +34,7 @@ def decode(
         ids: (rows, columns) prompts, at the right
         mask: (rows, columns) 1 where there is a prompt
         pad: what a row that has ended is filled up with
-        draws: a logits processor that leaves one token each row (`Draws`); None: the most likely one
+        draws: leaves one token each row; None: the most likely one
         rows_leave: rows that have ended leave the batch, by calling `generate` again for the others with their cache.
             Not where another process has to call as often.
     """
@@ -124,16 +119,14 @@ def rows_that_fit(model: PreTrainedModel, prompt: int, new: int, device: torch.d
 
     By the machine, not by what is free on it now: the same command draws the same batches tomorrow.
     """
-    config = model.config.get_text_config(decoder=True)
-    layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    most = _MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE)
+    widths = Widths.of(model.config.get_text_config(decoder=True))
+    if widths is None:
+        return most
     size = model.dtype.itemsize
-    cached = 2 * layers * groups * head * size
-    passing = (3 * wide + 8 * hidden) * size  # of one layer at a time, while the prompts are read
-    scores = 8 * 4 * config.vocab_size  # logits in float32, probabilities and the like
+    cached = 2 * widths.layers * widths.groups * widths.head * size
+    passing = (3 * widths.inner + 8 * widths.hidden) * size  # of one layer at a time, while the prompts are read
+    scores = 8 * 4 * widths.vocabulary  # logits in float32, probabilities and the like
     row = (prompt + new) * cached + prompt * passing + scores
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    most = _MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE)
     return max(1, min(most, int(_SHARE * (memory(device) - weights) / row)))
