@@ -4,7 +4,7 @@
     python bench/table23.py /tmp/before
 
 Both sides of a row run in turns, each in a process of its own with this interpreter and the packages it has. CPU
-seconds, the least of two; what is imported and set up beforehand is not counted, but for what a command line costs.
+seconds, the least of the turns; what is imported and set up beforehand is not counted, but for what a command line costs.
 Prints rows for RESULTS.md. Further rows have a bench of their own: uneven processes `balance.py`, preparation and its
 memory `scale.py`, decoding `decode.py`.
 """
@@ -113,10 +113,14 @@ def measured(code: str, tree: Path, new: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a tree of an older commit")
+    parser.add_argument("--turns", type=int, default=2)
     given = parser.parse_args()
     print("| seconds of CPU unless named | before | now |\n|---|---|---|", flush=True)
     for name, code in ROWS.items():
-        turns = [[measured(code, tree, new) for tree, new in ((given.before, False), (ROOT, True))] for _ in range(2)]
+        turns = [
+            [measured(code, tree, new) for tree, new in ((given.before, False), (ROOT, True))]
+            for _ in range(given.turns)
+        ]
         before, now = (min(each) for each in zip(*turns, strict=True))
         print(f"| {name} | {before:.3g} | **{now:.3g}** |", flush=True)
 
