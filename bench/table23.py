@@ -4,7 +4,8 @@
     python bench/table23.py /tmp/before
 
 Both sides of a row run in turns, each in a process of its own with this interpreter and the packages it has. CPU
-seconds, the least of the turns; what is imported and set up beforehand is not counted, but for what a command line costs.
+seconds, the least of the turns; what is imported and set up beforehand is not counted, but for what a command line
+costs.
 Prints rows for RESULTS.md. Further rows have a bench of their own: uneven processes `balance.py`, preparation and its
 memory `scale.py`, decoding `decode.py`.
 """
