@@ -132,6 +132,14 @@ def test_the_rationale_is_asked_for_before_the_verdict():
         '{"response": "{\\"rationale\\": \\"because\\", \\"verdict\\": \\"B\\"}"}',
         '"{\\"rationale\\": \\"because\\", \\"verdict\\": \\"B\\"}"',
         '[{"rationale": "because", "verdict": "B"}]',
+        '{"Rationale": "because", "VERDICT": " B\\n"}',
+        "{'rationale': 'because', 'verdict': 'B'}",
+        '{"rationale": "because", "verdict": "B",}',
+        "```python\n{'rationale': \"because\", 'verdict': 'b',}\n```",
+        "{“rationale”: “because”, “verdict”: “B”}",
+        '{"Result": {"Rationale": "because", "Verdict": "B"}}',
+        '<|channel|>analysis<|message|>{"rationale": "", "verdict": "A"}<|end|><|channel|>final<|message|>'
+        '{"rationale": "because", "verdict": "B"}',
     ],
 )
 def test_where_no_schema_is_enforced_the_form_is_less_strict(text):
@@ -152,6 +160,13 @@ def test_a_raw_newline_in_a_rationale_is_read_where_no_schema_is_enforced():
         '{"a": {"rationale": "r", "verdict": "A"}, "b": {"rationale": "r", "verdict": "B"}}',
         '{"a": {"b": {"rationale": "r", "verdict": "A"}}}',
         '{"rationale": "r", "verdict": "a"} {"rationale": "r", "verdict": "B"}',
+        '{"rationale": "r", "verdict": 1}',
+        '{"rationale": "r", "verdict": ["B"]}',
+        '{"rationale": "r", "verdict": "A/B"}',
+        "{'rationale': 'r', 'verdict': __import__('os')}",
+        "{'rationale': 'r', 'verdict': 'A'} {'rationale': 'r', 'verdict': 'B'}",
+        "{" * 5000 + "'",
+        "[" * 5000 + "{'a': " + "[" * 5000,
     ],
 )
 def test_and_yet_not_everything_is_a_verdict(text):
@@ -162,6 +177,14 @@ def test_a_draft_while_thinking_is_no_verdict():
     draft = GOOD.replace('"B"', '"A"')
     assert find_verdict(f"<think>{draft} no, wait</think>\n{GOOD}") == Verdict(rationale="because", verdict="B")
     assert isinstance(find_verdict(f"<think>{GOOD}</think> I cannot say."), str)
+    for begun in ("<think>", "[THINK]", "<|channel|>analysis<|message|>", "◁think▷"):  # and never ended
+        assert isinstance(find_verdict(f"{begun}{GOOD}"), str)
+    assert find_verdict(f"[THINK]{draft}[/THINK]{GOOD}").verdict == "B"
+
+
+@pytest.mark.parametrize("tag", ["</think>", "<think>", "[/THINK]"])
+def test_a_rationale_may_speak_of_tags(tag):
+    assert find_verdict(json.dumps({"rationale": f"A leaks {tag} tags", "verdict": "B"})).verdict == "B"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ REASONS = {
     "cut_off": "cut off by the limit of tokens",
     "unclosed_think": "nothing but reasoning",
     "filtered": "refused by the server",
+    "failed": "failed on by the server",
     "not_text": "not text",
 }
 

@@ -1,12 +1,16 @@
 """What one reply of a judge means: a verdict, or the reason why there is none. Pure: text in, `Reading` out."""
 
+import ast
+import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tandem.data.non_answers import spoken
 from tandem.servers import dialects
 
 Status = Literal["ok", "refusal", "malformed", "incomplete", "error"]
@@ -68,13 +72,14 @@ def read_reply(body: str, *, lenient: bool = False) -> Reading:
 def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:
     """The one verdict that `text` holds, or why it holds none.
 
-    What comes before the last `</think>` is reasoning and may hold drafts. Two different verdicts in the rest are none:
-    the first may be quoted from a judged answer. `lenient` takes what small models write where no schema holds them:
-    verdicts in either case, raw newlines in the rationale, further keys, and one object around the verdict's.
+    Reasoning may hold drafts and is not read. Two different verdicts in the rest are none: the first may be quoted from
+    a judged answer. `lenient` takes what small models write where no schema holds them: verdicts and names of keys in
+    either case, raw newlines in the rationale, further keys, one object around the verdict's, and Python's quotes and
+    commas.
     """
     found: list[Verdict] = []
     problem = "no JSON object in the reply"
-    for candidate in _json_objects(text.rpartition("</think>")[2], lenient):
+    for candidate in _json_objects(text if _is_object(text) else spoken(text), lenient):
         try:
             found.append(_lenient_verdict(candidate) if lenient else Verdict.model_validate(candidate))
         except ValidationError as error:
@@ -86,12 +91,20 @@ def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:
     return found[-1]
 
 
+def _is_object(text: str) -> bool:
+    """Whether all of a reply is one object, whose rationale may speak of tags of reasoning."""
+    return isinstance(_object(text), dict)
+
+
 _WORDS = {"a": "A", "b": "B", "tie": "tie"}
+_TYPOGRAPHIC = str.maketrans("“”„‘’", '"""\'\'')
+_FLAT_OBJECT = re.compile(r"\{[^{}]{1,20000}\}")
 
 
 def _lenient_verdict(candidate: Any) -> Verdict:
+    candidate = _lower_keys(candidate)
     if isinstance(candidate, dict) and "verdict" not in candidate:
-        inner = [_object(value) for value in candidate.values()]
+        inner = [_lower_keys(_object(value)) for value in candidate.values()]
         wrapped = [value for value in inner if isinstance(value, dict) and "verdict" in value]
         candidate = wrapped[0] if len(wrapped) == 1 else candidate
     if isinstance(candidate, dict):
@@ -100,6 +113,10 @@ def _lenient_verdict(candidate: Any) -> Verdict:
         if isinstance(word, str):
             candidate["verdict"] = _WORDS.get(word.strip().lower(), word)
     return Verdict.model_validate(candidate)
+
+
+def _lower_keys(value: Any) -> Any:
+    return {str(name).strip().lower(): one for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def _object(value: Any) -> Any:
@@ -124,6 +141,17 @@ def _json_objects(text: str, lenient: bool) -> list[Any]:
         else:
             objects.append(value)
         start = text.find("{", end)
+    return objects or (_python_objects(text) if lenient else [])
+
+
+def _python_objects(text: str) -> list[Any]:
+    """Objects with quotes or a last comma that JSON does not know."""
+    objects = []
+    for found in _FLAT_OBJECT.findall(text):
+        for written in (found, found.translate(_TYPOGRAPHIC)):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                objects.append(ast.literal_eval(written))
+                break
     return objects
 
 

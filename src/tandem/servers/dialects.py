@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tandem.errors import UserError
+from tandem.servers import streams
+from tandem.servers.refusals import SYSTEM, folded
 from tandem.servers.tools import call_texts, chat_messages
 
 Form = Literal["responses", "chat"]
@@ -47,51 +48,29 @@ class NoReply(ValueError):
 def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dict[str, Any]:
     """The body of `request` in one form, without the parameters that the server refuses.
 
-    With `max_completion_tokens` among `left_out`, its older name `max_tokens` is sent in its place.
+    With `max_completion_tokens` among `left_out`, its older name `max_tokens` is sent in its place; with `SYSTEM`, the
+    system message goes into the user's first.
 
     Raises:
         UserError: a prompt with tools, in the form `responses`.
     """
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
+    messages = folded(request.messages) if SYSTEM in left_out else request.messages
     body: dict[str, Any] = {"model": request.model}
     if form == "responses":
         if request.extras or any(message.get("tool_calls") for message in request.messages):
             raise UserError("tools and chat_template_kwargs are asked with by chat completions, which the server lacks")
-        body |= {"input": request.messages, "store": False, "stream": False}
+        body |= {"input": messages, "store": False, "stream": False}
         body |= sampling | {"max_output_tokens": request.max_tokens}
         if request.schema is not None:
             body["text"] = {"format": {"type": "json_schema", **request.schema}}
     else:
         limit = "max_tokens" if "max_completion_tokens" in left_out else "max_completion_tokens"
-        body |= {"messages": chat_messages(request.messages), "stream": False, **(request.extras or {})}
+        body |= {"messages": chat_messages(messages), "stream": False, **(request.extras or {})}
         body |= sampling | {limit: request.max_tokens, "seed": request.seed}
         if request.schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": dict(request.schema)}
     return {name: value for name, value in body.items() if value is not None and name not in left_out}
-
-
-_PARAMETERS = ("temperature", "top_p", "seed", "max_completion_tokens", "max_tokens", "max_output_tokens", "store")
-_REFUSES = re.compile(
-    r"unsupported|(?:not|n't|no longer) (?:\w+ )?(?:support|permit|allow|accept|valid|recogni|implement|known|take)"
-    r"|unknown|unrecogni|unexpected|extra (?:input|field|param)|extra_forbidden|deprecated|removed|cannot find"
-    r"|invalid[ _](?:\w+ )?(?:param|argument|field|key)|only .{0,40}(?:allow|support|accept)|ignored|not available",
-    re.IGNORECASE,
-)
-# A prompt that is too long is told by the names of the limits, too
-_TOO_LONG = re.compile(r"context|too (?:long|large|many)|exceed|maximum|at most|reduce", re.IGNORECASE)
-
-
-def refused_parameter(body: Mapping[str, Any], said: str) -> str | None:
-    """The parameter of `body` that a server refuses to know, by what it says with HTTP 400 or 422; else None.
-
-    A value that it refuses, or a prompt, is the user's to mend: only words like "unsupported" or "unknown" count.
-    """
-    if not _REFUSES.search(said):
-        return None
-    for name in _PARAMETERS:
-        if name in body and re.search(rf"(?<![A-Za-z_]){name}(?![A-Za-z_])", said):
-            return None if name.startswith("max_") and _TOO_LONG.search(said) else name
-    return None
 
 
 def read_reply(body: str) -> Reply:
@@ -101,12 +80,12 @@ def read_reply(body: str) -> Reply:
         NoReply: it is none.
     """
     try:
-        reply = json.loads(body)
+        reply = streams.joined(body) if streams.is_stream(body) else json.loads(body)
     except (ValueError, RecursionError) as error:
         raise NoReply(f"{NO_REPLY}: {error}") from None
     if not isinstance(reply, dict):
         raise NoReply(f"{NO_REPLY}: {type(reply).__name__} and no object")
-    if "output" in reply:
+    if "output" in reply and reply["output"] is not None:
         return _read_response(reply)
     if "choices" in reply:
         return _read_completion(reply)
@@ -132,8 +111,8 @@ def _read_response(reply: Mapping[str, Any]) -> Reply:
     tokens = _tokens(reply.get("usage"))
     only_reasoning = not text.strip() and any(item.get("type") == "reasoning" for item in items)
     status, error = reply.get("status"), reply.get("error")
-    if status == "failed" or error:
-        return Reply(text, "failed", said_by(error) if error else "failed", *tokens)
+    if error or status in _NOT_DONE:
+        return Reply(text, "failed", said_by(error) if error else str(status), *tokens)
     if refusals:
         return Reply(text, "refused", " ".join(refusals), *tokens)
     if status == "incomplete":
@@ -143,32 +122,42 @@ def _read_response(reply: Mapping[str, Any]) -> Reply:
     return Reply(text, "stop", "", *tokens, only_reasoning)
 
 
-_ENDS = {"content_filter": "filtered", "None": "stop", "eos": "stop", "error": "failed"}
+_NOT_DONE = ("failed", "cancelled", "queued", "in_progress")  # a status
+# Why a completion ended, by the words of OpenAI, Anthropic, Gemini, Mistral, Zhipu, DeepSeek, Bedrock, TGI, vLLM
+_WORDS_OF_ENDS: dict[str, str] = {
+    "stop": "stop none eos eos_token end_turn stop_sequence done complete completed finish_reason_unspecified",
+    "length": "length max_tokens max_output_tokens max_length model_length token_limit model_context_window_exceeded",
+    "filtered": "content_filter content_filtered safety recitation prohibited_content blocklist spii sensitive "
+    "guardrail_intervened",
+    "refused": "refusal",
+    "failed": "error abort aborted cancelled canceled network_error insufficient_system_resource timeout",
+}
+_ENDS = {word: end for end, words in _WORDS_OF_ENDS.items() for word in words.split()} | {"": "stop"}
 
 
 def _read_completion(reply: Mapping[str, Any]) -> Reply:
     choices = reply["choices"]
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
+    if message is None and isinstance(choice, dict) and isinstance(choice.get("text"), str):
+        message = {"content": choice["text"]}  # as plain completions have it
     if not isinstance(choice, dict) or not isinstance(message, dict):
         problem = reply.get("error")
         if problem:
             return Reply("", "failed", said_by(problem), *_tokens(reply.get("usage")))
         raise NoReply(f"{NO_REPLY}: no message among its choices")
-    pieces = [*_pieces(message.get("content"), "content")]
+    content = message.get("content")
+    pieces = [*_pieces([content] if isinstance(content, dict) else content, "content")]
     text = "\n".join(["".join(pieces), *call_texts(message)]).removeprefix("\n")
     tokens = _tokens(reply.get("usage"))
-    reasoning = (
-        message.get("reasoning_content")
-        or message.get("reasoning")
-        or not isinstance(message.get("content"), str | None)
-    )
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or not isinstance(content, str | None)
     if error := choice.get("error") or reply.get("error"):
         return Reply(text, "failed", said_by(error), *tokens)
     if message.get("refusal"):
         return Reply(text, "refused", str(message["refusal"]), *tokens)
     word = str(choice.get("finish_reason"))
-    return Reply(text, _ENDS.get(word, word), word, *tokens, not text.strip() and bool(reasoning))
+    end = _ENDS.get(word.lower(), word)
+    return Reply(text, end, word, *tokens, not text.strip() and bool(reasoning))
 
 
 def _pieces(content: Any, where: str) -> Iterable[str]:

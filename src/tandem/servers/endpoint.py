@@ -9,10 +9,15 @@ from typing import Any
 from tqdm import tqdm
 
 from tandem.servers.address import ROUTES, Address
-from tandem.servers.dialects import Form, NoReply, Request, body_of, read_reply, refused_parameter
+from tandem.servers.dialects import Form, NoReply, Request, body_of, read_reply
+from tandem.servers.refusals import SYSTEM, refused_parameter
 
 NO_SUCH_ROUTE = (404, 405, 501)
-NOT_UNDERSTOOD = (400, 422)
+NOT_UNDERSTOOD = (400, 422, 500, 501)  # proxies make 500 of what the server behind them calls 400
+_INSTEAD = {
+    "max_completion_tokens": "max_tokens is sent instead",
+    SYSTEM: "what it says is put before the user's first words",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +83,36 @@ class Endpoint:
                 return True  # another request has found a better way meanwhile
             if not self._found and status in NO_SUCH_ROUTE:
                 return self._next_way(attempt, f"{attempt.url}: {short}")
-            if status not in NOT_UNDERSTOOD or (name := refused_parameter(attempt.body, said)) is None:
-                return False
-            if name not in self.left_out:
-                self.left_out.append(name)
-                instead = "max_tokens is sent instead" if name == "max_completion_tokens" else "it is left out"
-                tqdm.write(f"{attempt.url} does not take {name}: {instead} ({short})", file=sys.stderr)
-            return True
+            return status in NOT_UNDERSTOOD and self._leaves_out(attempt, said, short)
+
+    def _leaves_out(self, attempt: Attempt, said: str, short: str) -> bool:
+        name = refused_parameter(attempt.body, said)
+        if name is None:
+            return False
+        if name not in self.left_out:
+            self.left_out.append(name)
+            what = "a system message" if name == SYSTEM else name
+            told = f"{attempt.url} does not take {what}: {_INSTEAD.get(name, 'it is left out')} ({short})"
+            tqdm.write(told, file=sys.stderr)
+        return True
 
     def accept(self, attempt: Attempt, body: str) -> bool:
         """Whether what came with HTTP 200 is to be taken; else the next way is to be tried.
 
-        A page in HTML, or word of an unknown address, is what some servers send with 200 where no interface is.
+        A page in HTML, or word of an unknown address, is what some servers send with 200 where no interface is; others
+        send the refusal of a parameter with it.
         """
         with self._lock:
-            if self._found:
+            if self._found and '"error"' not in body:
                 return True
             try:
                 reply = read_reply(body)
             except NoReply as problem:
-                return not self._next_way(attempt, f"{attempt.url}: {problem}")
+                return self._found or not self._next_way(attempt, f"{attempt.url}: {problem}")
+            if reply.end == "failed" and self._leaves_out(attempt, body, reply.detail[:300]):
+                return False
+            if self._found:
+                return True
             words = reply.detail.lower()
             if reply.end == "failed" and ("endpoint" in words or "route" in words):
                 return not self._next_way(attempt, f"{attempt.url}: {reply.detail}")
