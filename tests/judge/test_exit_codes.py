@@ -14,6 +14,17 @@ def message(reply, **change):
     return reply | {"output": [reply["output"][0] | change]}
 
 
+VERDICT = '{"rationale": "so", "verdict": "A"}'
+
+
+def said(reply, text):
+    return message(reply, content=[{"type": "output_text", "text": text}])
+
+
+def tool_call(reply):
+    return reply | {"output": [{"type": "function_call", "name": "f", "call_id": "1", "arguments": VERDICT}]}
+
+
 # what the server says in place of its reply (status, body): the most judged requests, and words of the line
 CASES = {
     "cut off": (lambda reply: (200, reply | {"status": "incomplete", "output": []}), PILOT, "--max_output_tokens"),
@@ -24,7 +35,17 @@ CASES = {
     "empty body": (lambda reply: (200, b""), PILOT, "127.0.0.1"),
     "a list": (lambda reply: (200, b"[]"), PILOT, "127.0.0.1"),
     "key refused": (lambda reply: (401, {"error": {"message": "bad key"}}), 1, "bad key"),
-    "no credit": (lambda reply: (402, {"error": {"message": "no credit"}}), PILOT, "no credit"),
+    "no credit": (lambda reply: (402, {"error": {"message": "no credit"}}), 1, "has no credit"),
+    "loading": (lambda reply: (503, {"error": {"message": "Loading model"}}), PILOT, "Loading model"),
+    "gateway": (lambda reply: (502, b"<html>502 Bad Gateway</html>"), PILOT, "502"),
+    "cancelled": (lambda reply: (200, reply | {"status": "cancelled", "output": []}), PILOT, "cancelled"),
+    "model unknown, in a 400": (lambda reply: (400, {"error": {"message": "no model m"}}), PILOT, "no model m"),
+    "error in a stream": (lambda reply: (200, b'data: {"error": {"message": "too old"}}\n\n'), PILOT, "too old"),
+    "never closed": (lambda reply: (200, said(reply, f"<think>{VERDICT}")), PILOT, "no JSON object in the reply"),
+    "in a number": (lambda reply: (200, said(reply, VERDICT.replace('"A"', "1"))), PILOT, "verdict: Input should be"),
+    "scores only": (lambda reply: (200, said(reply, '{"a": 7, "b": 3}')), PILOT, "rationale"),
+    "prose": (lambda reply: (200, said(reply, "Answer A is better.")), PILOT, "no JSON object in the reply"),
+    "in a tool call": (lambda reply: (200, tool_call(reply)), PILOT, "no verdict on any of the first 10"),
     "quota": (lambda reply: (429, {"error": {"code": "insufficient_quota", "message": "used up"}}), 1, "quota"),
     "model unknown": (lambda reply: (404, {"error": {"message": "no model m"}}), 2, "no model m"),
     "too long": (lambda reply: (400, {"error": {"message": "context length"}}), PILOT, "context length"),

@@ -1,6 +1,7 @@
 """What real servers and models do to a judge, case by case: how often it asks, how it ends, and what it says."""
 
 import json
+import time
 
 import pytest
 
@@ -196,6 +197,36 @@ def test_an_error_sent_as_a_success_is_asked_again(server, tmp_path):
     assert summary["accounting"]["main"]["ok"] == 2 * 29 and len(seen) > 0
 
 
+def test_nobody_listens(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"^--base_url http://127.0.0.1:9/v1: nobody listens there \(.*\): start the"):
+        judge(options("http://127.0.0.1:9/v1", str(tmp_path / "judge")), comparisons(4), [])
+    assert time.monotonic() - began < 5
+    assert not (tmp_path / "judge").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [  # of one prompt, amid successes
+        (400, {"error": {"code": "context_length_exceeded", "message": "too long"}}),
+        (413, {"error": "Payload Too Large"}),
+        (424, {"error": "Request failed during generation"}),
+        (451, {"error": {"message": "unavailable for legal reasons"}}),
+        (500, {"error": {"message": "EngineCore encountered an issue"}}),
+        (200, {"error": {"message": "moderation", "code": 403}}),
+        (200, {"choices": [{"finish_reason": "abort", "message": {"content": ""}}]}),
+        (200, b"<html>502 Bad Gateway</html>"),
+        (200, b""),
+        (200, {"status": "cancelled", "output": []}),
+    ],
+)
+def test_a_failure_of_one_prompt_is_that_prompts(server, tmp_path, error):
+    server.instead = lambda body, reply: error if "Question 3 of base" in str(body) else None
+    summary = run(server, tmp_path, self_pairs=0)
+    assert summary["winner"] == "dpo" and summary["result"]["n_missing"] == 1
+    assert (summary["accounting"]["main"]["ok"], "verdicts were lost: 2 " in summary["conclusion"]) == (58, True)
+
+
 # ---- tried and untried
 
 
@@ -253,6 +284,38 @@ def test_parameters_that_are_refused_are_left_out_and_named(server, tmp_path, ca
     assert capsys.readouterr().err.count("does not take temperature: it is left out") == 1
     answered = [body for body in server.requests if "temperature" not in body and limit not in body]
     assert len(server.requests) - len(answered) == 2
+
+
+def test_a_system_message_that_is_refused(server, tmp_path):
+    """As the chat templates of Gemma 2 do behind vLLM; the judge's instructions then come with the question."""
+    said = {"object": "error", "message": "System role not supported", "type": "BadRequestError", "code": 400}
+    server.routes = ("chat/completions",)
+    server.instead = lambda body, reply: (400, said) if body["input"][0]["role"] == "system" else None
+    summary = run(server, tmp_path, self_pairs=0)
+    assert summary["winner"] == "dpo" and summary["judge"]["left_out"] == ["system"]
+    assert server.requests[-1]["input"][0]["content"].startswith("You ")
+    assert [message["role"] for message in server.requests[-1]["input"]] == ["user"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 500, 501])
+def test_a_schema_that_is_refused(server, tmp_path, status):
+    """In whatever way: the schema is then asked for in words, and lost verdicts are few."""
+    server.enforces_schema = False
+    said = {"error": {"message": "This response_format type is unavailable now"}}
+    server.instead = lambda body, reply: (status, said) if "text" in body else None
+    summary = run(server, tmp_path, self_pairs=0)
+    assert summary["winner"] == "dpo" and summary["judge"]["schema_enforced"] is False
+
+
+def test_a_stream_that_nobody_asked_for(server, tmp_path):
+    def streamed(body, reply):
+        text = reply["output"][0]["content"][0]["text"]
+        chunks = [{"choices": [{"delta": {"content": piece}}]} for piece in (text[:9], text[9:])]
+        chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        return 200, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode() + b"data: [DONE]\n\n"
+
+    server.instead = streamed
+    assert run(server, tmp_path, self_pairs=0)["winner"] == "dpo"
 
 
 def test_a_batch_of_chat_completions(server, tmp_path, monkeypatch):

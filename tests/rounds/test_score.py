@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,55 @@ def test_marks_by_a_rubric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not any("4 </answer_a>" in text for text in asked)
 
 
+def test_a_judge_of_marks_that_is_of_no_use(tmp_path: Path):
+    """Nobody listens: told at once. No mark in ten replies: told then. A cut-off reply: asked again the next time."""
+    rows = [answer(f"question {index}", f"answer {index}") for index in range(40)]
+    given = {"judge_model": "m", "judge_mode": "rubric", "judge_concurrency": 2}
+    began = time.monotonic()
+    for mode in ("rubric", "pairwise"):
+        pairs = [*rows, answer("question 0", "another")]
+        with pytest.raises(UserError, match=r"^--judge_base_url http://127.0.0.1:9/v1: nobody listens there"):
+            scored(tmp_path, pairs, **given | {"judge_mode": mode}, judge_base_url="http://127.0.0.1:9/v1")
+    assert time.monotonic() - began < 10
+    state = FaultServer()
+    state.routes = ("chat/completions",)
+    state.instead = lambda body, reply: (200, text_of(reply, "I like it."))
+    with state.serving() as url:
+        with pytest.raises(UserError, match="--judge_model m: no mark in any of its first 10 replies: no_mark"):
+            scored(tmp_path, rows, **given, judge_base_url=url)
+        assert len(state.requests) <= 12
+        state.instead = lambda body, reply: (200, text_of(reply, "Mark: 7") | cut(body))
+        report, _ = scored(tmp_path, rows, **given, judge_base_url=url)
+        assert report["scored"] == 39 and report["unscored"]["judge:m"] == {CUT_OFF: 1}
+        state.reset()
+        state.instead = lambda body, reply: (200, text_of(reply, "<think>Mark: 3</think>Mark: 7"))
+        report, records = scored(tmp_path, rows, **given, judge_base_url=url, judge_max_output_tokens=9000)
+    assert {record["score"] for record in records} == {7.0} and len(state.requests) == 1
+
+
+CUT_OFF = "no_mark: cut off, raise --judge_max_output_tokens"
+
+
+def text_of(reply: dict[str, Any], text: str) -> dict[str, Any]:
+    content = [{"type": "output_text", "text": text}]
+    return reply | {"output": [reply["output"][0] | {"content": content}]}
+
+
+def cut(body: dict[str, Any]) -> dict[str, Any]:
+    return {"status": "incomplete"} if "question 39" in str(body) else {}
+
+
+def test_reasoning_is_not_scored(tmp_path: Path):
+    (tmp_path / "check.py").write_text("def length(prompt, answer, row):\n    return len(answer)\n")
+    rows = [answer("q", "<think>hm, hm</think>yes"), answer("q", "[THINK]a[/THINK]no"), answer("q", "<think>a")]
+    _, records = scored(tmp_path, rows, score_function=[f"{tmp_path}/check.py:length"])
+    assert [record["score"] for record in records] == [3.0, 2.0, None]
+    assert [record["text"] for record in records] == [row["text"] for row in rows]
+
+
 @pytest.mark.parametrize(
     ("text", "mark"),
-    [("Mark: 7", 7.0), ("Mark: 2\nno: **Mark:** 8.5", 8.5), ("<think>Mark: 9</think> mark = 4", 4.0), ("9", None),
+    [("Mark: 7", 7.0), ("[THINK]Mark: 9[/THINK]Mark: 4", 4.0), ("<think>Mark: 9", None), ("Mark: 7/10", 7.0), ("Mark: 2\nno: **Mark:** 8.5", 8.5), ("<think>Mark: 9</think> mark = 4", 4.0), ("9", None),
      ("Mark: 0", None), ("Mark: 100", None), ("", None)],
 )  # fmt: skip
 def test_read_mark(text: str, mark: float | None):

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from tandem.answers.backends.base import Answer
 from tandem.answers.backends.openai import OpenAIBackend
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message
+from tandem.data.non_answers import spoken
 from tandem.errors import UserError
 from tandem.intervals import Estimate
+from tandem.judge.asking import PILOT
 from tandem.judge.bradley_terry import strengths
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Comparison, neutralise
@@ -120,24 +123,38 @@ def mark(
     )
     backend.load(str(options.judge_model))
     prompts = [_question(rubric, messages, answer) for messages, answer in texts]
+    without: list[str] = []  # why the first replies held no mark
+    has_marked = False
     try:
         for (index, _), answer in backend.draws(prompts, 1, [(index, 0) for index in range(len(prompts))]):
-            value = read_mark(answer.text)
-            yield (index, value, "") if value is not None else (index, None, "no_mark")
+            value, why = _mark_or_why(answer)
+            has_marked = has_marked or value is not None
+            without.append(why)
+            if len(without) == PILOT and not has_marked:
+                raise UserError(
+                    f"--judge_model {options.judge_model}: no mark in any of its first {PILOT} replies: {why}"
+                )
+            yield index, value, why
     finally:
         backend.close()
 
 
+def _mark_or_why(reply: Answer) -> tuple[float | None, str]:
+    if reply.finish_reason == "length":
+        return None, "no_mark: cut off, raise --judge_max_output_tokens"
+    value = read_mark(reply.text)
+    return value, "" if value is not None else "no_mark"
+
+
 def read_mark(text: str) -> float | None:
-    """The mark at the end of a reply, from 1 to 10; None where there is none."""
-    rest = text.rpartition("</think>")[2]
-    found = _MARK.findall(rest)
+    """The mark at the end of a reply, from 1 to 10; None where there is none. Drafts in its reasoning are none."""
+    found = _MARK.findall(spoken(text))
     value = float(found[-1]) if found else None
     return value if value is not None and 1 <= value <= 10 else None
 
 
 def _question(rubric: str, messages: Sequence[Any], answer: str) -> list[Message]:
-    turns = "\n\n".join(f"[{turn['role']}]\n{neutralise(turn['content'])}" for turn in messages)
+    turns = "\n\n".join(f"[{turn['role']}]\n{neutralise(turn['content'] or '')}" for turn in messages)
     text = (
         f"{rubric}\n\n<conversation>\n{turns}\n</conversation>\n\n<answer_a>\n{neutralise(answer)}\n</answer_a>\n\n"
         "Give one sentence of reasons, and end with the line\nMark: N\nwhere N is a number from 1 to 10."

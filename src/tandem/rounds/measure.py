@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tandem.answers.refusals import is_refusal
+from tandem.data.non_answers import spoken
 from tandem.errors import UserError
 from tandem.intervals import Estimate, bootstrap, estimate, mean, wilson
 from tandem.report.page import rounds_page
@@ -76,6 +77,7 @@ def _row(number: int, records: Sequence[Record], base: Sequence[Record], options
     ranked = next((record["scorer"] for record in records if record.get("scorer")), None)
     names = sorted({name for record in records for name in record.get("scores", {})} - {ranked})
     lengths = [record["n_tokens"] for record in records if record.get("n_tokens") is not None]
+    said = [spoken(record["text"]) for record in records]
     return {
         "round": number,
         "answers": len(records),
@@ -83,9 +85,9 @@ def _row(number: int, records: Sequence[Record], base: Sequence[Record], options
         **_by_scorer(records, base, None, options),
         "others": {name: _by_scorer(records, base, name, options) for name in names},
         "mean_tokens": fmean(lengths) if lengths else None,
-        "mean_characters": fmean(len(record["text"]) for record in records),
-        "distinct_bigrams": distinct_bigrams([record["text"] for record in records]),
-        "refusals": fmean(is_refusal(record["text"]) for record in records),
+        "mean_characters": fmean(map(len, said)),
+        "distinct_bigrams": distinct_bigrams(said),
+        "refusals": fmean(map(is_refusal, said)),
         "non_answers": fmean(record.get("non_answer") is not None for record in records),
     }
 

@@ -1,5 +1,6 @@
 """A score for each answer, by one or several scorers, kept by content as it is found."""
 
+import contextlib
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from tandem import ranks
 from tandem.data.formats import Message
-from tandem.data.non_answers import non_answer
+from tandem.data.non_answers import non_answer, spoken
 from tandem.errors import UserError
 from tandem.rounds.names import PROMPTS, SCORES, SCORES_REPORT
 from tandem.rounds.options import ScoreOptions
@@ -73,12 +74,18 @@ def _refuse_failed(by_scorer: dict[str, list[tuple[float | None, str]]]) -> None
 
 
 class Cache:
-    """What scorers have said, by a digest of what they were asked."""
+    """What scorers have said, by a digest of what they were asked.
+
+    That a judge gave no mark stands in it no longer than the run: a longer limit or another try may bring one.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         try:
-            self._known = {record["key"]: (record["score"], record["why"]) for record in read_jsonl(file)}
+            records = read_jsonl(file)
+            self._known = {
+                record["key"]: (record["score"], record["why"]) for record in records if record["why"] != "no_mark"
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: damaged ({error!r}); move it away, and the answers are scored anew") from error
 
@@ -94,7 +101,8 @@ class Cache:
         if missing:
             with tqdm(total=len(missing), desc=label, unit="answer") as bar:
                 for index, value, why in ask(missing):
-                    append_jsonl(self._file, {"key": keys[index], "score": value, "why": why})
+                    if not why.startswith("no_mark"):
+                        append_jsonl(self._file, {"key": keys[index], "score": value, "why": why})
                     self._known[keys[index]] = (value, why)
                     bar.update()
         return [self._known[key] for key in keys]
@@ -108,7 +116,8 @@ def _rows(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _texts(records: Sequence[Record]) -> list[Text]:
-    return [(record["messages"], record["text"]) for record in records]
+    """Prompts and what is said to them: reasoning is not scored."""
+    return [(record["messages"], spoken(record["text"])) for record in records]
 
 
 def _reward(
@@ -159,6 +168,22 @@ def _function(
 def _judge(
     options: ScoreOptions, records: Sequence[Record], cache: Cache, folder: Path, details: list[dict[str, Any]]
 ) -> list[tuple[float | None, str]]:
+    with _named_as_given():
+        return _judged(options, records, cache, folder, details)
+
+
+@contextlib.contextmanager
+def _named_as_given() -> Iterator[None]:
+    """Errors name the server's address by its option here."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--base_url", "--judge_base_url")) from error
+
+
+def _judged(
+    options: ScoreOptions, records: Sequence[Record], cache: Cache, folder: Path, details: list[dict[str, Any]]
+) -> list[tuple[float | None, str]]:
     from tandem.rounds import judged
 
     if options.judge_mode == "rubric":
@@ -172,7 +197,7 @@ def _judge(
 
         return cache.get([sha256_json([identity, *text]) for text in texts], ask, "marks")
     answers = {
-        key: (group[0]["messages"], list(dict.fromkeys(record["text"].strip() for record in group)))
+        key: (group[0]["messages"], list(dict.fromkeys(spoken(record["text"]) for record in group)))
         for key, group in by_prompt(list(records)).items()
     }
     several = {key: group for key, group in answers.items() if len(group[1]) > 1}
@@ -183,7 +208,7 @@ def _judge(
         if key not in found:
             scores.append((None, "alone"))  # a strength is against the other answers to the prompt
             continue
-        own = found[key][answers[key][1].index(record["text"].strip())]
+        own = found[key][answers[key][1].index(spoken(record["text"]))]
         details[index]["strength"] = own
         scores.append((own["value"], "") if own["n"] else (None, "unjudged"))
     return scores

@@ -1,5 +1,6 @@
 """Asking a server over HTTP. Retries, their backoff and Retry-After (up to two minutes) are the openai package's."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tandem.errors import UserError
 from tandem.servers.address import API_KEY_VARIABLE, CONNECT_TIMEOUT, api_key, parse_address
 from tandem.servers.dialects import Form, Request
 from tandem.servers.endpoint import Attempt, Endpoint
+from tandem.servers.reach import refuse_unreachable
 
 
 def is_out_of_quota(body: str) -> bool:
@@ -27,6 +29,8 @@ class _Client:
         address = parse_address(url)
         self.endpoint = Endpoint(address, forms, known)
         self.has_answered = False  # in this run or, as the caller knows, in an earlier one
+        self._reached = False
+        self._reaching = threading.Lock()
         self._settings: dict[str, Any] = {
             "base_url": address.base,
             "api_key": self._key or "none",  # the package insists on one; a local server does not look at it
@@ -52,6 +56,8 @@ class _Client:
         where, said = f"--base_url {self.url}", self.say(error)
         if error.status_code == 429 and is_out_of_quota(error.response.text):
             return UserError(f"{where}: the quota of this key is used up ({said})")
+        if error.status_code == 402:
+            return UserError(f"{where}: the account of this key has no credit ({said})")
         if isinstance(error, openai.AuthenticationError):
             return UserError(f"{where} refuses the key (HTTP 401): set ${API_KEY_VARIABLE} ({said})")
         if self.has_answered:
@@ -66,20 +72,32 @@ class _Client:
             )
         return None
 
+    def _reach(self) -> None:
+        """Before the first request.
+
+        Raises:
+            Unreachable: nobody listens.
+        """
+        with self._reaching:
+            if not self._reached:
+                refuse_unreachable(self.url)
+            self._reached = True
+
     def _mended(self, attempt: Attempt, error: openai.APIStatusError) -> bool:
         return self.endpoint.may_mend(attempt, error.status_code, error.response.text, self.say(error))
 
     def _accepted(self, attempt: Attempt, text: str) -> bool:
         if not self.endpoint.accept(attempt, text):
             return False
-        self.has_answered = True
+        self.has_answered = self.has_answered or self.endpoint.is_found
         return True
 
 
 class AsyncClient(_Client):
     """One server, asked by coroutines.
 
-    `ask` raises openai.APIError for what the package's own retries did not mend.
+    `ask` raises openai.APIError for what the package's own retries did not mend, and Unreachable at the first request
+    where nobody listens.
     """
 
     def __init__(
@@ -111,6 +129,7 @@ class AsyncClient(_Client):
 
     async def ask(self, request: Request) -> str:
         """The body of the server's reply, without the key."""
+        self._reach()
         while True:
             attempt = self.endpoint.attempt(request)
             try:
@@ -140,6 +159,7 @@ class Client(_Client):
 
     def ask(self, request: Request) -> str:
         """The body of the server's reply, without the key."""
+        self._reach()
         while True:
             attempt = self.endpoint.attempt(request)
             try:

@@ -56,6 +56,11 @@ class Endpoint:
         return {"base": base, "form": form, "left_out": sorted(self.left_out)}
 
     @property
+    def is_found(self) -> bool:
+        """Whether a request has brought a reply in the way that requests take now."""
+        return self._found
+
+    @property
     def form(self) -> Form:
         """The form that requests have now."""
         return self._ways[self._way][1]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tandem.answers.backends.openai import RETRIES
 from tandem.answers.backends.options import GenerationOptions
 from tandem.answers.generate import generate
 from tandem.data.formats import prompt_id
@@ -39,6 +40,7 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.reply: Any = None
         self.refuses: str | None = None  # prompts that hold this are refused
+        self.refusal = 400, {"error": {"message": f"flagged by the content filter, {SECRET}"}}
         self.unknown = ""  # a parameter that is refused
         self.route = "/v1/chat/completions"
         self.active = self.most_active = 0
@@ -78,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.unknown in body:
             status, reply = 400, {"error": {"message": f"Unknown name {self.server.unknown!r}: Cannot find field."}}
         elif self.server.refuses is not None and self.server.refuses in str(body):
-            status, reply = 400, {"error": {"message": f"flagged by the content filter, {SECRET}"}}
+            status, reply = self.server.refusal
         with self.server.lock:
             self.server.active -= 1
         return self._send(status, reply, headers)
@@ -195,6 +197,44 @@ def test_a_refused_prompt_is_that_answers_fate(
     assert "refused 1 prompts, whose answers are empty: BadRequestError 400" in told and SECRET not in told
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "fate"),
+    [  # llama.cpp, Ollama, TGI, OpenRouter, Anthropic's and others' servers about one prompt
+        (400, {"error": {"code": 400, "message": "the request exceeds the available context size"}}, "refused"),
+        (403, {"error": {"message": "moderation", "metadata": {"reasons": ["violence"]}}}, "refused"),
+        (404, {"error": {"message": "No endpoints found that can serve this prompt"}}, "refused"),
+        (413, {"error": "Payload Too Large"}, "refused"),
+        (422, {"detail": [{"loc": ["body", "messages"], "msg": "too long"}]}, "refused"),
+        (451, {"error": {"message": "unavailable for legal reasons"}}, "failed"),
+        (424, {"error": "Request failed during generation", "error_type": "generation"}, "failed"),
+        (500, {"error": {"message": "EngineCore encountered an issue"}}, "failed"),
+        (503, {"error": {"message": "Slot unavailable"}}, "failed"),
+        (529, {"error": {"type": "overloaded_error"}}, "failed"),
+        (200, {"error": {"message": "Provider returned error", "code": 502}}, "failed"),
+        (200, {"choices": [{"finish_reason": "error", "message": {"content": "ye"}}]}, "failed"),
+        (200, {"choices": []}, "failed"),
+        (200, {"choices": [{"finish_reason": "SAFETY", "message": {"content": None}}]}, "content_filter"),
+    ],
+)
+def test_one_prompt_that_a_server_cannot_bear_is_that_answers_fate(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, body: Any, fate: str
+):
+    """The others are answered, the script ends well, and the same command asks nothing more; also if it is the last."""
+    server.refuses, server.refusal = "question 0", (status, body)
+    for _ in range(2):
+        records = {record["messages"][0]["content"]: record for record in ask(server, tmp_path)}
+        assert [record["finish_reason"] for record in records.values()].count("stop") == len(PROMPTS) - 1
+        assert (records["question 0"]["text"], records["question 0"]["finish_reason"]) == ("", fate)
+    count = server.asked()["question 0"]
+    assert count <= (2 * (RETRIES + 1) if fate == "failed" else 1)
+    assert sum(server.asked().values()) - count - server.asked()["Say yes."] == len(PROMPTS) - 1
+    (tmp_path / "alone").mkdir()
+    rows = [line for line in (tmp_path / "generations_dpo.jsonl").open() if '"question 0"' not in line]
+    (tmp_path / "alone" / "generations_dpo.jsonl").write_text("".join(rows))
+    if fate != "refused":  # a server that refuses the one prompt it is asked may refuse them all
+        assert {row["finish_reason"] for row in ask(server, tmp_path / "alone")} == {"stop", fate}
+
+
 def test_a_server_that_refuses_every_prompt_is_not_taken_at_its_word(server: Server, tmp_path: Path):
     server.refuses = "question"
     with pytest.raises(UserError, match=r"refuses 12 prompts, one after another: .*content filter"):
@@ -228,6 +268,15 @@ def test_an_error_sent_as_a_success_is_asked_again(server: Server, tmp_path: Pat
     server.faults.extend([(0, {}), (200, {}), (0, {})])
     assert len(ask(server, tmp_path)) == len(PROMPTS)
     assert len(server.bodies) == len(PROMPTS) + 2
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"])
+def test_nobody_listens(tmp_path: Path, url: str):
+    began = time.monotonic()
+    engine = GenerationOptions(backend="openai", base_url=url)
+    with pytest.raises(UserError, match=rf"^--base_url {url}: nobody listens there \(.*\): start the server"):
+        generate({"dpo": "adapter"}, PROMPTS, SamplingOptions(max_new_tokens=9), engine, tmp_path)
+    assert time.monotonic() - began < 5
 
 
 def test_what_arrives_with_a_failure_is_kept(server: Server, tmp_path: Path):

@@ -15,6 +15,7 @@ BATCH_SIZE = 8  # prompts at a time, where the user and the backend leave it ope
 
 Draw = tuple[int, int]  # index of the prompt, and which of its draws, counted from 0
 REFUSED = "refused"  # finish_reason of a prompt that a server would not answer
+FAILED = "failed"  # and of one that it fails on, again and again, while it answers others
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import openai
 from tqdm import tqdm
 
-from tandem.answers.backends.base import BATCH_SIZE, REFUSED, Answer, Draw
+from tandem.answers.backends.base import BATCH_SIZE, FAILED, REFUSED, Answer, Draw
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.data.messages import extras_of
@@ -16,6 +16,7 @@ from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions, draw_seed, prompt_seed
 from tandem.servers.client import Client
 from tandem.servers.dialects import NoReply, Request, read_reply
+from tandem.servers.reach import Unreachable
 
 RETRIES = 5
 TRIES = 3  # of a request that is answered with HTTP 200 and an error
@@ -31,11 +32,16 @@ class Refused(Exception):
     """The server refused one prompt; its words."""
 
 
+class Failed(Exception):
+    """The server failed on one prompt, in spite of retries; its words."""
+
+
 class Fatal(UserError):
     """Every further request would fail as well."""
 
 
-Failure = Refused | UserError
+Failure = Refused | Failed | UserError
+_FATES = {Refused: REFUSED, Failed: FAILED}
 
 
 class OpenAIBackend:
@@ -50,7 +56,7 @@ class OpenAIBackend:
         self._concurrency = options.batch_size or BATCH_SIZE
         self._sampling = sampling
         self._model = ""
-        self._refusals: Counter[str] = Counter()
+        self._told: dict[str, Counter[str]] = {fate: Counter() for fate in _FATES.values()}  # words of the server
         self._too_long = 0
 
     def load(self, model: str) -> None:
@@ -62,37 +68,57 @@ class OpenAIBackend:
         """See `Engine`. Prompts go to the server whole, which cuts none and applies the chat template.
 
         A prompt that the server refuses while it answers others is an empty answer whose `finish_reason` is "refused".
-        After an error that ends it all, what is under way is still handed over.
+        One that it fails on is asked again after all others; where it fails once more and yet answers something else,
+        it is an empty answer as well, and `finish_reason` is "failed". After an error that ends it all, what is under
+        way is still handed over.
         """
         problem: UserError | None = None
         refused: list[int] = []  # since the last answer: the server may be refusing them all
+        failed: set[int] = set()
+        in_a_row = 0
         asked = deque((index, 0) for index in sorted(wanted))
         for (index, _), answer in self._in_window(prompts, asked, lambda key, _: prompt_seed(self._sampling.seed, key)):
+            in_a_row = 0 if isinstance(answer, Answer) else in_a_row + 1
             if isinstance(answer, Answer):
                 yield index, answer
                 yield from _empty(refused)
             elif isinstance(answer, Refused):
-                self._refusals[str(answer)] += 1
+                self._told[REFUSED][str(answer)] += 1
                 refused.append(index)
-                if len(refused) >= ERRORS_IN_A_ROW:
-                    problem = problem or self._refuses_all(len(refused), str(answer))
+            elif isinstance(answer, Failed) and index not in failed:
+                failed.add(index)
+                asked.append((index, 0))
+            elif isinstance(answer, Failed) and self._answers_at_all():
+                self._told[FAILED][str(answer)] += 1
+                yield index, Answer("", None, FAILED)
             else:
-                problem = problem or answer
+                problem = problem or self._problem(1, answer)
+            if in_a_row >= ERRORS_IN_A_ROW and not isinstance(answer, Answer):
+                problem = problem or self._problem(in_a_row, answer)
             if problem is not None:
                 asked.clear()
         if problem is None and refused and not self._client.has_answered:
-            problem = self._refuses_all(len(refused), self._refusals.most_common(1)[0][0])
+            problem = self._refuses_all(len(refused), self._told[REFUSED].most_common(1)[0][0])
         if problem is not None:
             raise problem
         yield from _empty(refused)
         self._tell()
+
+    def _answers_at_all(self) -> bool:
+        """Whether the server answers a prompt that nobody could mind."""
+        request = Request(self._model, [{"role": "user", "content": "Say yes."}], max_tokens=16)
+        try:
+            return read_reply(self._client.ask(request)).end != "failed"
+        except (openai.APIError, NoReply, UserError):
+            return False
 
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
     ) -> Iterator[tuple[Draw, Answer]]:
         """See `Engine`. A request a draw, since not every server knows `n`; what fails is asked again at the end.
 
-        A prompt that the server refuses, while it answers others, is an empty answer with the finish reason `refused`.
+        A prompt that the server refuses, or fails on to the end, while it answers others, is an empty answer with the
+        finish reason `refused` or `failed`.
         """
         failed: dict[Draw, Failure] = {}
         problem: UserError | None = None
@@ -113,16 +139,25 @@ class OpenAIBackend:
                     failed[draw], in_a_row = answer, in_a_row + 1
                     ends = in_a_row >= (ERRORS_IN_A_ROW if has_answered else 2 * self._concurrency)
                     if ends or isinstance(answer, Fatal):
-                        problem = problem or self._told(answer)
+                        problem = problem or self._problem(1, answer)
                         asked.clear()
             if problem is not None:
                 raise problem
             if not failed:
                 return
-        raise UserError(f"{len(failed)} of {len(wanted)} draws failed: {self._told(next(iter(failed.values())))}")
+        if any(isinstance(failure, UserError) for failure in failed.values()) or not self._answers_at_all():
+            problem = self._problem(1, next(iter(failed.values())))
+            raise UserError(f"{len(failed)} of {len(wanted)} draws failed: {problem}")
+        for draw, failure in failed.items():
+            yield draw, Answer("", None, _FATES[type(failure)])
 
-    def _told(self, failure: Failure) -> UserError:
-        return failure if isinstance(failure, UserError) else self._refuses_all(1, str(failure))
+    def _problem(self, count: int, failure: Failure) -> UserError:
+        """What to end with after `count` failures in a row, the last of which is `failure`."""
+        if isinstance(failure, Refused):
+            return self._refuses_all(count, str(failure))
+        if isinstance(failure, Failed):
+            return UserError(f"--base_url {self._client.url}: {failure}; {_MORE}")
+        return failure
 
     def _in_window(
         self, prompts: Sequence[list[Message]], asked: deque[Draw], seed_of: Callable[[str, int], int]
@@ -145,7 +180,7 @@ class OpenAIBackend:
                         draw = running.pop(future)
                         try:
                             answer: Answer | Failure = future.result()
-                        except (Refused, UserError) as error:
+                        except (Refused, Failed, UserError) as error:
                             answer = error
                         yield draw, answer
             finally:
@@ -157,16 +192,18 @@ class OpenAIBackend:
 
     def _tell(self) -> None:
         where = f"--base_url {self._client.url}"
-        if count := self._refusals.total():
-            said = self._refusals.most_common(1)[0][0]
-            tqdm.write(f"{where} refused {count} prompts, whose answers are empty: {said}", file=sys.stderr)
+        for fate, said in self._told.items():
+            if count := said.total():
+                did = "refused" if fate == REFUSED else "failed on"
+                what = f"{where} {did} {count} prompts, whose answers are empty: {said.most_common(1)[0][0]}"
+                tqdm.write(what, file=sys.stderr)
+            said.clear()
         if self._too_long:
             limit = self._sampling.sampling.max_new_tokens
             tqdm.write(
                 f"{where}: {self._too_long} answers are longer than --max_new_tokens {limit}, which it does not keep",
                 file=sys.stderr,
             )
-        self._refusals.clear()
         self._too_long = 0
 
     def close(self) -> None:
@@ -190,11 +227,13 @@ class OpenAIBackend:
                 answer, problem = self._read(self._client.ask(request))
             except openai.APIError as error:
                 raise self._actionable(error) from None
+            except Unreachable as error:
+                raise Fatal(str(error)) from None
             except UserError as error:  # no form that the server has can ask this
                 raise Fatal(f"--base_url {self._client.url}: {error}") from None
             if answer is not None:
                 return answer
-        raise UserError(f"--base_url {self._client.url}: {problem}; {_MORE}")
+        raise Failed(problem)
 
     def _read(self, body: str) -> tuple[Answer | None, str]:
         """The answer, or None and why there is none."""
@@ -214,8 +253,10 @@ class OpenAIBackend:
         said = self._client.say(error)
         if fatal := self._client.fatal(error, self._model):
             return Fatal(str(fatal))
-        if isinstance(error, openai.APIStatusError) and error.status_code in _OF_ONE_PROMPT:
-            return Refused(said)
+        if isinstance(error, openai.APIStatusError):
+            return Refused(said) if error.status_code in _OF_ONE_PROMPT else Failed(said)
+        if isinstance(error, openai.APITimeoutError):
+            return Failed(said)
         return UserError(f"--base_url {self._client.url}: {said}; {_MORE}")
 
 

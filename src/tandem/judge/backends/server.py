@@ -89,8 +89,6 @@ async def enforces_schema(client: AsyncClient, judge: Judge) -> tuple[bool | Non
     except openai.APIStatusError as error:
         if fatal := client.fatal(error, judge.model):
             raise fatal from None
-        if not isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
-            raise UserError(f"{where}: {client.say(error)}") from None
         refused = client.say(error)
     except openai.APIError as error:
         raise UserError(f"{where} does not answer: {client.say(error)}") from None

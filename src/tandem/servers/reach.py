@@ -1,0 +1,31 @@
+"""Whether anybody listens at a server's address: asked once, before a request is repeated against nobody."""
+
+import socket
+import urllib.request
+from urllib.parse import urlsplit
+
+from tandem.errors import UserError
+from tandem.servers.address import CONNECT_TIMEOUT
+
+
+class Unreachable(UserError):
+    """Nobody listens at the address."""
+
+
+def refuse_unreachable(url: str) -> None:
+    """Connect once and hang up; where a proxy stands between, nothing is tried.
+
+    Raises:
+        Unreachable: the host has no address, refuses the connection, or does not answer in CONNECT_TIMEOUT seconds.
+    """
+    parts = urlsplit(url)
+    host = str(parts.hostname)
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((host, port), CONNECT_TIMEOUT).close()
+    except OSError as error:
+        raise Unreachable(
+            f"--base_url {url}: nobody listens there ({error.strerror or error}): start the server, or see the address"
+        ) from None
