@@ -39,12 +39,12 @@ data=(--dataset_name "$PROMPTS")
 [[ $VAL_RATIO == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
 
 rewards=() functions=() judges=()
-alone=() # options of scores of single answers: a judge that compares has nothing to compare them with
+alone=() # options of scores of single answers, which a judge compares with round 0's
 # add_scorer SCORER: among those that score.py asks
 add_scorer() {
   case $1 in
     reward:?*) rewards+=("${1#reward:}") ;;
-    judge:?*) judges+=("${1#judge:}") && alone=(--judge_mode rubric) ;;
+    judge:?*) judges+=("${1#judge:}") && alone=(--judge_against "$RUN/round_0/held_out/samples.jsonl") ;;
     function:?*:?*) functions+=("${1#function:}") ;;
     *) die "a scorer is reward:MODEL, judge:MODEL or function:FILE.py:NAME, not $1" ;;
   esac

@@ -627,6 +627,7 @@ PROOFS: dict[str, dict[str, str]] = {
         "judge_model": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
         "judge_base_url": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
         "judge_mode": f"{SCORED}test_marks_by_a_rubric",
+        "judge_against": f"{SCORED}test_a_judge_compares_with_another_files_answers",
         "rubric": f"{SCORED}test_marks_by_a_rubric",
         "judge_max_output_tokens": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",
         "judge_concurrency": f"{SCORED}test_a_judge_ranks_the_answers_to_a_prompt",

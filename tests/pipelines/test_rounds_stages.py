@@ -102,12 +102,13 @@ def test_what_the_second_round_is_told(tmp_path: Path, reference: str):
     assert all(wanted in line for line in scored)
 
 
-def test_a_judge_compares_answers_and_marks_the_single_ones(tmp_path: Path):
+def test_a_judge_compares_answers_and_the_single_ones_with_round_0s(tmp_path: Path):
     told = commands(
         tmp_path, ROUNDS="1", SCORER="judge:j", JUDGE_BASE_URL="http://h/v1", SECOND_SCORER="reward:r"
     )  # fmt: skip
     scored = [line for key, line in told.items() if key.endswith(" score")]
-    assert ["--judge_mode rubric" in line for line in scored] == [True, False, True]
+    base = "--judge_against RUN/round_0/held_out/samples.jsonl "
+    assert [base in line for line in scored] == [True, False, True]
     wanted = "--reward_models r --judge_model j --judge_base_url http://h/v1 --rank_by judge:j "
     assert all(wanted in line for line in scored)
 

@@ -49,6 +49,29 @@ def test_a_row_a_round_by_hand(tmp_path: Path):
         assert (tmp_path / name).stat().st_size > 100
 
 
+def test_a_judge_that_compares_with_round_0(tmp_path: Path):
+    """Its win rate has ties as ½ and Wilson's interval; what its summary adds stands beside it, on every page."""
+    points = [1.0] * 14 + [0.5] * 4 + [0.0] * 2
+    for number, scores in ((0, [0.5] * 20), (1, points)):
+        write(tmp_path, number, scores, name="judge:m")
+    shown = {"length_controlled": {"value": 0.62, "low": 0.41, "high": 0.8, "n": 20}}
+    shown |= {"order_flip_rate": {"value": 0.1, "low": 0.02, "high": 0.3, "n": 20}}
+    file = tmp_path / "round_1" / "held_out" / "judge_summary.json"
+    file.write_text(json.dumps({"judge": {"model": "m"}, "result": shown}))
+    row = results(tmp_path)["rounds"][1]
+    assert row["win_rate"]["value"] == pytest.approx((14 + 4 / 2) / 20)
+    assert row["win_rate"]["low"] == pytest.approx(
+        0.584, abs=1e-3
+    )  # Wilson's: (16 + 1.92 - 1.96 √(16·4/20 + .96)) / 23.84
+    assert (row["length_controlled"]["value"], row["order_flip_rate"]["n"]) == (0.62, 20)
+    page, told = (tmp_path / "rounds.html").read_text(), (tmp_path / "rounds.md").read_text()
+    assert "compared each answer with round 0&#39;s" in page and "Win rate, length controlled" in page
+    assert "Win rate, length controlled" in told and "62" in told
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"judge_summary\.json: damaged"):
+        results(tmp_path)
+
+
 def test_the_seed_of_the_bootstrap(tmp_path: Path):
     write(tmp_path, 0, [float(i % 7) for i in range(40)])
     write(tmp_path, 1, [float(i % 5) for i in range(40)])

@@ -216,6 +216,30 @@ def test_a_judge_of_marks_that_is_of_no_use(tmp_path: Path):
     assert {record["score"] for record in records} == {7.0} and len(state.requests) == 1
 
 
+def test_a_judge_compares_with_another_files_answers(tmp_path: Path):
+    """In both orders; the same text and a non-answer ask for nothing, and a second run for nothing at all."""
+    base = ["answer 5", "answer 5", "answer 5", "answer 5", "<think>hm", "answer 5"]
+    own = ["answer 9", "answer 1", "<think>hm</think>answer 5", "answer 5 too", "answer 0", ""]
+    for name, texts in (("base", base), ("own", own)):
+        (tmp_path / name).mkdir()
+        rows = [answer(f"question {index}", text, prompt_id=f"p{index}") for index, text in enumerate(texts)]
+        write(tmp_path / name, [*rows, answer("of one", "answer 3", prompt_id="one")] if name == "own" else rows)
+    server = FaultServer()
+    given: dict[str, Any] = {"judge_model": "m", "judge_against": str(tmp_path / "base" / "samples.jsonl")}
+    with server.serving() as url:
+        given |= {"samples": str(tmp_path / "own" / "samples.jsonl"), "judge_base_url": url}
+        options = ScoreOptions(**given, output_dir=str(tmp_path / "out"))
+        for _ in range(2):
+            score(options)
+            asked = [body for body in server.requests if "<answer_a>" in str(body["input"][-1]["content"])]
+            assert len(asked) == 2 * 3
+    records = read_jsonl(tmp_path / "out" / "scores.jsonl")
+    assert [record["score"] for record in records] == [1.0, 0.0, 0.5, 0.5, 1.0, None, None]
+    assert records[-1]["unscored"] == {"judge:m": "alone"}
+    with pytest.raises(UserError, match="--judge_against has no effect without --judge_mode pairwise"):
+        ScoreOptions(**given, output_dir=str(tmp_path), judge_mode="rubric")
+
+
 CUT_OFF = "no_mark: cut off, raise --judge_max_output_tokens"
 
 
@@ -238,7 +262,8 @@ def test_reasoning_is_not_scored(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "mark"),
-    [("Mark: 7", 7.0), ("[THINK]Mark: 9[/THINK]Mark: 4", 4.0), ("<think>Mark: 9", None), ("Mark: 7/10", 7.0), ("Mark: 2\nno: **Mark:** 8.5", 8.5), ("<think>Mark: 9</think> mark = 4", 4.0), ("9", None),
+    [("Mark: 7", 7.0), ("[THINK]Mark: 9[/THINK]Mark: 4", 4.0), ("<think>Mark: 9", None), ("Mark: 7/10", 7.0),
+      ("Mark: 2\nno: **Mark:** 8.5", 8.5), ("<think>Mark: 9</think> mark = 4", 4.0), ("9", None),
      ("Mark: 0", None), ("Mark: 100", None), ("", None)],
 )  # fmt: skip
 def test_read_mark(text: str, mark: float | None):

@@ -58,12 +58,14 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
     others = list(dict.fromkeys(name for row in rows for name in row["others"]))
     found = [
         Measure("Win rate", "prompts won against round 0, ties as ½", lambda row: row["win_rate"], True, 0.5, 0),
+        *_of_judge("by the scorer that ranks", 0, lambda what: lambda row: row.get(what)),
         Measure("Score less round 0's", "mean over prompts", lambda row: row["difference"], level=0.0, scorer=0),
         Measure("Score", "mean over prompts", lambda row: row["mean_score"], scorer=0),
     ]
     for place, name in enumerate(others, 1):
         found += [
             Measure("Win rate", f"by {short(name)}", _of(name, "win_rate"), True, 0.5, place),
+            *_of_judge(f"by {short(name)}", place, lambda what, name=name: _of(name, what)),
             Measure("Score less round 0's", f"by {short(name)}", _of(name, "difference"), level=0.0, scorer=place),
         ]
     return [
@@ -74,6 +76,16 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
         Measure("Distinct bigrams", "of all word bigrams", lambda row: row["distinct_bigrams"], True),
         Measure("Refusals", "answers that refuse", lambda row: row["refusals"], True),
         Measure("No answer", "empty, cut off, or all thought", lambda row: row["non_answers"], True),
+    ]
+
+
+def _of_judge(who: str, place: int, of: Callable[[str], Callable[[Mapping[str, Any]], Any]]) -> list[Measure]:
+    """What only a judge has that compares a round's answers with round 0's."""
+    controlled = f"{who}, were all answers as long as round 0's"
+    flips = f"{who}: prompts on which it goes by the order"
+    return [
+        Measure("Win rate, length controlled", controlled, of("length_controlled"), True, 0.5, place),
+        Measure("Verdicts that the order turns", flips, of("order_flip_rate"), True, None, place),
     ]
 
 
@@ -154,6 +166,12 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         f"{last['answers']} answers a round to held-out prompts. Scores are those of {short(last['scorer'] or '–')} "
         "unless another is named. Ranges are 95% intervals; those of scores and KL resample prompts."
     )
+    names = [last["scorer"], *last["others"]]
+    if judges := [short(name) for name in names if (name or "").startswith("judge:")]:
+        yield (
+            f"{' and '.join(judges)} compared each answer with round 0's to the same prompt, in both orders: 1 for better, "
+            "0 for worse, ½ for a tie and where the order decides. Nobody has tried it on pairs labelled by people here."
+        )
     if not last["others"]:
         yield "Nobody but the scorer that ranks has scored these answers, so over-optimisation would not show."
     lost = last["answers"] - last["difference"]["n"]

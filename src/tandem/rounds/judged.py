@@ -1,4 +1,4 @@
-"""Scores of a judge: answers compared in both orders within their prompt, or marked one by one by a rubric.
+"""Scores of a judge: answers compared in both orders, with each other or with others' answers, or marked by a rubric.
 
 All that knows how the judge is asked: `tandem.judge.run.judge` for comparisons, and the backend `openai` for marks.
 """
@@ -44,6 +44,35 @@ def compare(options: ScoreOptions, folder: Path, groups: Mapping[str, Group]) ->
     Up to ROUND_ROBIN_MOST answers meet each other; more play ⌈log2 n⌉ + 1 rounds of a Swiss tournament. The judge keeps
     its verdicts in `folder`, so that the same call again asks for what is missing.
     """
+    outcomes: dict[tuple[str, int, int], float] = {}
+    planned: dict[tuple[str, int, int], Comparison] = {}
+    rounds = max(
+        (1 if len(answers) <= ROUND_ROBIN_MOST else _rounds(len(answers)) for _, answers in groups.values()), default=0
+    )
+    for number in range(rounds):
+        for key, (messages, answers) in groups.items():
+            for one, other in _pairings(key, len(answers), number, outcomes):
+                planned[key, one, other] = Comparison(key, messages, answers[one], answers[other], "first", "second")
+        said = _points(options, folder, list(planned.values()))
+        for place, points in zip(planned, said, strict=True):
+            if points is not None:
+                outcomes[place] = 1 - points  # of the first
+    return {key: _strengths(key, len(answers), outcomes) for key, (_, answers) in groups.items()}
+
+
+def against(
+    options: ScoreOptions, folder: Path, texts: Sequence[tuple[str, Sequence[Message], str]], base: Mapping[str, str]
+) -> list[float | None]:
+    """For each of `texts` (prompt's id, prompt, answer) whether it is better than `base`'s answer to that prompt.
+
+    Asked in both orders: 1 for better, 0 for worse, ½ for a tie and where the order decides; None where no verdict came.
+    """
+    comparisons = [Comparison(key, messages, base[key], answer, "first", "second") for key, messages, answer in texts]
+    return _points(options, folder, comparisons) if comparisons else []
+
+
+def _points(options: ScoreOptions, folder: Path, comparisons: Sequence[Comparison]) -> list[float | None]:
+    """Side 2's points in each comparison. The judge keeps its verdicts in `folder`/judge."""
     asked = JudgeOptions(
         judge_model=str(options.judge_model),
         base_url=options.judge_base_url or JudgeOptions.base_url,
@@ -56,22 +85,9 @@ def compare(options: ScoreOptions, folder: Path, groups: Mapping[str, Group]) ->
         max_concurrency=options.judge_concurrency,
         temperature=options.judge_temperature,
     )
-    outcomes: dict[tuple[str, int, int], float] = {}
-    planned: dict[tuple[str, int, int], Comparison] = {}
-    rounds = max(
-        (1 if len(answers) <= ROUND_ROBIN_MOST else _rounds(len(answers)) for _, answers in groups.values()), default=0
-    )
-    for number in range(rounds):
-        for key, (messages, answers) in groups.items():
-            for one, other in _pairings(key, len(answers), number, outcomes):
-                planned[key, one, other] = Comparison(key, messages, answers[one], answers[other], "first", "second")
-        judge(asked, list(planned.values()), [])
-        said = json.loads((folder / "judge" / "winners.json").read_text(encoding="utf-8"))
-        for place, row in zip(planned, said, strict=True):
-            points = _POINTS.get(row["winner_model_vs_first"])
-            if points is not None:
-                outcomes[place] = 1 - points  # of the first
-    return {key: _strengths(key, len(answers), outcomes) for key, (_, answers) in groups.items()}
+    judge(asked, comparisons, [])
+    rows = json.loads((folder / "judge" / "winners.json").read_text(encoding="utf-8"))
+    return [_POINTS.get(row["winner_model_vs_first"]) for row in rows]
 
 
 def _rounds(count: int) -> int:

@@ -1,6 +1,7 @@
 """What the rounds have brought on the held-out prompts, measured against round 0."""
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ def measure(options: RoundsOptions) -> dict[str, Any]:
     rows = [_row(number, rounds[number], rounds[0], options) for number in sorted(rounds)]
     for row in rows:
         own = folder / f"round_{row['round']}" / "held_out"
+        _add_judged(row, own / "judge_summary.json")
         row["kl"] = divergence(own, rounds[row["round"]], rounds[0], options) if row["round"] else None
     best = _best(rows, rounds, options)
     results = {"rounds": rows, "best_round": best, "stop": rows[-1]["stop"], "warnings": _over_optimised(rows)}
@@ -90,6 +92,25 @@ def _row(number: int, records: Sequence[Record], base: Sequence[Record], options
         "refusals": fmean(map(is_refusal, said)),
         "non_answers": fmean(record.get("non_answer") is not None for record in records),
     }
+
+
+def _add_judged(row: dict[str, Any], file: Path) -> None:
+    """What the summary of a judge that compared a round with round 0 says beyond its verdicts, to that judge's numbers.
+
+    Raises:
+        UserError: the summary is damaged.
+    """
+    if not row["round"] or not file.is_file():
+        return
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        name = f"judge:{summary['judge']['model']}"
+        found = {what: summary["result"][what] for what in ("length_controlled", "order_flip_rate")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error!r}); score that round's held-out answers anew") from error
+    own = row if row["scorer"] == name else row["others"].get(name)
+    if own is not None:
+        own |= found
 
 
 def _by_scorer(

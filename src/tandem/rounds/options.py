@@ -75,6 +75,12 @@ class ScoreOptions(Options):
         choices=("pairwise", "rubric"),
         needs="judge_model!=none",
     )
+    judge_against: str | None = opt(
+        None,
+        "samples.jsonl of another model: each answer is compared, in both orders, with that one's to the same prompt; 1 "
+        "better, 0 worse, ½ neither",
+        needs="judge_mode=pairwise",
+    )
     rubric: str | None = opt(None, "text file that says how to mark an answer from 1 to 10", needs="judge_mode=rubric")
     judge_max_output_tokens: int = opt(2048, "longest reply of the judge", low=1, needs="judge_model!=none")
     judge_concurrency: int = opt(8, "requests to the judge at a time", low=1, needs="judge_model!=none")
@@ -98,6 +104,8 @@ class ScoreOptions(Options):
             file = name.rpartition(":")[0]
             if file.endswith(".py") and not Path(file).is_file():
                 yield f"--score_function {name}: no such file"
+        if self.judge_against is not None and self.judge_model is None:
+            yield "--judge_against has no effect without --judge_model"
         if self.rubric is not None and not Path(self.rubric).is_file():
             yield f"--rubric {self.rubric}: no such file"
         if self.judge_base_url is not None:

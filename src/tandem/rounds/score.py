@@ -196,6 +196,8 @@ def _judged(
                 yield missing[index], value, why
 
         return cache.get([sha256_json([identity, *text]) for text in texts], ask, "marks")
+    if options.judge_against:
+        return _against(options, records, folder)
     answers = {
         key: (group[0]["messages"], list(dict.fromkeys(spoken(record["text"]) for record in group)))
         for key, group in by_prompt(list(records)).items()
@@ -211,6 +213,26 @@ def _judged(
         own = found[key][answers[key][1].index(spoken(record["text"]))]
         details[index]["strength"] = own
         scores.append((own["value"], "") if own["n"] else (None, "unjudged"))
+    return scores
+
+
+def _against(options: ScoreOptions, records: Sequence[Record], folder: Path) -> list[tuple[float | None, str]]:
+    """Each answer compared with the other file's first whole answer to its prompt; better than none without asking."""
+    from tandem.rounds import judged
+
+    base: dict[str, str] = {}
+    without: set[str] = set()
+    for record in read_records(str(options.judge_against)):
+        if non_answer(record) is None:
+            base.setdefault(record["prompt_id"], spoken(record["text"]))
+        else:
+            without.add(record["prompt_id"])
+    texts = [(record["prompt_id"], *text) for record, text in zip(records, _texts(records), strict=True)]
+    found = iter(judged.against(options, folder, [text for text in texts if text[0] in base], base))
+    scores: list[tuple[float | None, str]] = []
+    for key, _, _ in texts:
+        points = next(found) if key in base else 1.0 if key in without else None
+        scores.append((points, "") if points is not None else (None, "unjudged" if key in base else "alone"))
     return scores
 
 
