@@ -65,7 +65,7 @@ def against(
 ) -> list[float | None]:
     """For each of `texts` (prompt's id, prompt, answer) whether it is better than `base`'s answer to that prompt.
 
-    Asked in both orders: 1 for better, 0 for worse, ½ for a tie and where the order decides; None where no verdict came.
+    Asked in both orders: 1 for better, 0 for worse, ½ for a tie and where the order decides; None without verdicts.
     """
     comparisons = [Comparison(key, messages, base[key], answer, "first", "second") for key, messages, answer in texts]
     return _points(options, folder, comparisons) if comparisons else []

@@ -77,8 +77,8 @@ class ScoreOptions(Options):
     )
     judge_against: str | None = opt(
         None,
-        "samples.jsonl of another model: each answer is compared, in both orders, with that one's to the same prompt; 1 "
-        "better, 0 worse, ½ neither",
+        "samples.jsonl of another model: each answer is compared, in both orders, with that one's to the same prompt: "
+        "1 better, 0 worse, ½ neither",
         needs="judge_mode=pairwise",
     )
     rubric: str | None = opt(None, "text file that says how to mark an answer from 1 to 10", needs="judge_mode=rubric")
