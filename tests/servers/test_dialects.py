@@ -10,7 +10,7 @@ from tandem.errors import UserError
 from tandem.servers.address import parse_address
 from tandem.servers.dialects import NoReply, Request, body_of, read_reply
 from tandem.servers.endpoint import Endpoint
-from tandem.servers.refusals import SYSTEM, refused_parameter
+from tandem.servers.refusals import JSON_SCHEMA, SYSTEM, refused_parameter
 
 REQUEST = Request("m", [{"role": "user", "content": "?"}], 9, 0.5, 0.9, 7, {"name": "V", "strict": True, "schema": {}})
 
@@ -225,6 +225,23 @@ def test_a_system_message_that_is_refused_goes_into_the_users_first(said):
         assert sent.get("messages", sent.get("input")) == [{"role": "user", "content": "system\n\nuser"}, rest]
         assert refused_parameter(sent, said) is None
     assert refused_parameter(body, "The system is overloaded and not supporting new requests. Try later") is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "1 validation error:\\n  {'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), 'msg': \\"Input "
+        "should be 'text' or 'json_object'\\", 'input': 'json_schema'}",
+        "This response_format type is unavailable now",
+        "'response_format.type' must be one of 'text' or 'json_object'",
+        "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model.",
+    ],
+)
+def test_a_schema_that_goes_with_json_object(said):
+    assert refused_parameter(body_of(REQUEST, "chat"), said) == JSON_SCHEMA
+    sent = body_of(REQUEST, "chat", [JSON_SCHEMA])
+    assert sent["response_format"] == {"type": "json_object", "schema": {}}
+    assert refused_parameter(sent, said) is None  # then nothing is left but words
 
 
 def test_a_refusal_sent_as_a_success():

@@ -20,6 +20,18 @@ def is_out_of_quota(body: str) -> bool:
     return "insufficient_quota" in body
 
 
+_LASTING = (500, 501)  # statuses that may be no passing failure
+
+
+def _let_stand(response: Any) -> None:
+    """Have the openai package not repeat a request that would fail again; the response has been read."""
+    text = response.text
+    used_up = response.status_code == 429 and is_out_of_quota(text)
+    # What is not implemented stays so; llama-cpp-python's server has 500 for a parameter that it refuses
+    if used_up or response.status_code == 501 or (response.status_code == 500 and "validation error" in text):
+        response.headers["x-should-retry"] = "false"  # the package's word for it
+
+
 class _Client:
     """What both clients know of their server."""
 
@@ -121,11 +133,12 @@ class AsyncClient(_Client):
         if response.status_code == 429:
             await response.aread()
             if is_out_of_quota(response.text):
-                response.headers["x-should-retry"] = "false"  # the package's word for it; no wait mends this
+                _let_stand(response)
             else:
                 self._on_429()
-        elif response.status_code == 501:
-            response.headers["x-should-retry"] = "false"  # "not implemented" does not pass
+        elif response.status_code in _LASTING:
+            await response.aread()
+            _let_stand(response)
 
     async def ask(self, request: Request) -> str:
         """The body of the server's reply, without the key."""
@@ -152,10 +165,9 @@ class Client(_Client):
         self.openai = openai.OpenAI(**self._settings, max_retries=retries, http_client=http)
 
     def _notice(self, response: Any) -> None:
-        if response.status_code == 429:
+        if response.status_code in (429, *_LASTING):
             response.read()
-        if response.status_code == 501 or (response.status_code == 429 and is_out_of_quota(response.text)):
-            response.headers["x-should-retry"] = "false"
+            _let_stand(response)
 
     def ask(self, request: Request) -> str:
         """The body of the server's reply, without the key."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tandem.errors import UserError
 from tandem.servers import streams
-from tandem.servers.refusals import SYSTEM, folded
+from tandem.servers.refusals import JSON_SCHEMA, SYSTEM, folded
 from tandem.servers.tools import call_texts, chat_messages
 
 Form = Literal["responses", "chat"]
@@ -49,7 +49,7 @@ def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dic
     """The body of `request` in one form, without the parameters that the server refuses.
 
     With `max_completion_tokens` among `left_out`, its older name `max_tokens` is sent in its place; with `SYSTEM`, the
-    system message goes into the user's first.
+    system message goes into the user's first; with `JSON_SCHEMA`, the schema goes with `json_object`.
 
     Raises:
         UserError: a prompt with tools, in the form `responses`.
@@ -69,7 +69,9 @@ def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dic
         body |= {"messages": chat_messages(messages), "stream": False, **(request.extras or {})}
         body |= sampling | {limit: request.max_tokens, "seed": request.seed}
         if request.schema is not None:
-            body["response_format"] = {"type": "json_schema", "json_schema": dict(request.schema)}
+            asked = {"type": JSON_SCHEMA, JSON_SCHEMA: dict(request.schema)}
+            as_object = {"type": "json_object", "schema": request.schema["schema"]}
+            body["response_format"] = as_object if JSON_SCHEMA in left_out else asked
     return {name: value for name, value in body.items() if value is not None and name not in left_out}
 
 

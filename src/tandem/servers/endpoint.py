@@ -10,12 +10,13 @@ from tqdm import tqdm
 
 from tandem.servers.address import ROUTES, Address
 from tandem.servers.dialects import Form, NoReply, Request, body_of, read_reply
-from tandem.servers.refusals import SYSTEM, refused_parameter
+from tandem.servers.refusals import JSON_SCHEMA, SYSTEM, refused_parameter
 
 NO_SUCH_ROUTE = (404, 405, 501)
 NOT_UNDERSTOOD = (400, 422, 500, 501)  # proxies make 500 of what the server behind them calls 400
 _INSTEAD = {
     "max_completion_tokens": "max_tokens is sent instead",
+    JSON_SCHEMA: "json_object is sent instead, with the schema",
     SYSTEM: "what it says is put before the user's first words",
 }
 
@@ -96,7 +97,7 @@ class Endpoint:
             return False
         if name not in self.left_out:
             self.left_out.append(name)
-            what = "a system message" if name == SYSTEM else name
+            what = {SYSTEM: "a system message", JSON_SCHEMA: "a response_format of json_schema"}.get(name, name)
             told = f"{attempt.url} does not take {what}: {_INSTEAD.get(name, 'it is left out')} ({short})"
             tqdm.write(told, file=sys.stderr)
         return True
