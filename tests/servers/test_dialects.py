@@ -230,8 +230,8 @@ def test_a_system_message_that_is_refused_goes_into_the_users_first(said):
 @pytest.mark.parametrize(
     "said",
     [
-        "1 validation error:\\n  {'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), 'msg': \\"Input "
-        "should be 'text' or 'json_object'\\", 'input': 'json_schema'}",
+        r"1 validation error:\n  {'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), 'msg': "
+        r"\"Input should be 'text' or 'json_object'\", 'input': 'json_schema'}",
         "This response_format type is unavailable now",
         "'response_format.type' must be one of 'text' or 'json_object'",
         "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model.",
