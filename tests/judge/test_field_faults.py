@@ -199,7 +199,7 @@ def test_an_error_sent_as_a_success_is_asked_again(server, tmp_path):
 
 def test_nobody_listens(tmp_path):
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"^--base_url http://127.0.0.1:9/v1: nobody listens there \(.*\): start the"):
+    with pytest.raises(UserError, match=r"^--base_url http://127.0.0.1:9/v1 does not answer \(.*\): start the"):
         judge(options("http://127.0.0.1:9/v1", str(tmp_path / "judge")), comparisons(4), [])
     assert time.monotonic() - began < 5
     assert not (tmp_path / "judge").exists()
@@ -297,7 +297,7 @@ def test_a_system_message_that_is_refused(server, tmp_path):
     assert [message["role"] for message in server.requests[-1]["input"]] == ["user"]
 
 
-@pytest.mark.parametrize("status", [400, 404, 422, 500, 501])
+@pytest.mark.parametrize("status", [400, 422, 500])
 def test_a_schema_that_is_refused(server, tmp_path, status):
     """In whatever way: the schema is then asked for in words, and lost verdicts are few."""
     server.enforces_schema = False

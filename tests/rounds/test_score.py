@@ -197,7 +197,7 @@ def test_a_judge_of_marks_that_is_of_no_use(tmp_path: Path):
     began = time.monotonic()
     for mode in ("rubric", "pairwise"):
         pairs = [*rows, answer("question 0", "another")]
-        with pytest.raises(UserError, match=r"^--judge_base_url http://127.0.0.1:9/v1: nobody listens there"):
+        with pytest.raises(UserError, match=r"^--judge_base_url http://127.0.0.1:9/v1 does not answer"):
             scored(tmp_path, pairs, **given | {"judge_mode": mode}, judge_base_url="http://127.0.0.1:9/v1")
     assert time.monotonic() - began < 10
     state = FaultServer()

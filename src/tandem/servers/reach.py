@@ -27,5 +27,5 @@ def refuse_unreachable(url: str) -> None:
         socket.create_connection((host, port), CONNECT_TIMEOUT).close()
     except OSError as error:
         raise Unreachable(
-            f"--base_url {url}: nobody listens there ({error.strerror or error}): start the server, or see the address"
+            f"--base_url {url} does not answer ({error.strerror or error}): start the server, or see the address"
         ) from None

@@ -274,7 +274,7 @@ def test_an_error_sent_as_a_success_is_asked_again(server: Server, tmp_path: Pat
 def test_nobody_listens(tmp_path: Path, url: str):
     began = time.monotonic()
     engine = GenerationOptions(backend="openai", base_url=url)
-    with pytest.raises(UserError, match=rf"^--base_url {url}: nobody listens there \(.*\): start the server"):
+    with pytest.raises(UserError, match=rf"^--base_url {url} does not answer \(.*\): start the server"):
         generate({"dpo": "adapter"}, PROMPTS, SamplingOptions(max_new_tokens=9), engine, tmp_path)
     assert time.monotonic() - began < 5
 
