@@ -232,6 +232,53 @@ def test_an_adapter_on_a_folder_is_refused_or_told_its_base(
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "me/sft"
 
 
+CONFIG = {
+    "_name_or_path": "/home/me/runs/dpo",
+    "architectures": ["LlamaForCausalLM"],
+    "rope": {"source": "~/models/llama", "type": "linear"},
+    "tokenizer_file": "/root/.cache/huggingface/tokenizer.json",
+    "unk": "/",
+    "eos_token": "</s>",
+    "auto_map": {"AutoConfig": "me/code--configuration.Own"},
+    "kept": "see docs/models.md",
+}
+
+
+def test_no_place_of_this_machine_is_pushed(model: Path) -> None:
+    from tandem.report.published import configuration, without_places
+
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    public = json.loads(bytes(configuration(model / "config.json")))
+    assert public == {
+        "architectures": ["LlamaForCausalLM"], "rope": {"type": "linear"}, "unk": "/", "eos_token": "</s>",
+        "auto_map": {"AutoConfig": "me/code--configuration.Own"}, "kept": "see docs/models.md",
+    }  # fmt: skip
+    assert without_places({"name_or_path": "meta-llama/Llama-3.2-1B"}) == {"name_or_path": "meta-llama/Llama-3.2-1B"}
+    for place in ("runs/demo/sft", "C:\\models\\sft", "../sft", "./sft", "file:///models/sft"):
+        assert without_places({"_name_or_path": place, "vocab_size": 3}) == {"vocab_size": 3}
+    (model / "config.json").write_text(json.dumps(public))
+    assert configuration(model / "config.json") == model / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "goes"),
+    [("adapter_config.json", True), ("model-00001-of-00002.safetensors", True), ("pytorch_model.bin", True),
+     ("config.json", True), ("generation_config.json", True), ("tokenizer.model", True), ("vocab.json", True),
+     ("added_tokens.json", True), ("special_tokens_map.json", True), ("chat_template.jinja", True),
+     ("eval.json", False), ("figure.png", False), (".gitattributes", False), ("onnx/model.onnx", False)],
+)  # fmt: skip
+def test_what_an_earlier_push_left(name: str, goes: bool) -> None:
+    from tandem.report.published import would_be_loaded
+
+    assert would_be_loaded(name) == goes
+
+
+@pytest.mark.parametrize("name", ["Apache 2.0", "Apache-2.0", "MIT License", "https://x/LICENSE", ""])
+def test_a_license_that_the_hub_does_not_know(name: str, model: Path) -> None:
+    with pytest.raises(UserError, match="must be the Hub's name for it, as apache-2.0"):
+        options(model, license=name)
+
+
 def test_the_card_has_what_the_hub_shows(model: Path, run_dir: Path) -> None:
     from huggingface_hub import ModelCard
 

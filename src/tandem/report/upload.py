@@ -13,6 +13,7 @@ from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
 from tandem.options.rules import Options
 from tandem.places import is_hub_name
+from tandem.report import published
 from tandem.runs import CARD, model_files, refusal
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -30,10 +31,7 @@ CARD_SETTINGS = (
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|ya?ml|txt)$", re.IGNORECASE)
 ADAPTER_CONFIG = "adapter_config.json"
-# What an earlier push may have left, which from_pretrained would load in place of what is pushed now
-_WEIGHTS_AND_CONFIG = re.compile(
-    r"(?:adapter_|model|pytorch_model|tf_model|flax_model)[^/]*\.(?:json|safetensors|bin|h5|msgpack)"
-)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass
@@ -53,6 +51,8 @@ class UploadOptions(Options):
     def conflicts(self) -> Iterator[str]:
         if not _REPO_ID.fullmatch(self.repo_id) or ".." in self.repo_id or "--" in self.repo_id:
             yield f"--repo_id {self.repo_id}: must be owner/name, of letters, digits, '-', '_' and '.'"
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            yield f"--license {self.license}: must be the Hub's name for it, as apache-2.0, mit, llama3.1 or other"
         if self.base_model is not None and not _on_hub(self.base_model):
             yield f"--base_model {self.base_model}: must be a name on the Hub, as owner/name, and no folder"
 
@@ -65,6 +65,11 @@ def upload(options: UploadOptions) -> str:
     """
     folder = Path(options.folder)
     contents: dict[str, Path | bytes] = {file.name: file for file in complete_model_files(folder) if file.name != CARD}
+    contents |= {
+        name: published.configuration(folder / name)
+        for name in contents
+        if name.endswith("config.json") and name != ADAPTER_CONFIG
+    }
     if is_adapter(str(folder)):
         contents[ADAPTER_CONFIG] = _adapter_config(folder, options.base_model)
     card = model_card(options)
@@ -94,7 +99,7 @@ def _adapter_config(folder: Path, base_model: str | None) -> bytes:
             f"--folder {folder}: an adapter on {base}, a folder that is on this machine alone: push that model and "
             "name it with --base_model, or merge the adapter (scripts/merge_lora.py) and push the whole model"
         )
-    config["base_model_name_or_path"] = base_model or base
+    config = published.without_places(config) | {"base_model_name_or_path": base_model or base}
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -266,7 +271,7 @@ def _push(options: UploadOptions, contents: Mapping[str, Path | bytes], token: s
     try:
         api.create_repo(options.repo_id, private=options.private, exist_ok=True)
         there = set(api.list_repo_files(options.repo_id)) - contents.keys()
-        operations += [CommitOperationDelete(name) for name in sorted(there) if _WEIGHTS_AND_CONFIG.fullmatch(name)]
+        operations += [CommitOperationDelete(name) for name in sorted(there) if published.would_be_loaded(name)]
         commit = api.create_commit(options.repo_id, operations, commit_message="Model and card, by Tandem")
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it to push") from None
