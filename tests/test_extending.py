@@ -82,6 +82,10 @@ def test_a_judges_backend(tmp_path: Path) -> None:
     heard = len(read_jsonl(tmp_path / "judge" / "raw.jsonl"))
     assert judge(options, comparisons, judge_once.labelled(10)) == summary
     assert len(read_jsonl(tmp_path / "judge" / "raw.jsonl")) == heard > 0
+    file = Path("my_judge.py")
+    file.write_text(file.read_text() + "\n# another version, which may judge otherwise\n")
+    judge(options, comparisons, judge_once.labelled(10))
+    assert len(read_jsonl(tmp_path / "judge" / "raw.jsonl")) == 2 * heard
 
 
 @pytest.mark.parametrize("option", ["--backend", "--engine"])
@@ -94,6 +98,10 @@ def test_a_backend_of_answers(
     asked = [record["messages"][-1]["content"].split()[:3] for record in records]
     assert [record["text"].split() for record in records] == [["parrot", *words] for words in asked]
     assert len(records) == 2
+    file = Path("my_backend.py")
+    file.write_text(file.read_text() + "\n# another version, which may answer otherwise\n")
+    with pytest.raises(UserError, match="answers of another version of --backend"):
+        script("generate").main([*given.split(), option, "my_backend.py:Echo"])
     assert ("engine is called backend here" in capsys.readouterr().err) == (option == "--engine")
 
 

@@ -1,13 +1,38 @@
 """What a user's own file or module holds: a loss, a data format, a backend (docs/extending.md)."""
 
+import contextlib
+import hashlib
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+
+
+def version_of(name: str) -> str:
+    """A digest of the file that `name`, as `load_object` takes it, is in: what it says counts until that changes."""
+    place = name.rpartition(":")[0]
+    file = Path(place)
+    if not place.endswith(".py"):
+        with _current_folder(), contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(place)
+            file = Path((spec and spec.origin) or place)
+    content = file.read_bytes() if file.is_file() else name.encode(errors="replace")
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Modules are looked for in the current folder too."""
+    sys.path.append(os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def load_object(name: str, option: str) -> Any:
@@ -33,15 +58,13 @@ def load_object(name: str, option: str) -> Any:
         except SyntaxError as error:
             raise UserError(f"{option} {name}: {place} line {error.lineno}: {error.msg}") from error
     else:
-        sys.path.append(os.getcwd())
         try:
-            module = importlib.import_module(place)
+            with _current_folder():
+                module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             if error.name and not f"{place}.".startswith(f"{error.name}."):
                 raise  # the module is there, and lacks another
             raise UserError(f"{option} {name}: there is no module {place} here or installed") from error
-        finally:
-            sys.path.remove(os.getcwd())
     if not hasattr(module, attribute):
         raise UserError(f"{option} {name}: {place} has no {attribute}")
     return getattr(module, attribute)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from tandem import ranks
-from tandem.answers.backends.options import GenerationOptions
+from tandem.answers.backends.options import BACKENDS, GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.data.messages import extras_of
 from tandem.data.non_answers import non_answer
 from tandem.digests import model_digest
 from tandem.errors import UserError
 from tandem.models.sampling import SamplingOptions
+from tandem.objects import version_of
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import check_models, is_adapter
 from tandem.options.rules import Options
@@ -158,10 +159,11 @@ def _setting(options: GenerationOptions) -> dict[str, Any]:
         return {"base_url": options.base_url, "dtype": None}
     from tandem.answers.backends.base import weights_dtype
 
-    return {"base_url": None, "dtype": weights_dtype(options)}
+    code = {} if options.backend in BACKENDS else {"code": version_of(options.backend)}
+    return {"base_url": None, "dtype": weights_dtype(options), **code}
 
 
-_SETTINGS = {"base_url": "another server", "dtype": "another --dtype"}
+_SETTINGS = {"code": "another version of --backend", "base_url": "another server", "dtype": "another --dtype"}
 
 
 def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:
@@ -185,8 +187,9 @@ def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], s
         if not same or any(record.get(name) != source[name] for name in ("sampling", "seed")):
             raise UserError(f"{file}: holds {kind} of another model than {model} or of other sampling; move it away")
         for name, words in _SETTINGS.items():  # which older lines do not name
-            if None not in (was := record.get(name), source[name]) and was != source[name]:
-                raise UserError(f"{file}: holds {kind} of {words} ({was}, now {source[name]}); move it away")
+            was, now = record.get(name), source.get(name)
+            if None not in (was, now) and was != now:
+                raise UserError(f"{file}: holds {kind} of {words} ({was}, now {now}); move it away")
 
 
 def _say_server_may_have_changed(file: Path, count: int, model: str) -> None:

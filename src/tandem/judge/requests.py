@@ -84,6 +84,7 @@ class Judge:
     schema_enforced: bool  # else the schema is asked for in words, with worked examples
     temperature: float | None
     max_output_tokens: int
+    code: str | None = None  # of a backend of the user's own, its version
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -111,6 +112,8 @@ class Judge:
             "order": order,
             "sample": sample,
         }
+        if self.code is not None:
+            content["code"] = self.code
         if _is_free(kind, comparison):
             content["free"] = True  # not to be taken for the judge's own verdict on the same text
         return Call(sha256_json(content), kind, comparison, order, sample, messages)

@@ -21,7 +21,7 @@ from tandem.judge.log import VerdictLog, guessed_tokens
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call, Comparison, Judge
 from tandem.judge.summary import Plan, summarise, winners
-from tandem.objects import load_object
+from tandem.objects import load_object, version_of
 from tandem.runs import locked, write_json
 from tandem.servers.client import AsyncClient
 
@@ -98,7 +98,10 @@ def _plan(
 
 
 def _judge_of(options: JudgeOptions, schema_enforced: bool) -> Judge:
-    return Judge(options.url, options.judge_model, schema_enforced, options.temperature, options.max_output_tokens)
+    code = version_of(options.judge_backend) if options.judge_backend else None
+    return Judge(
+        options.url, options.judge_model, schema_enforced, options.temperature, options.max_output_tokens, code
+    )
 
 
 def _known_server(options: JudgeOptions) -> dict[str, Any] | None:

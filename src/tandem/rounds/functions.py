@@ -1,14 +1,12 @@
 """Scores of a function of the user's, for answers that code can check."""
 
-import hashlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tandem.data.formats import Message
 from tandem.errors import UserError, one_line
-from tandem.objects import load_object
+from tandem.objects import load_object, version_of
 
 FIRST = 10  # answers of which one at least must get its score
 
@@ -34,14 +32,7 @@ class Function:
     @property
     def version(self) -> str:
         """A digest of the file that the function is in: what it has scored counts until that changes."""
-        try:
-            source = inspect.getsource(inspect.getmodule(self._function) or self._function)  # type: ignore[arg-type]
-        except (OSError, TypeError):
-            try:
-                source = inspect.getsource(self._function)
-            except (OSError, TypeError):
-                source = self.name
-        return hashlib.sha256(source.encode(errors="replace")).hexdigest()[:16]
+        return version_of(self.name)
 
     def score(self, messages: Sequence[Message], answer: str, row: Mapping[str, Any]) -> tuple[float | None, str]:
         """A finite score, or None and why.
