@@ -15,7 +15,7 @@ ENDINGS = [f'"verdict": "{word}"}}' for word in ("A", "B", "tie")]
 VERDICTS = [OPENING + ending for ending in ENDINGS]
 LOGITS = (40.0, 39.5, 38.0)  # of the endings, after the opening; all else has 0
 SPECIALS = ("<unk>", "<s>", "</s>")
-HIDDEN, HEADS, WIDE, CONTEXT = 32, 2, 32, 32768
+HIDDEN, HEADS, WIDE, CONTEXT = 64, 1, 64, 32768
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
