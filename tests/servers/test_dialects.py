@@ -286,6 +286,9 @@ def test_the_last_way_is_not_left():
     assert not endpoint.accept(endpoint.attempt(REQUEST), "<html>")
     assert endpoint.accept(attempt := endpoint.attempt(REQUEST), "<html>")
     assert not endpoint.may_mend(attempt, 404, "", "no")
+    for hollow in ('{"choices": []}', '{"output": 1}'):
+        right = Endpoint(parse_address("http://h/v1"), ("responses", "chat"))
+        assert right.accept(right.attempt(REQUEST), hollow) and right.form == "responses" and not right.is_found
     named = Endpoint(parse_address("http://h/v1/chat/completions"), ("responses", "chat"))
     assert not named.may_mend(named.attempt(REQUEST), 404, "", "no")
     lmstudio = Endpoint(parse_address("http://h"), ("chat",))

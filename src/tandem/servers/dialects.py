@@ -45,6 +45,10 @@ class NoReply(ValueError):
     """A body that is no reply in either form."""
 
 
+class Hollow(NoReply):
+    """A body in one of the forms that has nothing in it, or not what belongs there."""
+
+
 def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dict[str, Any]:
     """The body of `request` in one form, without the parameters that the server refuses.
 
@@ -104,7 +108,7 @@ def said_by(error: Any) -> str:
 def _read_response(reply: Mapping[str, Any]) -> Reply:
     items = reply["output"]
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise NoReply(f"{NO_REPLY}: output is no list of objects")
+        raise Hollow(f"{NO_REPLY}: output is no list of objects")
     # `phase` marks interim commentary of reasoning models, which is no answer
     messages = [item for item in items if item.get("type") == "message"]
     contents = [item.get("content") for item in messages if item.get("phase") in (None, "final_answer")]
@@ -147,7 +151,7 @@ def _read_completion(reply: Mapping[str, Any]) -> Reply:
         problem = reply.get("error")
         if problem:
             return Reply("", "failed", said_by(problem), *_tokens(reply.get("usage")))
-        raise NoReply(f"{NO_REPLY}: no message among its choices")
+        raise Hollow(f"{NO_REPLY}: no message among its choices")
     content = message.get("content")
     pieces = [*_pieces([content] if isinstance(content, dict) else content, "content")]
     text = "\n".join(["".join(pieces), *call_texts(message)]).removeprefix("\n")
@@ -174,16 +178,16 @@ def _pieces(content: Any, where: str) -> Iterable[str]:
         yield content
         return
     if not isinstance(content, list):
-        raise NoReply(f"{NO_REPLY}: {where} is neither text nor a list")
+        raise Hollow(f"{NO_REPLY}: {where} is neither text nor a list")
     for chunk in content:
         if isinstance(chunk, str):
             yield chunk
         elif not isinstance(chunk, dict):
-            raise NoReply(f"{NO_REPLY}: {where} has a chunk that is no object")
+            raise Hollow(f"{NO_REPLY}: {where} has a chunk that is no object")
         elif chunk.get("type") in (None, "", "text", "output_text"):
             text = chunk.get("text")
             if text is not None and not isinstance(text, str):
-                raise NoReply(f"{NO_REPLY}: {where}.text is no text")
+                raise Hollow(f"{NO_REPLY}: {where}.text is no text")
             yield text or ""
 
 

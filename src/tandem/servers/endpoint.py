@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tandem.servers.address import ROUTES, Address
-from tandem.servers.dialects import Form, NoReply, Request, body_of, read_reply
+from tandem.servers.dialects import Form, Hollow, NoReply, Request, body_of, read_reply
 from tandem.servers.refusals import JSON_SCHEMA, SYSTEM, refused_parameter
 
 NO_SUCH_ROUTE = (404, 405, 501)
@@ -113,6 +113,8 @@ class Endpoint:
                 return True
             try:
                 reply = read_reply(body)
+            except Hollow:
+                return True  # the way is right
             except NoReply as problem:
                 return self._found or not self._next_way(attempt, f"{attempt.url}: {problem}")
             if reply.end == "failed" and self._leaves_out(attempt, body, reply.detail[:300]):
