@@ -220,16 +220,16 @@ def test_one_prompt_that_a_server_cannot_bear_is_that_answers_fate(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, body: Any, fate: str
 ):
     """The others are answered, the script ends well, and the same command asks nothing more; also if it is the last."""
-    server.refuses, server.refusal = "question 0", (status, body)
+    server.refuses, server.refusal = "question 7", (status, body)
     for _ in range(2):
         records = {record["messages"][0]["content"]: record for record in ask(server, tmp_path)}
         assert [record["finish_reason"] for record in records.values()].count("stop") == len(PROMPTS) - 1
-        assert (records["question 0"]["text"], records["question 0"]["finish_reason"]) == ("", fate)
-    count = server.asked()["question 0"]
+        assert (records["question 7"]["text"], records["question 7"]["finish_reason"]) == ("", fate)
+    count = server.asked()["question 7"]
     assert count <= (2 * (RETRIES + 1) if fate == "failed" else 1)
     assert sum(server.asked().values()) - count - server.asked()["Say yes."] == len(PROMPTS) - 1
     (tmp_path / "alone").mkdir()
-    rows = [line for line in (tmp_path / "generations_dpo.jsonl").open() if '"question 0"' not in line]
+    rows = [line for line in (tmp_path / "generations_dpo.jsonl").open() if '"question 7"' not in line]
     (tmp_path / "alone" / "generations_dpo.jsonl").write_text("".join(rows))
     if fate != "refused":  # a server that refuses the one prompt it is asked may refuse them all
         assert {row["finish_reason"] for row in ask(server, tmp_path / "alone")} == {"stop", fate}
