@@ -70,12 +70,16 @@ def _is_named(name: str, body: Mapping[str, Any], said: str) -> bool:
 
 def _begins_with_system(body: Mapping[str, Any]) -> bool:
     messages = body.get("messages", body.get("input"))
-    return isinstance(messages, Sequence) and len(messages) > 1 and messages[0].get("role") in ("system", "developer")
+    return isinstance(messages, Sequence) and len(messages) > 1 and _is_system(messages[0])
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("system", "developer")
 
 
 def folded(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """`messages` with a system message at their head put before what the user says first."""
-    if len(messages) < 2 or messages[0].get("role") not in ("system", "developer") or messages[1]["role"] != "user":
+    if len(messages) < 2 or not _is_system(messages[0]) or messages[1]["role"] != "user":
         return messages
     content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
     return [{**messages[1], "content": content}, *messages[2:]]

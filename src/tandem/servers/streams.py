@@ -14,10 +14,11 @@ def joined(body: str) -> dict[str, Any] | None:
     """The reply, in the form that it would have had in one piece; None where there is none."""
     events = list(_events(body))
     for event in reversed(events):
-        if isinstance(event.get("response"), dict) and "output" in event["response"]:
-            return event["response"]  # the last event of the Responses API holds all
+        response = event.get("response")
+        if isinstance(response, dict) and "output" in response:
+            return response  # the last event of the Responses API holds all
         if event.get("error"):
-            return event
+            return dict(event)
     chunks = [choice for event in events for choice in _choices(event)]
     if not chunks:
         return None
