@@ -224,7 +224,7 @@ def test_a_failure_of_one_prompt_is_that_prompts(server, tmp_path, error):
     server.instead = lambda body, reply: error if "Question 3 of base" in str(body) else None
     summary = run(server, tmp_path, self_pairs=0)
     assert summary["winner"] == "dpo" and summary["result"]["n_missing"] == 1
-    assert (summary["accounting"]["main"]["ok"], "verdicts were lost: 2 " in summary["conclusion"]) == (58, True)
+    assert (summary["accounting"]["main"]["ok"], "verdicts were lost: 2 " in summary["conclusion"]) == (56, True)
 
 
 # ---- tried and untried

@@ -1,5 +1,6 @@
 """Rounds of DPO on a policy's own answers, as report.html, rounds.html and rounds.md show rounds.json."""
 
+import functools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,14 +59,14 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
     others = list(dict.fromkeys(name for row in rows for name in row["others"]))
     found = [
         Measure("Win rate", "prompts won against round 0, ties as ½", lambda row: row["win_rate"], True, 0.5, 0),
-        *_of_judge("by the scorer that ranks", 0, lambda what: lambda row: row.get(what)),
+        *_of_judge("by the scorer that ranks", 0, _ranked),
         Measure("Score less round 0's", "mean over prompts", lambda row: row["difference"], level=0.0, scorer=0),
         Measure("Score", "mean over prompts", lambda row: row["mean_score"], scorer=0),
     ]
     for place, name in enumerate(others, 1):
         found += [
             Measure("Win rate", f"by {short(name)}", _of(name, "win_rate"), True, 0.5, place),
-            *_of_judge(f"by {short(name)}", place, lambda what, name=name: _of(name, what)),
+            *_of_judge(f"by {short(name)}", place, functools.partial(_of, name)),
             Measure("Score less round 0's", f"by {short(name)}", _of(name, "difference"), level=0.0, scorer=place),
         ]
     return [
@@ -87,6 +88,10 @@ def _of_judge(who: str, place: int, of: Callable[[str], Callable[[Mapping[str, A
         Measure("Win rate, length controlled", controlled, of("length_controlled"), True, 0.5, place),
         Measure("Verdicts that the order turns", flips, of("order_flip_rate"), True, None, place),
     ]
+
+
+def _ranked(what: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda row: row.get(what)
 
 
 def _of(name: str, what: str) -> Callable[[Mapping[str, Any]], Any]:
