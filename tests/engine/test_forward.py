@@ -287,19 +287,19 @@ def test_the_verdict_is_remembered(batch, tmp_path, monkeypatch):
     add_pair_forward(first, cache_dir=tmp_path / "memory")
     with backbone_calls(first) as calls:
         first(**batch, fused_lm_head=True)
-    assert len(calls) == 3  # the probe in both layouts, then the batch
+    assert len(calls) == 4  # a look at the logits, the probe in both layouts, then the batch
 
     again, reports = tiny_model("Llama", seed=1), []
     add_pair_forward(again, cache_dir=tmp_path / "memory", on_report=reports.append)
     with backbone_calls(again) as calls:
         again(**batch, fused_lm_head=True)
-    assert len(calls) == 1 and reports[0].layout == "shared" and reports[0].difference < 1e-5
+    assert len(calls) == 2 and reports[0].layout == "shared" and reports[0].difference < 1e-5
 
     other = tiny_model("Llama", hidden_act="gelu")
     add_pair_forward(other, cache_dir=tmp_path / "memory")
     with backbone_calls(other) as calls:
         other(**batch, fused_lm_head=True)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_the_reference_need_not_be_probed_after_the_policy(batch):

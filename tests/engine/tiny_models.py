@@ -49,6 +49,8 @@ CONFIGS = {
     "Granite": (transformers.GraniteConfig, _GQA | {"logits_scaling": 4.0, "attention_multiplier": 0.3}),
     "Mixtral": (transformers.MixtralConfig, _GQA | {"num_local_experts": 4}),
     "Qwen2Moe": (transformers.Qwen2MoeConfig, _GQA | _EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "Qwen3Moe": (transformers.Qwen3MoeConfig, _GQA | _EXPERTS | {"head_dim": 8}),
+    "Cohere2": (transformers.Cohere2Config, _GQA | _WINDOW | {"logit_scale": 0.25}),
     "GptOss": (transformers.GptOssConfig, _GQA | _WINDOW | {"head_dim": 8, "num_local_experts": 4}),
     # dropout: stock TRL, which these are compared to, leaves it on where it is a function call
     "OPT": (transformers.OPTConfig, _BASE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -17,11 +18,12 @@ from transformers import (
     GPTJForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    ReformerConfig,
 )
 
 from tandem.errors import UserError
-from tandem.models.fits import positions_of
-from tests import tiny
+from tandem.models.fits import check_checkpointing, forward_told, positions_of
+from tests import families, tiny
 
 EMBEDDING = r"its embedding has 262 rows, and the tokenizer's '<\|im_end\|>' is token 262"
 # By what is wrong: the model, further flags, and what is said
@@ -178,3 +180,21 @@ def test_positions_of_a_table():
         "num_attention_heads": 4,
     }
     assert positions_of(OPTForCausalLM(OPTConfig(vocab_size=64, max_position_embeddings=24, **small))) == 24
+
+
+def test_what_fails_in_a_models_own_code_is_one_line():
+    config = ReformerConfig(is_decoder=False)
+    said = r"^somewhere: its own code fails on this data \(reformer/modeling_reformer.py:\d+\)"
+    with pytest.raises(UserError, match=said), forward_told("somewhere"):
+        AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="ours"), forward_told("somewhere"):
+        raise ValueError("ours")
+
+
+def test_a_model_without_gradient_checkpointing_keeps_its_activations():
+    with torch.device("meta"):
+        able, unable = (AutoModelForCausalLM.from_config(families.config(name, 300)) for name in ("llama", "ctrl"))
+    assert [check_checkpointing(asked, able) for asked in (None, True, False)] == [True, True, False]
+    assert [check_checkpointing(asked, unable) for asked in (None, False)] == [False, False]
+    with pytest.raises(UserError, match="--gradient_checkpointing true: CTRLLMHeadModel has none"):
+        check_checkpointing(True, unable)

@@ -33,6 +33,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.gaps: dict[str, float] = {}
+        self.made_by_head: dict[str, bool] = {}  # by the model's class: see `own_logits.made_by_head`
         self._said: set[str] = set()
 
     def say_once(self, level: int, line: str) -> None:

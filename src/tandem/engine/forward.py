@@ -14,16 +14,18 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from tandem.engine import attention
+from tandem.engine import attention, own_logits
 from tandem.engine.attention import PAIR_ATTENTION, PairAttention
+from tandem.engine.backbone import backbone, balance_loss, served_by_trl
 from tandem.engine.choice import Findings, LayoutChoice, LayoutRequest, attention_configs
-from tandem.engine.layout import PAIR_LAYOUT, PairLayout, lay_out_pairs
+from tandem.engine.layout import IGNORED_LABEL, PAIR_LAYOUT, PairLayout, lay_out_pairs
 from tandem.engine.logprobs import LogitTransform, score_tokens
+from tandem.engine.own_logits import made_by_head
 
 # What a text batch may pass beside labels; anything else (images, embeddings, positions, a cache) is TRL's to forward
 _TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "use_cache", "output_router_logits", "num_items_in_batch"}
@@ -124,17 +126,21 @@ class _PairEngine:
         cast_lm_head_to_fp32: bool,
         outputs: tuple[str, ...],
     ) -> None:
-        self.padded_forward = padded_forward
+        self.own_forward = padded_forward  # which is the model's own where it is not asked for a fused head
+        self.padded_forward = padded_forward if served_by_trl(model) else functools.partial(self.without_trl, model)
         self.choice = choice
         self.text_config = model.config.get_text_config()
         self.transform = LogitTransform.of(self.text_config, temperature)
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
         self.outputs = outputs
+        self.looked = False
 
     def __call__(self, model: PreTrainedModel, made: PairLayout | None, *args: Any, **kwargs: Any) -> Any:
         choice, input_ids = self.choice, kwargs.get("input_ids")
         if choice.report is None and kwargs.get("shift_labels") is not None:
             choice.settle("padded", "context or sequence parallelism cuts its rows")
+        if input_ids is not None and not self.looked:
+            self.look(model, input_ids)
         # Whether or not this batch can be served: the batches of other ranks may differ in that
         if input_ids is not None and choice.needs_probe(model, input_ids.shape[1]):
             choice.probe(model, input_ids, self.probe_padded, functools.partial(self.probe_packed, model))
@@ -146,6 +152,22 @@ class _PairEngine:
             else:
                 return self.forward(model, places, **kwargs)
         return self.padded_forward(*args, fused_lm_head=True, **kwargs)
+
+    def look(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+        """Find out whether the model's logits are its head's, and take them whole where they are not."""
+        self.looked = True
+        known, name = self.choice.findings.made_by_head, self.choice.name
+        if name not in known:
+            if isinstance(input_ids, FakeTensor):
+                return
+            try:
+                transform = LogitTransform.of(self.text_config)
+                known[name] = made_by_head(model, self.own_forward, input_ids, transform)
+            except Exception:  # as in the probe: whatever it does with so few tokens, TRL's forward may serve it
+                known[name] = True
+        if not known[name]:
+            self.padded_forward = functools.partial(self.whole_logits, model)
+            self.choice.settle("padded", own_logits.REASON)
 
     def probe_padded(self, batch: dict[str, Tensor]) -> Tensor:
         log_probs: Tensor = self.padded_forward(**batch, use_cache=False, fused_lm_head=True).log_probs
@@ -189,7 +211,7 @@ class _PairEngine:
         for config in attention_configs(model):
             attention.switch_implementation(config)
         router = output_router_logits or getattr(self.text_config, "output_router_logits", False)
-        backbone = model.base_model(
+        states = backbone(model)(
             input_ids=input_ids.flatten()[places.token_index][None],
             position_ids=places.position_ids,
             # A 4-d mask is passed on as it is; one without elements fails loudly wherever something reads it
@@ -198,34 +220,86 @@ class _PairEngine:
             **{PAIR_ATTENTION: PairAttention(places, self.choice.backend)},
             **({"output_router_logits": True} if router else {}),
         )
-        scores = self.score(model, backbone.last_hidden_state[0], places)
+        hidden = states.last_hidden_state[0]
+        scores = self.score(model, hidden.index_select(0, places.score_index.to(hidden.device)), places.targets)
         per_token = {name: places.scatter(scores[name]) for name in scores}
+        # Each token weighs as often as the padded batch repeats it
+        routed = (getattr(states, "router_logits", None), places.multiplicity) if router else None
+        return self.output(per_token, labels[:, 1:] != IGNORED_LABEL, num_items_in_batch, routed)
+
+    def without_trl(self, model: PreTrainedModel, **batch: Any) -> FusedCausalLMOutput:
+        """TRL's padded forward of a model that TRL's own code does not serve (`backbone.served_by_trl`)."""
+
+        def score(states: Any, rows: slice, targets: Tensor) -> dict[str, Tensor]:
+            hidden = states.last_hidden_state[:, rows]
+            scores = self.score(model, hidden.flatten(0, 1), targets.flatten())
+            return {name: value.view(targets.shape) for name, value in scores.items()}
+
+        return self.padded(backbone(model), score, **batch)
+
+    def whole_logits(self, model: PreTrainedModel, **batch: Any) -> FusedCausalLMOutput:
+        """The padded forward of a model whose logits are not its head's (`own_logits.made_by_head`)."""
+
+        def score(result: Any, rows: slice, targets: Tensor) -> dict[str, Tensor]:
+            return own_logits.scores_of(result.logits[:, rows], targets, self.transform.temperature, self.outputs)
+
+        return self.padded(self.own_forward, score, **batch)
+
+    def padded(
+        self,
+        forward: Callable[..., Any],
+        score: Callable[[Any, slice, Tensor], dict[str, Tensor]],
+        *,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> FusedCausalLMOutput:
+        """A padded batch through `forward`, of whose result `score` gives the scores of targets that rows predict."""
+        inputs.pop("fused_lm_head", None)
+        router = inputs.get("output_router_logits", getattr(self.text_config, "output_router_logits", False))
+        if router:
+            inputs["output_router_logits"] = True
+        inputs["use_cache"] = False
+        result = forward(attention_mask=attention_mask, **inputs)
+        rows, targets = slice(None), shift_labels
+        if targets is None:
+            assert labels is not None
+            rows, targets = slice(-1), labels[:, 1:]
+        mask = targets != IGNORED_LABEL
+        scores = score(result, rows, targets.clamp(min=0))
+        per_token = {name: value.masked_fill(~mask.to(value.device), 0) for name, value in scores.items()}
+        routed = (getattr(result, "router_logits", None), attention_mask) if router else None
+        return self.output(per_token, mask, num_items_in_batch, routed)
+
+    def output(
+        self,
+        per_token: dict[str, Tensor],
+        label_mask: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        routed: tuple[Any, Tensor | None] | None,
+    ) -> FusedCausalLMOutput:
+        """TRL's output of (2B, S - 1) fields; `routed` are the routers' logits and how often each token counts."""
         log_probs = per_token["log_probs"]
-        label_mask = (labels[:, 1:] != -100).to(log_probs.device)
+        label_mask = label_mask.to(log_probs.device)
         tokens = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -log_probs.sum() / tokens
         aux_loss = None
-        if router:
-            # Each token weighs as often as the padded batch repeats it
-            aux_loss = load_balancing_loss_func(
-                backbone.router_logits,
-                self.text_config.num_experts,
-                self.text_config.num_experts_per_tok,
-                places.multiplicity,
-            )
+        if routed is not None:
+            aux_loss = balance_loss(routed[0], self.text_config, routed[1], like=loss)
             loss = loss + getattr(self.text_config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(loss=loss, label_mask=label_mask, aux_loss=aux_loss, **per_token)
 
-    def score(self, model: PreTrainedModel, states: Tensor, places: PairLayout) -> dict[str, Tensor]:
+    def score(self, model: PreTrainedModel, states: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Fields of `TokenScores` of (M,) `targets`, each predicted by one of the (M, D) `states`."""
         head = model.get_output_embeddings()  # looked up on each call: FSDP and PEFT replace it after installation
         device = head.weight.device
-        hidden = states.index_select(0, places.score_index.to(states.device)).to(device)
+        hidden = states.to(device)
         precision: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.cast_lm_head_to_fp32:
             hidden = hidden.float()
             precision = torch.autocast(device.type, enabled=False)
         with precision:
-            scores = score_tokens(
-                hidden, head.weight, head.bias, places.targets.to(device), self.transform, self.outputs
-            )
+            scores = score_tokens(hidden, head.weight, head.bias, targets.to(device), self.transform, self.outputs)
         return {name: value for name, value in vars(scores).items() if value is not None}

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from tandem.options.model import LoraOptions
 
 # Functions of PEFT that an adapter is made in; a forward through one goes through others
 _MAKING = ("get_peft_model", "inject_adapter")
+_OF_MODELS = ("/transformers/models/", "/transformers/integrations/", "/transformers/cache_utils")
 _OF_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 
 
@@ -98,8 +100,12 @@ def check_lora(options: LoraOptions, model: Any) -> None:
         for each in given
         if not any(name == each or name.endswith(f".{each}") for name in there)
     ]
-    layers = model.config.get_text_config().num_hidden_layers
-    missing += [f"--lora_layers_to_transform {each}" for each in options.lora_layers_to_transform if each >= layers]
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    missing += [
+        f"--lora_layers_to_transform {each}"
+        for each in options.lora_layers_to_transform
+        if layers is not None and each >= layers
+    ]
     if missing:
         raise UserError(f"{', '.join(missing)}: {_name(model)} has no such part")
 
@@ -122,6 +128,36 @@ def adapter_told() -> Iterator[None]:
         raise UserError(
             f"the adapter cannot be made as --lora_… ask: {first_line(error)}; see --lora_target_modules"
         ) from error
+
+
+@contextlib.contextmanager
+def forward_told(name: str) -> Iterator[None]:
+    """Turn what fails within transformers' code of a model into one line: it cannot be trained as it is there.
+
+    Raises:
+        UserError: in its place.
+    """
+    try:
+        yield
+    except _OF_PEFT as error:
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        where = own[-1].filename if own else ""
+        if isinstance(error, torch.OutOfMemoryError) or not any(part in where for part in _OF_MODELS):
+            raise
+        place = f"{'/'.join(where.split('/')[-2:])}:{own[-1].lineno}"
+        raise UserError(f"{name}: its own code fails on this data ({place}): {first_line(error)}") from error
+
+
+def check_checkpointing(asked: bool | None, model: Any) -> bool:
+    """Whether activations are made anew in the backward; where it is not said, they are, if the model can.
+
+    Raises:
+        UserError: it was asked for, and cannot.
+    """
+    able = bool(getattr(model, "supports_gradient_checkpointing", True))
+    if asked and not able:
+        raise UserError(f"--gradient_checkpointing true: {_name(model)} has none: leave it out, or say false")
+    return able if asked is None else asked
 
 
 def largest_id(ids: Iterable[Sequence[int]]) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tandem.models.load import commit_of
+from tandem.models.reached import beside_text, routers
 from tandem.options.model import LoraOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
 
     Args:
         base: options of the model that is adapted; the adapter remembers which revision of it.
-        model: the model itself. Where it has more than its decoder, `all-linear` means the decoder's: text reaches no
-            tower for images or sound, so an adapter there would never get a gradient.
+        model: the model itself. Of it, `all-linear` means what text reaches (an adapter of a tower for images or sound
+            would never get a gradient) but no router: what chooses experts stays as it was trained.
     """
     if not options.use_peft:
         return None
@@ -30,10 +31,10 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         for names in (options.lora_target_modules, options.lora_exclude_modules)
     )
     if targets == "all-linear" and excluded is None and model is not None:
-        excluded = [*_outside_decoder(model), *_of_mamba(model)] or None
+        excluded = [*_beside_text(model), *_of_mamba(model), *routers(model)] or None
     if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
         targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
@@ -51,6 +52,28 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         use_dora=options.use_dora,
         revision=_revision(base) if base is not None else None,
     )
+    if targets == "all-linear" and model is not None:
+        _settle_experts(config, options, model)
+    return config
+
+
+def _settle_experts(config: Any, options: LoraOptions, model: Any) -> None:
+    """Have `all-linear` of Mixtral's and Qwen's experts mean the experts and not the router, and none of them where an
+    adapter of parameters cannot have what is asked for.
+
+    Their matrices are parameters since transformers 5, and PEFT 0.21 has `all-linear` mean them and the router's.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # PEFT 0.17, of Gaudi's environment, beside transformers 4
+        return
+    named = set(options.lora_target_parameters)
+    conversion._convert_peft_config_moe(config, model)
+    added = set(config.target_parameters or ()) - named
+    if options.lora_dropout or options.use_dora or options.lora_bias:
+        added = set()
+        config.rank_pattern, config.alpha_pattern = options.lora_rank_pattern or {}, options.lora_alpha_pattern or {}
+    config.target_parameters = sorted(named | {name for name in added if name != "gate.weight"}) or None
 
 
 def _of_mamba(model: Any) -> list[str]:
@@ -70,15 +93,14 @@ def _linear_ends(model: Any) -> list[str]:
     return sorted({n.rpartition(".")[2] for n, each in decoder.named_modules() if isinstance(each, torch.nn.Linear)})
 
 
-def _outside_decoder(model: Any) -> list[str]:
-    """Names of the linear layers that are neither in the model's text decoder nor its head."""
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in inside
-    ]
+def _beside_text(model: Any) -> list[str]:
+    """Names of the linear layers that text does not reach."""
+    names = []
+    for part in beside_text(model):
+        for name, module in model.get_submodule(part).named_modules():
+            if isinstance(module, torch.nn.Linear):
+                names.append(f"{part}.{name}" if name else part)
+    return names
 
 
 def _revision(model: ModelOptions) -> str | None:

@@ -15,16 +15,20 @@ from datasets import Dataset
 from torch import nn
 
 from tandem.devices import fast_bf16
-from tandem.errors import UserError
+from tandem.engine.choice import LayoutReport
+from tandem.engine.layout import Layout
+from tandem.errors import UserError, first_line
 from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
 from tandem.options.fields import flags_of
 from tandem.options.model import is_adapter
 from tandem.options.training import PlanOptions, check_training
+from tandem.training import foreseen
+from tandem.training.foreseen import build
 from tandem.training.gpu import economies
 from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
-from tandem.training.rehearsal import Rehearsal, Usage, build
+from tandem.training.rehearsal import Rehearsal, Usage
 from tandem.training.schedule import Schedule
 from tandem.training.stages import training_data
 
@@ -36,7 +40,8 @@ _HEAP_ALL, _HEAP_LORA = 1.27, 1.5
 # Layers of the two models whose steps are timed
 _PROBED_LAYERS = (1, 5)
 _PROBE_REPEATS = 3
-_PROBE_LIMIT = 2 * GIB
+# Of tensors without values, over what takes some; of torch's own exceptions all that matter are of these kinds
+_WITHOUT_VALUES = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, IndexError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +84,14 @@ class Plan:
     Attributes:
         data: the tokenized pairs that it trains on.
         libraries: bytes of everything that is not tensors.
+        layouts: by the layout asked for, what the run will take; found once for all candidates.
     """
 
     run: SFTOptionSet | DPOOptionSet
     hardware: Hardware
     data: Dataset
     libraries: int
+    layouts: dict[Layout, LayoutReport] = dataclasses.field(default_factory=dict)
 
     def changed(self, options: dict[str, Any]) -> Self:
         """The same with other values of these options."""
@@ -96,16 +103,37 @@ class Plan:
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        return Schedule(self.run, self.hardware, self.data, self.model.config.get_text_config())
+        schedule = Schedule(
+            self.run, self.hardware, self.data, foreseen.config_of(self.run.model).get_text_config(), self.asked
+        )
+        if self.asked not in self.layouts:
+            longest = max(max(rows) for rows, _ in schedule.lengths)
+            row = self.data[0]
+            ids = torch.tensor([token for name, ids in row.items() if name.endswith("_ids") for token in ids])
+            self.layouts[self.asked] = foreseen.layout(self.run.model, self.asked, ids, longest)
+        found = self.layouts[self.asked].layout
+        return schedule if found == self.asked else dataclasses.replace(schedule, layout=found)
+
+    @property
+    def asked(self) -> Layout:
+        """The layout that the run is asked to take."""
+        return self.run.engine.layout if isinstance(self.run, DPOOptionSet) else self.run.train.layout
 
     # The model
 
     @functools.cached_property
     def model(self) -> Any:
-        return build(self.run.model, self.run.lora, checkpoints=self.checkpoints)
+        return self.build()
+
+    def build(self, layers: int | None = None) -> Any:
+        """The model as the run forwards it, or its first layers."""
+        assert self.schedule
+        report = self.layouts[self.asked]
+        return build(self.run.model, self.run.lora, checkpoints=self.checkpoints, layers=layers, report=report)
 
     @property
     def checkpoints(self) -> bool:
+        """Whether activations are made anew, as far as the model can."""
         return self.run.train.gradient_checkpointing is not False
 
     @property
@@ -124,7 +152,29 @@ class Plan:
     @functools.cached_property
     def peak(self) -> Peak:
         """Peak memory of the run on one device."""
-        step = self.rehearse(self.model)
+        peak = max(map(self.on_device, self.usages()), key=lambda peak: peak.total)
+        if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
+            return dataclasses.replace(peak, allocator=self.changed({"gradient_checkpointing": False}).peak.allocator)
+        return peak
+
+    def usages(self) -> list[Usage]:
+        """Of the moments that may need most.
+
+        Raises:
+            UserError: a model that cannot be forwarded without its values, and is too large to be given some.
+        """
+        try:
+            return self.moments(self.rehearse(self.model))
+        except _WITHOUT_VALUES as error:
+            reason = first_line(error)
+        try:
+            return _moments_by_values(self)
+        except _WITHOUT_VALUES as error:
+            name = self.run.model.model_name_or_path
+            raise UserError(f"{name}: no plan, because a step fails: {first_line(error)} ({reason})") from error
+
+    def moments(self, step: Rehearsal) -> list[Usage]:
+        """The first optimizer step, a later one, and the pass that scores the reference."""
         first, *later = self.schedule.batches
         micro_batches = min(self.schedule.accumulation, 2)
         # The first step makes the optimizer's state, so it has none while it needs its activations
@@ -135,10 +185,7 @@ class Plan:
             usages.append(step.count_step(later_largest, micro_batches=micro_batches, has_state=True))
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             usages.append(self.reference_usage(step))
-        peak = max(map(self.on_device, usages), key=lambda peak: peak.total)
-        if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
-            return dataclasses.replace(peak, allocator=self.changed({"gradient_checkpointing": False}).peak.allocator)
-        return peak
+        return usages
 
     def reference_usage(self, step: Rehearsal) -> Usage:
         """Of the pass that scores the reference before training."""
@@ -157,8 +204,8 @@ class Plan:
 
         activations = usage["activations"]
         if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
-            blocks = max(_size(module) for module in self.model.modules() if isinstance(module, nn.ModuleList))
-            activations += 2 * blocks // self.model.config.get_text_config().num_hidden_layers
+            blocks = max((_size(each) for each in self.model.modules() if isinstance(each, nn.ModuleList)), default=0)
+            activations += 2 * blocks // foreseen.depth(self.model.config)
         return Peak(
             weights=share("weights"),
             reference=share("reference"),
@@ -201,14 +248,15 @@ class Plan:
         batches = list(itertools.chain(*self.schedule.batches))
         mean = sum(map(self.schedule.tokens, batches)) / len(batches)
         batch = self.schedule.batch(min(batches, key=lambda batch: abs(self.schedule.tokens(batch) - mean)))
-        all_layers = self.model.config.get_text_config().num_hidden_layers
-        few, more = (min(layers, all_layers) for layers in _PROBED_LAYERS)
-        timings = []
-        for layers in (few, more):
-            model = build(self.run.model, self.run.lora, checkpoints=self.checkpoints, layers=layers)
-            if _size(model) * 4 > _PROBE_LIMIT:
+        all_layers = foreseen.depth(self.model.config)
+        counts, timings = [], []
+        for layers in _PROBED_LAYERS:
+            model = self.build(min(layers, all_layers))
+            counts.append(foreseen.depth(model.config))
+            if _size(model) * 4 > foreseen.LIMIT:
                 return None
             timings.append(self.rehearse(model).time(batch, torch.device(self.hardware.device), _PROBE_REPEATS))
+        few, more = counts
         if few == more:
             return timings[0]
         scale = (all_layers - few) / (more - few)
@@ -228,6 +276,8 @@ class Plan:
         unit = "pairs" if isinstance(self.run, DPOOptionSet) else "examples"
         where = f"{processes} x {self.hardware.device}, batch {size}, layout {schedule.layout}"
         yield f"peak memory per device ({where}): {self.peak.total / GIB:.2f} GiB"
+        if schedule.layout != self.asked:
+            yield f"  layout {schedule.layout}, because {self.layouts[self.asked].reason}"
         for name, part in dataclasses.asdict(self.peak).items():
             yield f"  {name}: {part / GIB:.2f} GiB"
         yield f"steps: {schedule.steps} of {size} x {schedule.accumulation} x {processes} {unit}"
@@ -273,6 +323,28 @@ class Plan:
             together |= change
             if together != change:
                 yield dict(together)
+
+
+def _moments_by_values(plan: Plan) -> list[Usage]:
+    """`moments` on random numbers: of the whole model, or of few layers where that is too large, the others taken
+    to need as much as those between."""
+    models = [plan.build()]
+    if _size(models[0]) * 4 > foreseen.LIMIT:
+        config = foreseen.config_of(plan.run.model)
+        kinds = foreseen.layers_of_all_kinds(config)
+        models = [plan.build(layers) for layers in (kinds, min(2 * kinds, foreseen.depth(config)))]
+    if max(map(_size, models)) * 4 > foreseen.LIMIT:
+        name = plan.run.model.model_name_or_path
+        raise UserError(f"{name}: no plan: what it does depends on values, and it is too large to be tried with some")
+    counted = [plan.moments(dataclasses.replace(plan.rehearse(model), values=True)) for model in models]
+    if len(models) == 1:
+        return counted[0]
+    few, more = (foreseen.depth(model.config) for model in models)
+    scale = (foreseen.depth(plan.model.config) - few) / (more - few)
+    return [
+        Usage({part: int(one[part] + scale * (two[part] - one[part])) for part in one | two})
+        for one, two in zip(*counted, strict=True)
+    ]
 
 
 def _size(model: nn.Module) -> int:

@@ -15,24 +15,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.optimization import Adafactor
-from trl.trainer.utils import add_fused_lm_head
 
 from tandem.engine.forward import forward_laid_out
 from tandem.engine.layout import IGNORED_LABEL, Layout, PairLayout, lay_out_pairs
 from tandem.engine.modes import disable_dropout
-from tandem.errors import UserError
-from tandem.models.load import base_of_adapter, revision_of_base
-from tandem.models.lora import lora_config
-from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.training import TrainOptions
-
-# What TRL 1.16's trainers ask of the fused forward, for their metrics
-_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+from tandem.training.foreseen import OUTPUTS
 
 Usage = Counter[str]
 """Bytes in use, by part: `weights`, `gradients`, `optimizer`, `activations`."""
@@ -62,10 +54,10 @@ class Batch:
         return cls(input_ids, mask, labels, plan)
 
     def log_probs(self, model: Any) -> Tensor:
-        """Their sum, from `build`'s model."""
+        """Their sum, from `foreseen.build`'s model."""
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         if self.plan is not None:
-            output = forward_laid_out(base, self.plan, self.input_ids, self.labels, _OUTPUTS)
+            output = forward_laid_out(base, self.plan, self.input_ids, self.labels, OUTPUTS)
         else:
             output = base(
                 input_ids=self.input_ids, attention_mask=self.attention_mask, labels=self.labels, fused_lm_head=True
@@ -73,60 +65,23 @@ class Batch:
         return output.log_probs.sum()
 
 
-def build(options: ModelOptions, lora: LoraOptions, *, checkpoints: bool, layers: int | None = None) -> Any:
-    """The model on the meta device, with its adapter; with fewer layers where wanted, with gradient checkpointing.
-
-    Raises:
-        UserError: no config of a model is there.
-    """
-    name, revision = options.model_name_or_path, options.model_revision
-    existing = None
-    if is_adapter(name):
-        from peft import PeftConfig
-
-        existing = PeftConfig.from_pretrained(name)
-        existing.inference_mode = False
-        name, revision = base_of_adapter(name), revision_of_base(name)
-    trust = options.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: has no config of a model: {str(error).splitlines()[0]}") from error
-    if layers is not None:
-        text_config = config.get_text_config()
-        text_config.num_hidden_layers = layers
-        if getattr(text_config, "layer_types", None):
-            text_config.layer_types = text_config.layer_types[:layers]
-    config.use_cache = False
-    dtype = getattr(config, "dtype", None) if options.dtype == "auto" else getattr(torch, options.dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, trust_remote_code=trust)
-    add_fused_lm_head(model, outputs=_OUTPUTS)
-    if checkpoints:
-        # Fake tensors have no random state to keep
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    if (adapter := existing or lora_config(lora, model=model)) is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
-    return model.train()
-
-
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
     """Steps of one model.
 
     Attributes:
-        model: `build`'s. Its tensors are replaced by those of the last rehearsal.
+        model: `foreseen.build`'s. Its tensors are replaced by those of the last rehearsal.
         train: options of the optimizer.
         autocast: the type that the forward is cast to, or None.
         dropout: whether the model's dropout is on.
+        values: whether its tensors hold random numbers, on the CPU: for a model that decides by values what it does.
     """
 
     model: Any
     train: TrainOptions
     autocast: torch.dtype | None
     dropout: bool
+    values: bool = False
 
     def count_forward(self, batch: Batch) -> Usage:
         """Bytes at the peak of a forward that keeps nothing for a gradient."""
@@ -166,6 +121,11 @@ class Rehearsal:
     @contextlib.contextmanager
     def _counted(self, batch: Batch) -> Iterator[tuple["_Step", Batch, "_Storages"]]:
         """A step on fake tensors, its batch as such, and the count of what lives."""
+        if self.values:
+            step = self._step(functools.partial(_random_like, device=torch.device("cpu")))
+            with (storages := _Storages(step.model)):
+                yield step, batch, storages
+            return
         with FakeTensorMode() as fake:
             step = self._step(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             fake_batch = _mapped(batch, fake.from_tensor)
@@ -254,11 +214,25 @@ class _Storages(TorchDispatchMode):
         self.live[part] -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            result = _grouped_product(*args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         return result
+
+
+def _grouped_product(left: Tensor, right: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """What torch's grouped product (experts' matrices, each times its own tokens) makes, without values: of fake
+    tensors it takes bfloat16 alone, where its kernels take float32 too."""
+    dtype = out_dtype or left.dtype
+    if left.dim() == right.dim() == 2:  # the tokens are summed over: a matrix for each expert
+        return left.new_empty(len(offs), left.shape[0], right.shape[1], dtype=dtype)
+    if right.dim() == 2:
+        return left.new_empty(left.shape[1], right.shape[1], dtype=dtype)
+    return left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
 
 
 def _optimizer(train: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:

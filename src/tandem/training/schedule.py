@@ -28,12 +28,14 @@ class Schedule:
     Attributes:
         data: the tokenized pairs or examples that it trains on (`stages.training_data`).
         config: transformers' of the text model.
+        layout: that the run forwards its batches in.
     """
 
     run: SFTOptionSet | DPOOptionSet
     hardware: Hardware
     data: Dataset
     config: Any
+    layout: Layout
 
     @functools.cached_property
     def accumulation(self) -> int:
@@ -126,10 +128,6 @@ class Schedule:
             return f"slowest process, over the mean: {sampled:.2f}; a step's pairs are not dealt evenly: {self.undealt}"
         even = self.unevenness(self.as_dealt)
         return f"slowest process, over the mean: {even:.2f}, in the sampler's order {sampled:.2f}"
-
-    @property
-    def layout(self) -> Layout:
-        return self.run.engine.layout if isinstance(self.run, DPOOptionSet) else self.run.train.layout
 
     @functools.cached_property
     def lengths(self) -> list[tuple[list[int], int]]:

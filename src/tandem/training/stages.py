@@ -20,9 +20,10 @@ from tandem.devices import fast_bf16, has_accelerator
 from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.models.ends import stop_at_turn_end
-from tandem.models.fits import check_head, check_lora, check_rows, positions_of
+from tandem.models.fits import check_checkpointing, check_head, check_lora, check_rows, forward_told, positions_of
 from tandem.models.habana import is_lazy
 from tandem.models.load import load_merged, load_model, load_tokenizer
+from tandem.models.reached import hold_still
 from tandem.models.vocabulary import check_vocabulary
 from tandem.options.fields import handed_on, shown
 from tandem.options.losses import DPOOptions
@@ -48,7 +49,8 @@ def run_sft(run: SFTOptionSet) -> None:
     arguments = _arguments(run.train, run.model)
     held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi)
-    with open_session(run.train, run, "examples") as session, gpu.memory_told(run):
+    told = forward_told(run.model.model_name_or_path)
+    with told, open_session(run.train, run, "examples") as session, gpu.memory_told(run):
         if session is None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
@@ -56,6 +58,7 @@ def run_sft(run: SFTOptionSet) -> None:
         examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
         session.processes = builders.start_processes(arguments)
         policy = _policy(run, held, tokenizer, examples)
+        _settle_checkpointing(run.train, arguments, policy)
         session.start(splits["train_dataset"], token_hash(examples))
         session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, examples)))
 
@@ -68,7 +71,8 @@ def run_dpo(run: DPOOptionSet) -> None:
     arguments = _arguments(run.train, run.model)
     held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
-    with open_session(run.train, run, "pairs") as session, gpu.memory_told(run):
+    told = forward_told(run.model.model_name_or_path)
+    with told, open_session(run.train, run, "pairs") as session, gpu.memory_told(run):
         if session is None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
@@ -78,6 +82,7 @@ def run_dpo(run: DPOOptionSet) -> None:
             check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
         session.processes = builders.start_processes(arguments)
         policy = _policy(run, held, tokenizer, splits)
+        _settle_checkpointing(run.train, arguments, policy)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
         session.start(rendered["train_dataset"], token_hash(splits))
         logs = session.folder / "logs"
@@ -153,6 +158,8 @@ def _policy(
     stop_at_turn_end(policy, tokenizer)
     _check_fits(run, policy, tokenizer, splits)
     _check_experts(run.train, policy)
+    if not hasattr(policy, "peft_config"):
+        hold_still(policy)
     return policy
 
 
@@ -179,6 +186,14 @@ def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
     loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
     loaded.config.use_cache = False
     return loaded
+
+
+def _settle_checkpointing(train: TrainOptions, arguments: dict[str, Any], policy: Any) -> None:
+    """Leave activations as they are where the model has no way to make them anew, and nobody asked for it."""
+    can = check_checkpointing(train.gradient_checkpointing, policy)
+    if arguments["gradient_checkpointing"] and not can:
+        logger.info("%s keeps its activations: it has no gradient checkpointing", type(policy).__name__)
+        arguments["gradient_checkpointing"] = False
 
 
 def _check_experts(train: TrainOptions, policy: Any) -> None:

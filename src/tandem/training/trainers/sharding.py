@@ -19,6 +19,7 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.engine.pairs import PairCollator
 from tandem.errors import UserError
+from tandem.models.reached import beside_text, expert_parameters
 from tandem.training.trainers.budget import TokenBudget
 from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 
@@ -78,12 +79,17 @@ def trained(model: Any) -> str:
         count[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     line = f"{count[True]:,} of {sum(count.values()):,} parameters"
     if not isinstance(model, PeftModel):
-        return line
+        aside = ", ".join(beside_text(model))
+        return f"{line}; not {aside}, which text does not reach" if aside else line
     tuner = model.base_model
     names = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
     adapted = Counter(name.rpartition(".")[2] for name in names)
     parts = ", ".join(f"{name} ({number})" for name, number in sorted(adapted.items()))
-    return f"{line}, the adapter's: {parts}" if parts else line
+    line = f"{line}, the adapter's: {parts}" if parts else line
+    experts = expert_parameters(model.get_base_model())
+    if experts and not getattr(tuner, "targeted_parameter_names", ()):
+        line += f"; no expert has one: --lora_target_parameters {' '.join(experts)}"
+    return line
 
 
 def learning_rate(args: Any) -> str:

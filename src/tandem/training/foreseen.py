@@ -1,0 +1,196 @@
+"""A model of which no weights are read: its parameters on the meta device, and the layout that a run of it will take.
+
+The layout is found as the run finds it, by a probe: on a model of a few layers and random weights.
+"""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.engine import own_logits
+from tandem.engine.choice import Findings, LayoutChoice, LayoutReport
+from tandem.engine.forward import add_pair_forward
+from tandem.engine.layout import Layout
+from tandem.errors import UserError, first_line
+from tandem.models.fits import adapter_told
+from tandem.models.load import base_of_adapter, revision_of_base
+from tandem.models.lora import lora_config
+from tandem.models.reached import hold_still
+from tandem.monitor.memory import GIB
+from tandem.options.model import LoraOptions, ModelOptions, is_adapter
+
+# What TRL 1.16's trainers ask of the fused forward, for their metrics
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+# Bytes of weights that are drawn for a probe
+LIMIT = 2 * GIB
+_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError)
+
+
+class _Silent(Findings):
+    """Says nothing: what is tried for a plan is no run."""
+
+    def say_once(self, level: int, line: str) -> None:
+        pass
+
+
+def config_of(options: ModelOptions) -> Any:
+    """transformers' configuration of a model, of an adapter's base, in the type of weights that is asked for.
+
+    Raises:
+        UserError: there is none.
+    """
+    name, revision = options.model_name_or_path, options.model_revision
+    if is_adapter(name):
+        name, revision = base_of_adapter(name), revision_of_base(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
+    except _FAULTS as error:
+        raise UserError(f"{name}: has no config of a model: {first_line(error)}") from error
+    config.use_cache = False
+    if options.dtype != "auto" or getattr(config, "dtype", None) is None:
+        config.dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    return config
+
+
+def depth(config: Any) -> int:
+    """How many layers the text model has; 1 where the configuration has no one number for them (BLT)."""
+    return int(getattr(config.get_text_config(), "num_hidden_layers", None) or 1)
+
+
+def shortened(config: Any, layers: int) -> Any:
+    """A copy whose text model has only its first layers, at least one; all of them where they cannot be fewer."""
+    config = copy.deepcopy(config)
+    text, whole = config.get_text_config(), depth(config)
+    if layers >= whole:
+        return config
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole and ("layer" in name or "block" in name):
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    while text.num_hidden_layers < 1:  # LongCat counts a layer as two
+        layers += 1
+        text.num_hidden_layers = layers
+    return config
+
+
+def layers_of_all_kinds(config: Any) -> int:
+    """How many of its first layers have one of each kind that the configuration names."""
+    text, needed = config.get_text_config(), 1
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types"):
+        kinds = getattr(text, name, None)
+        if isinstance(kinds, list | tuple):
+            needed = max(needed, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    return min(needed, depth(config))
+
+
+def model_of(config: Any, options: ModelOptions, device: str) -> Any:
+    """A model of random weights, on `device`; on the meta device of none.
+
+    Raises:
+        UserError: transformers has no causal language model of this configuration.
+    """
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=options.trust_remote_code
+            )
+    except _FAULTS as error:
+        name = options.model_name_or_path
+        raise UserError(f"{name}: cannot be built as a causal language model: {first_line(error)}") from error
+
+
+def build(
+    options: ModelOptions,
+    lora: LoraOptions,
+    *,
+    checkpoints: bool,
+    layers: int | None = None,
+    report: LayoutReport | None = None,
+) -> Any:
+    """The model on the meta device, with its adapter; with fewer layers where wanted, with gradient checkpointing.
+
+    Args:
+        report: `layout`'s; without one its logits are taken to be its head's.
+
+    Raises:
+        UserError: no config of a model is there, or the adapter is none of this model.
+    """
+    config = config_of(options)
+    model = model_of(config if layers is None else shortened(config, layers), options, "meta")
+    findings = _Silent()
+    if report is not None:
+        findings.made_by_head[type(model).__name__] = report.reason != own_logits.REASON
+    add_pair_forward(model, outputs=OUTPUTS, layout="padded", findings=findings)
+    if checkpoints and model.supports_gradient_checkpointing:
+        # Fake tensors have no random state to keep
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if (adapter := _adapter(options, lora, model)) is not None:
+        from peft import get_peft_model
+
+        with adapter_told():
+            model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    else:
+        hold_still(model)
+    return model.train()
+
+
+def _adapter(options: ModelOptions, lora: LoraOptions, model: Any) -> Any:
+    if not is_adapter(options.model_name_or_path):
+        return lora_config(lora, model=model)
+    from peft import PeftConfig
+
+    existing = PeftConfig.from_pretrained(options.model_name_or_path)
+    existing.inference_mode = False
+    return existing
+
+
+def layout(options: ModelOptions, asked: Layout, input_ids: Tensor, longest: int) -> LayoutReport:
+    """The layout that a run will settle on, and why it is another than the one asked for.
+
+    Args:
+        asked: the run's.
+        input_ids: ids of the run's data, of any shape, int64.
+        longest: tokens of its longest row.
+
+    Returns:
+        a report without a `difference` where nothing was probed: the layout does not depend on it, or the model is too
+        large for it. Its reason may also be that the logits are not the head's (`own_logits`).
+
+    Raises:
+        UserError: as in `model_of`.
+    """
+    config = config_of(options)
+    choice = LayoutChoice(model_of(config, options, "meta"), layout=asked, findings=_Silent())
+    config = shortened(config, layers_of_all_kinds(config))
+    config.dtype = torch.float32  # in which rounding hides least
+    size = sum(4 * parameter.numel() for parameter in model_of(config, options, "meta").parameters())
+    if size > LIMIT:
+        return choice.report or LayoutReport(choice.name, asked)
+    with _seeded(), tempfile.TemporaryDirectory() as folder:
+        model = model_of(config, options, "cpu").eval()
+        reports: list[LayoutReport] = []
+        add_pair_forward(
+            model, layout=asked, longest=longest, cache_dir=folder, on_report=reports.append, findings=_Silent()
+        )
+        rows = input_ids.flatten()[:longest].expand(2, -1)
+        try:
+            with torch.no_grad():
+                model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=rows.clone(), fused_lm_head=True)
+        except _FAULTS as error:
+            name = options.model_name_or_path
+            raise UserError(f"{name}: cannot be forwarded on text ({choice.name}): {first_line(error)}") from error
+    return reports[-1]
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers that are the same each time, and leave the others as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
