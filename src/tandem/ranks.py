@@ -10,7 +10,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from tandem.errors import UserError, one_line
@@ -39,9 +39,42 @@ def tell_once(line: str) -> None:
         print(one_line(line), file=sys.stderr)
 
 
-def count() -> int:
+def count(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def count_here(environment: Mapping[str, str] = os.environ) -> int:
+    """How many of them are on this machine."""
+    return int(environment.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def machines() -> int:
+    """How many machines they are on."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def has_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as one of a group, of one too."""
+    return "LOCAL_RANK" in environment
+
+
+def leave_group() -> None:
+    """Be a process alone from here on."""
+    del os.environ["LOCAL_RANK"]
+
+
+@contextlib.contextmanager
+def as_if(processes: int) -> Iterator[None]:
+    """Within, `count` is `processes`."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(processes)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
 
 
 def refuse_several(task: str) -> None:

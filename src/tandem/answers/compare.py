@@ -15,6 +15,7 @@ from tandem.answers.refusals import is_refusal
 from tandem.data.formats import Row, prompt_id
 from tandem.data.held_out import CHOSEN, chosen_answers, held_out_prompts
 from tandem.data.non_answers import non_answer, spoken
+from tandem.markdown_table import markdown_table
 from tandem.models.sampling import SamplingOptions
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
@@ -153,11 +154,11 @@ def _repetition(text: str) -> float:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The statistics as a Markdown table, a side a row."""
     names = list(next(iter(results["statistics"].values())))
-    lines = ["| answers of | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for label, values in results["statistics"].items():
-        cells = ["–" if values[name] is None else f"{values[name]:.3g}" for name in names]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [label, *("–" if values[name] is None else f"{values[name]:.3g}" for name in names)]
+        for label, values in results["statistics"].items()
+    ]
+    return markdown_table(["answers of", *names], rows)
 
 
 def _page(results: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from tandem.data.options import CheckOptions
 from tandem.data.show import print_pair, show_pairs
 from tandem.data.texts import render
 from tandem.errors import UserError
+from tandem.markdown_table import markdown_table
 from tandem.options.model import TextOptions
 from tandem.runs import write_atomic, write_json
 
@@ -86,8 +87,8 @@ def _first(finding: Finding) -> str:
 
 def to_markdown(figures: Mapping[str, Json]) -> str:
     """The counts as a Markdown table, a split a row."""
-    head = "split | pairs | prompts | formats | languages | chosen longer | bag of words"
-    head += " | median tokens (prompt, chosen, rejected)"
+    header = ["split", "pairs", "prompts", "formats", "languages", "chosen longer", "bag of words"]
+    header += ["median tokens (prompt, chosen, rejected)"]
     rows = []
     for name, split in figures.items():
         words = f"{split['bag_of_words']['value']:.2f}" if split["bag_of_words"] else "too few pairs"
@@ -105,7 +106,7 @@ def to_markdown(figures: Mapping[str, Json]) -> str:
                 tokens,
             ]
         )
-    return _table(head, rows)
+    return markdown_table(header, rows)
 
 
 def _most(counts: Mapping[str, int]) -> str:
@@ -124,12 +125,7 @@ def findings_to_markdown(findings: Sequence[Finding]) -> str:
             places = [finding.examples[0]["found"]]
         share = f"{100 * finding.share:.2f}%"
         rows.append([finding.level, finding.name, share, finding, ", ".join(places[:_PLACES] + more)])
-    return _table("level | finding | share | what | where", rows) if rows else "The check found nothing."
-
-
-def _table(head: str, rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+    return markdown_table(["level", "finding", "share", "what", "where"], rows) if rows else "The check found nothing."
 
 
 def mend(

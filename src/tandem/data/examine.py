@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tandem.data.formats import Row, prompt_id
+from tandem.data.messages import answer_text
 from tandem.data.near import shingles, signatures
-from tandem.data.row_checks import answer_text, check_row, language, texts
+from tandem.data.row_checks import check_row, language, texts
 from tandem.data.tokens import check_seen, see, special_ids, special_texts
 from tandem.options.model import TextOptions
 

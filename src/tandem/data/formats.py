@@ -12,7 +12,7 @@ from typing import Any
 
 from tandem.data import columns
 from tandem.data.balance import Balance
-from tandem.data.messages import EXTRAS, extras_of, read_turns, text_of
+from tandem.data.messages import EXTRAS, all_text, extras_of, read_turns
 from tandem.data.messages import Asked as Asked
 from tandem.data.messages import Message as Message
 from tandem.data.rows import Row as Row
@@ -117,7 +117,7 @@ def _string(row: Row, field: str, *, default: str | None = None) -> str:
 
 
 def _check_text(field: str, value: str | list[Message], name: str, *, may_be_empty: bool = False) -> None:
-    text = text_of(value)
+    text = all_text(value)
     if _SURROGATE.search(text):
         raise RowError(f"field {field!r}: has half of a surrogate pair, which is no character")
     if "\0" in text:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.data.formats import Asked, asked_of, prompt_id
+from tandem.data.messages import answer_text
 
 CHOSEN = "chosen"  # the label of the data's own answers, where models have theirs
 
@@ -17,15 +18,9 @@ def held_out_prompts(pairs: Sequence[Mapping[str, Any]], limit: int | None) -> l
     return list(prompts.values())[:limit]
 
 
-def judged_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of an answer that is text, or messages, as a judge is shown it: of several turns all."""
-    turns = [answer] if isinstance(answer, str) else [message["content"] or "" for message in answer]
-    return "\n\n".join(turns).strip()
-
-
 def chosen_answers(pairs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The answer that people chose, by prompt id; of a prompt that occurs twice, the first."""
     chosen: dict[str, str] = {}
     for pair in pairs:
-        chosen.setdefault(prompt_id(asked_of(pair)), judged_text(pair["chosen"]))
+        chosen.setdefault(prompt_id(asked_of(pair)), answer_text(pair["chosen"]).strip())
     return chosen

@@ -10,8 +10,8 @@ import numpy as np
 from tandem.data.balance import Balance
 from tandem.data.examine import Examined, examine
 from tandem.data.formats import Row, as_messages
+from tandem.data.messages import answer_text
 from tandem.data.near import CROWD, SIMILAR, Candidates, jaccard
-from tandem.data.row_checks import answer_text
 from tandem.data.shortcuts import bag_of_words, pick_longer
 from tandem.data.turn_end import differing
 from tandem.options.model import TextOptions

@@ -6,7 +6,7 @@ where the data have them `reasoning_content` (or `thinking`), `tool_calls`, `nam
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tandem.data.rows import RowError, TrackedRow, has_value, kind_of, leaves, shorten
@@ -215,6 +215,12 @@ def message_texts(message: Message) -> Iterator[str]:
         yield from leaves(message.get(name))
 
 
-def text_of(value: str | list[Message]) -> str:
-    """All texts of a prompt or an answer, on end."""
+def answer_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of an answer as it is counted, compared and shown to a judge: of several turns all, with an empty line
+    between them."""
+    return answer if isinstance(answer, str) else "\n\n".join(turn["content"] or "" for turn in answer)
+
+
+def all_text(value: str | list[Message]) -> str:
+    """Every text of a prompt or an answer on end, that of tool calls too: what must not be empty."""
     return value if isinstance(value, str) else "".join(text for turn in value for text in message_texts(turn))

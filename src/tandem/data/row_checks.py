@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tandem.data.formats import Row
+from tandem.data.messages import answer_text
 
 # Linear in the text: every repetition is bounded, and none follows another of the same characters
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
@@ -43,11 +44,6 @@ _TEMPLATE_MARKS = re.compile(
 )
 _NO_VALUE = {"nan", "null", "none", "<na>", "#n/a", "nat"}  # as pandas, SQL and spreadsheets write it
 _MIN_ECHO = 30  # characters from which a prompt found in an answer is no accident
-
-
-def answer_text(completion: Any) -> str:
-    """The text of a canonical completion, its turns on lines of their own."""
-    return completion if isinstance(completion, str) else "\n".join(turn["content"] for turn in completion)
 
 
 def texts(row: Row) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tandem.data.formats import Row, prompt_id
-from tandem.data.row_checks import answer_text
+from tandem.data.messages import answer_text
 from tandem.intervals import Estimate, wilson
 
 FEWEST = 100  # pairs from which a classifier is worth fitting

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,6 +16,7 @@ from tandem.engine.attention import Backend
 from tandem.engine.layout import Layout
 from tandem.engine.modes import evaluating
 from tandem.engine.precision import computed_in, is_sharded, same_autocast, tolerance
+from tandem.ranks import is_first
 
 logger = logging.getLogger("tandem.engine")
 
@@ -167,7 +167,7 @@ class LayoutChoice:
                 results = gather_object([(gap, failure)])
                 gap, failure = max(results, key=lambda result: (result[0] != result[0], result[0]))
             self.findings.gaps[key] = gap
-            if gap == gap and PartialState().is_main_process:
+            if gap == gap and is_first():
                 self.cache.write(key, gap)
         self.probed = max(length, input_ids.shape[1], self.longest)
         limit = tolerance(dtype)

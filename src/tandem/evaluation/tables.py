@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.intervals import Estimate
+from tandem.markdown_table import markdown_table
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
@@ -12,14 +13,14 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     # The reference lacks some of the metrics, so the order is a policy's
     names = list(dict.fromkeys(name for metrics in reversed(models.values()) for name in metrics))
     tables = [
-        _table(
+        markdown_table(
             [f"{results['n_pairs']} held-out pairs", *models],
             [[_words(name), *(_cell(metrics.get(name)) for metrics in models.values())] for name in names],
         )
     ]
     found = results["differences"]
     tables.append(
-        _table(
+        markdown_table(
             ["difference", *(f"{each['model']} − {each['other']}" for each in found)],
             [
                 [_words(name), *(_cell(each["metrics"].get(name)) for each in found)]
@@ -33,7 +34,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
             tables.append(_breakdown_table(by, groups))
     if rows := results.get("benchmarks"):
         tables.append(
-            _table(
+            markdown_table(
                 ["benchmark", *models],
                 [
                     [f"{row['task']}, {row['metric']}", *(_cell(row["models"].get(label)) for label in models)]
@@ -57,12 +58,9 @@ def _breakdown_table(by: str, groups: Sequence[Mapping[str, Any]]) -> str:
         ]
         rows.append([name, str(group["n"]), *shown])
     header = [f"by {_words(by)}", "pairs"]
-    return _table([*header, *(f"{metric}, {label}" for metric in ("accuracy", "margin") for label in labels)], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(
+        [*header, *(f"{metric}, {label}" for metric in ("accuracy", "margin") for label in labels)], rows
+    )
 
 
 def _words(name: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.data.formats import as_messages
-from tandem.data.held_out import judged_text
+from tandem.data.messages import answer_text
 from tandem.intervals import Array, Estimate, estimate, length_terciles, wilson
 from tandem.judge import statistics
 from tandem.judge.requests import Comparison
@@ -18,7 +18,7 @@ def labelled_comparisons(rows: Sequence[Mapping[str, Any]], limit: int, seed: in
 
 
 def _labelled(row: Mapping[str, Any]) -> Comparison:
-    rejected, chosen = (judged_text(row[side]) for side in ("rejected", "chosen"))
+    rejected, chosen = (answer_text(row[side]).strip() for side in ("rejected", "chosen"))
     return Comparison(row["pair_id"], as_messages(row["prompt"]), rejected, chosen, "rejected", "chosen")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from tandem import ranks
 from tandem.data.options import DataOptions, SFTDataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import UserError, script_main
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     read: list[dict[str, Any]] = []
     for name, command in _stages(sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")):
         try:
-            with _world_size(processes if command[0] == "launch" else 1):
+            with ranks.as_if(processes if command[0] == "launch" else 1):
                 values = {name: value for name, (value, _) in options_of_command(command).items()}
             reader = SFTDataOptions if "completion_key" in values else DataOptions
             data = {field.name: values[field.name] for field in dataclasses.fields(reader) if field.name in values}
@@ -69,18 +70,6 @@ def _processes(config: Path) -> int:
         return int(os.environ.get("NUM_PROCESSES") or values.get("num_processes") or 1)
     except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"ACCELERATE_CONFIG {config}: cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _world_size(processes: int) -> Iterator[None]:
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(processes)
-    try:
-        yield
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
 
 
 def options_of_command(command: list[str]) -> dict[str, tuple[Any, bool]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tandem import contract
+from tandem import contract, ranks
 from tandem.errors import AlarmStop, Preempted, TandemExit, UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.parsing import parse
@@ -214,7 +214,7 @@ def _leave_group() -> None:
     import torch.distributed
 
     torch.distributed.destroy_process_group()
-    del os.environ["LOCAL_RANK"]
+    ranks.leave_group()
 
 
 def _report() -> Any:

@@ -1,6 +1,5 @@
 """An adapter into the weights of its base: the model that comes out computes what the two computed together."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tandem.errors import UserError
+from tandem.model_folder import ADAPTER_CONFIG, adapter_config
 from tandem.runs import write_json
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ def sort_config(folder: str | Path) -> None:
     Of strings, a set has another order in each process: the same run would leave other bytes, and count as another
     model wherever its content is compared.
     """
-    file = Path(folder) / "adapter_config.json"
+    file = Path(folder) / ADAPTER_CONFIG
     if not file.exists():
         return
-    config = json.loads(file.read_text())
+    config = adapter_config(folder)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), list):
             config[name].sort()

@@ -1,8 +1,6 @@
 """Models and tokenizers loaded from a folder or the Hub, with the mistakes of doing so told in one line."""
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
 from tandem.devices import gpu_without_bf16
 from tandem.errors import UserError, first_line
 from tandem.log import logger
+from tandem.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from tandem.models.adapters import merged, rounded, weights_are_sent
 from tandem.models.shards import check_adapter, gather_tied_head
 from tandem.models.weights import check_weights, pickled
@@ -43,23 +42,16 @@ def base_of_adapter(folder: str) -> str:
     Raises:
         UserError: the adapter's config does not say, or cannot be read.
     """
-    base = _adapter_config(folder).get("base_model_name_or_path")
+    base = adapter_config(folder).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{folder}: adapter_config.json has no base_model_name_or_path")
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} has no base_model_name_or_path")
     return str(base)
 
 
 def revision_of_base(folder: str) -> str | None:
     """The branch, tag or commit of a Hub model that the adapter in `folder` was trained on, where it says so."""
-    revision = _adapter_config(folder).get("revision")
+    revision = adapter_config(folder).get("revision")
     return str(revision) if revision else None
-
-
-def _adapter_config(folder: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads((Path(folder) / "adapter_config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: adapter_config.json cannot be read: {first_line(error)}") from error
 
 
 def _said(error: Exception) -> str:
@@ -191,7 +183,7 @@ def _where_and_how(options: ModelOptions, quantize: bool, tp_size: int, sharded:
     if tp_size > 1 or sharded:
         from transformers.distributed import DistributedConfig
 
-        alike = int(os.environ["WORLD_SIZE"]) // tp_size
+        alike = ranks.count() // tp_size
         keywords["distributed_config"] = DistributedConfig(tp_size=tp_size, fsdp_size=alike)
     elif meta or (weights_are_sent() and not ranks.is_first_here() and not quantize):
         keywords["device_map"] = "meta"
@@ -213,12 +205,12 @@ def weight_files(options: ModelOptions) -> list[Path]:
         return []
     if is_adapter(name):
         base = _base_options(options, name)
-        config = _adapter_config(name)
+        config = adapter_config(name)
         plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights") in (True, False, "gaussian")
         if is_adapter(base.model_name_or_path) or not plain:
             return []
         inner = weight_files(base)
-        own = [Path(name) / "adapter_config.json", Path(name) / "adapter_model.safetensors"]
+        own = [Path(name) / ADAPTER_CONFIG, Path(name) / ADAPTER_WEIGHTS]
         return inner + own if inner and all(file.is_file() for file in own) else []
     folder = Path(name)
     if not folder.is_dir():

@@ -10,12 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
+from tandem.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS, indexed_files
 from tandem.models.adapters import kept_in_float32
 from tandem.models.load import load_adapter, load_model, weight_files
 from tandem.models.shards import check_adapter
 from tandem.options.model import ModelOptions, is_adapter
-
-_INDEX = "model.safetensors.index.json"
 
 
 def merge_files(base: ModelOptions, adapter: str, dtype: torch.dtype, folder: Path) -> Any:
@@ -49,7 +48,7 @@ def merge_files(base: ModelOptions, adapter: str, dtype: torch.dtype, folder: Pa
     }
     if not layers.keys() <= names or not names <= expected or any(_is_more(layer) for layer in layers.values()):
         return None
-    if not _fill(layers, load_file(Path(adapter) / "adapter_model.safetensors")):
+    if not _fill(layers, load_file(Path(adapter) / ADAPTER_WEIGHTS)):
         return None
     total = 0
     for file in files:
@@ -60,11 +59,11 @@ def merge_files(base: ModelOptions, adapter: str, dtype: torch.dtype, folder: Pa
             raise UserError(f"--adapter {adapter}: cannot be merged: NaN or infinity in {broken}")
         save_file(merged, folder / file.name, metadata={"format": "pt"})
         del merged
-    index = files[0].parent / _INDEX
+    index = files[0].parent / INDEX
     if index.is_file():
         described = json.loads(index.read_text())
         described["metadata"] = {"total_size": total}
-        (folder / _INDEX).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        (folder / INDEX).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     return adapted.unload()
 
 
@@ -82,10 +81,9 @@ def _files(base: ModelOptions) -> list[Path]:
         return []
     files = weight_files(base)
     weights = [file for file in files if file.suffix == ".safetensors"]
-    index = next((file for file in files if file.name == _INDEX), None)
-    if index is None:
-        return weights if [file.name for file in weights] == ["model.safetensors"] else []
-    named = set(json.loads(index.read_text())["weight_map"].values())
+    named = indexed_files(files[0].parent) if files else None
+    if named is None:
+        return weights if [file.name for file in weights] == [WEIGHTS] else []
     return [file for file in weights if file.name in named]
 
 

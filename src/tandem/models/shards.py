@@ -1,14 +1,13 @@
 """Models that transformers shards over processes as it loads them: each reads its own part of the files."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from tandem.errors import UserError
+from tandem.model_folder import ADAPTER_WEIGHTS, adapter_config
 
 
 def check_adapter(folder: str) -> None:
@@ -18,8 +17,8 @@ def check_adapter(folder: str) -> None:
         UserError: it is more than LoRA's two matrices, and would need its base's weights whole.
     """
     try:
-        config: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text())
-    except (OSError, ValueError):
+        config = adapter_config(folder)
+    except UserError:
         return  # whoever loads it says so
     more = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "bias")
     beyond = [name for name in more if config.get(name) not in (None, False, [], {}, "none")]
@@ -36,7 +35,7 @@ def check_adapter(folder: str) -> None:
 
 
 def _adapts_embedding(folder: Path) -> bool:
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         return False
     with safe_open(file, framework="pt") as weights:

@@ -1,9 +1,9 @@
 """The files of a model's weights: what a folder must not hold."""
 
-import json
 from pathlib import Path
 
 from tandem.errors import UserError
+from tandem.model_folder import INDEX, indexed_files
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
@@ -21,16 +21,9 @@ def check_weights(folder: Path) -> None:
         )
         if pickles:
             raise pickled(str(folder), pickles[0])
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
-    for name in sorted(map(str, names)):
+    for name in sorted(indexed_files(folder) or ()):
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it")
+            raise UserError(f"{folder / INDEX}: names {name!r}, which is no safetensors file beside it")
 
 
 def pickled(folder: str, name: str) -> UserError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.model_folder import ADAPTER_CONFIG
 from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.rules import Options
 
@@ -166,4 +167,4 @@ def check_models(names: Iterable[str]) -> None:
 
 def is_adapter(name: str) -> bool:
     """Whether `name` is a local folder that holds a PEFT adapter."""
-    return (Path(name) / "adapter_config.json").is_file()
+    return (Path(name) / ADAPTER_CONFIG).is_file()

@@ -6,13 +6,12 @@ passed on: `options.migration` says what stands for it.
 
 import dataclasses
 import importlib.util
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem import contract
+from tandem import contract, ranks
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.losses import DPOOptions
@@ -344,7 +343,7 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, 
         )
     if min(train.per_device_train_batch_size, train.tp_size) >= 1:  # else they are refused themselves
         try:
-            train.accumulation(max(int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size, 1))
+            train.accumulation(max(ranks.count() // train.tp_size, 1))
         except UserError as problem:
             problems.append(str(problem))
     refuse(problems)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS, adapter_config, indexed_files
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.model import is_adapter
 from tandem.options.rules import Options
@@ -71,7 +72,7 @@ def upload(options: UploadOptions) -> str:
         if name.endswith("config.json") and name != ADAPTER_CONFIG
     }
     if is_adapter(str(folder)):
-        contents[ADAPTER_CONFIG] = _adapter_config(folder, options.base_model)
+        contents[ADAPTER_CONFIG] = _published_config(folder, options.base_model)
     card = model_card(options)
     contents[CARD] = card.encode()
     if options.dry_run:
@@ -82,18 +83,14 @@ def upload(options: UploadOptions) -> str:
     return _push(options, contents, token)
 
 
-def _adapter_config(folder: Path, base_model: str | None) -> bytes:
+def _published_config(folder: Path, base_model: str | None) -> bytes:
     """adapter_config.json with a base that others can load.
 
     Raises:
         UserError: it names a folder of this machine and no other base is given.
     """
-    file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not an adapter's configuration ({error!r})") from error
+    config = adapter_config(folder)
+    base = config.get("base_model_name_or_path")
     if base_model is None and not _on_hub(base):
         raise UserError(
             f"--folder {folder}: an adapter on {base}, a folder that is on this machine alone: push that model and "
@@ -128,20 +125,15 @@ def complete_model_files(folder: Path) -> list[Path]:
 
 def _missing(folder: Path) -> list[str]:
     if is_adapter(str(folder)):
-        needed = ["adapter_model.safetensors"]
+        needed = [ADAPTER_WEIGHTS]
     else:
         needed = ["config.json", "tokenizer_config.json", *_weights(folder)]
     return [name for name in needed if not (folder / name).is_file()]
 
 
 def _weights(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
+    named = indexed_files(folder)
+    return [WEIGHTS] if named is None else sorted(named)
 
 
 def model_card(options: UploadOptions) -> str:
@@ -155,7 +147,7 @@ def model_card(options: UploadOptions) -> str:
     # Training began with the first stage's model; DPO began with the SFT model
     base = options.base_model or next((stage.config.get("model_name_or_path") for stage in run.stages.values()), None)
     if base is None and is_adapter(options.folder):
-        base = json.loads(_adapter_config(Path(options.folder), None))["base_model_name_or_path"]
+        base = json.loads(_published_config(Path(options.folder), None))["base_model_name_or_path"]
     config = run.stages["dpo"].config if "dpo" in run.stages else {}
     metrics, judged = metrics_table(run), judgement(run)
     if metrics and run.results:

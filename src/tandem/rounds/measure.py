@@ -15,6 +15,7 @@ from tandem.answers.refusals import is_refusal
 from tandem.data.non_answers import spoken
 from tandem.errors import UserError
 from tandem.intervals import Estimate, bootstrap, estimate, mean, wilson
+from tandem.markdown_table import markdown_table
 from tandem.report.page import rounds_page
 from tandem.report.rounds import rounds_table
 from tandem.rounds.divergence import divergence
@@ -186,9 +187,6 @@ def _over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """What to know first, and a row a round."""
     table = rounds_table(results)
-    lines = ["| " + " | ".join(column.name for column in table.columns) + " |", "|---" * len(table.columns) + "|"]
-    lines += [
-        "| " + " | ".join(f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row) + " |"
-        for row in table.rows
-    ]
-    return "\n".join([*results["warnings"], table.conclusion, "", *lines])
+    rows = [[f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row] for row in table.rows]
+    lines = markdown_table([column.name for column in table.columns], rows)
+    return "\n".join([*results["warnings"], table.conclusion, "", lines])

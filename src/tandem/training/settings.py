@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tandem
+from tandem import ranks
 from tandem.digests import manifest_digest
 from tandem.errors import UserError
 from tandem.options.fields import names_of
@@ -110,7 +111,7 @@ def settings_of(config: dict[str, Any], known: dict[str, Any], before: dict[str,
     own = {name for name, value in config.items() if value != known.get(name)}
     if before:
         own -= {name for name in own if before["config"].get(name) == config[name]} - given(before, known)
-    return {"config": config, "given": sorted(own), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    return {"config": config, "given": sorted(own), "processes": ranks.count()}
 
 
 def contents_of(config: dict[str, Any]) -> dict[str, str]:

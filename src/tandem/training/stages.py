@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from tandem import ranks
 from tandem.data.formats import TEXT, Row
 from tandem.data.rendering import keywords_of
 from tandem.data.sources import load_splits, load_training
@@ -207,7 +208,7 @@ def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     on_cpu = train.use_cpu or not has_accelerator()
     arguments["use_cpu"] = on_cpu
     _check_schedule(train)
-    processes = int(os.environ.get("WORLD_SIZE", "1")) // train.tp_size
+    processes = ranks.count() // train.tp_size
     arguments["gradient_accumulation_steps"] = train.accumulation(max(processes, 1))
     arguments["bf16"] = (fast_bf16() and not train.fp16) if train.bf16 is None else train.bf16
     check_launch(os.environ, arguments, cpu_asked=train.use_cpu, tp_size=train.tp_size)

@@ -1,7 +1,6 @@
 """Answers drawn by vLLM 0.30: a model and the adapters on it share one engine, on one GPU, several, or a CPU."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -10,6 +9,7 @@ from tandem.answers.backends.base import Answer, Draw, encode, read_answer, weig
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
 from tandem.errors import UserError, first_line
+from tandem.model_folder import adapter_config
 from tandem.models.ends import end_ids
 from tandem.models.load import base_of_adapter, commit_of, load_tokenizer, revision_of_base
 from tandem.models.sampling import SamplingOptions, draw_seed
@@ -189,7 +189,7 @@ def _rank(adapter: str) -> int:
     Raises:
         UserError: another kind of adapter, or one with whole layers beside it: vLLM would leave them out.
     """
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = adapter_config(adapter)
     more = config.get("modules_to_save") or config.get("use_dora") or is_adapter(base_of_adapter(adapter))
     if config.get("peft_type") != "LORA" or more:
         raise UserError(f"{adapter}: vLLM takes plain LoRA on a model only; merge it first (scripts/merge_lora.py)")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from tandem import ranks
 from tandem.errors import UserError
 from tandem.options.model import LoraOptions, ModelOptions
 from tandem.options.training import TrainOptions
@@ -26,7 +27,7 @@ def check_mps(model: ModelOptions, lora: LoraOptions, train: TrainOptions, envir
         problems.append(f"--optim {train.optim} needs CUDA")
     if "flash" in (model.attn_implementation or ""):
         problems.append(f"--attn_implementation {model.attn_implementation} needs CUDA: use sdpa")
-    processes = int(environment.get("WORLD_SIZE", "1"))
+    processes = ranks.count(environment)
     if train.tp_size > 1 or processes > 1:
         problems.append(f"{max(processes, train.tp_size)} processes: an Apple GPU takes one, without --tp_size")
     if problems:

@@ -6,7 +6,6 @@ on the CPU there; an FSDP config on the CPU drops FSDP. So a run compares what i
 reaches it through the environment that `accelerate launch` and `torchrun` set, and refuses a difference by name.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
+from tandem import ranks
 from tandem.devices import device_count, why_no_gpu
 from tandem.errors import UserError
 
@@ -49,7 +49,7 @@ def check_launch(
     _check_engine(environment, arguments["use_cpu"])
     _check_processes(environment, arguments["use_cpu"], cpu_asked)
     _check_precision(environment, arguments)
-    world = int(environment.get("WORLD_SIZE", "1"))
+    world = ranks.count(environment)
     sharded = _is_on(environment, "ACCELERATE_USE_FSDP") or _is_on(environment, "ACCELERATE_USE_DEEPSPEED")
     if "8bit" in arguments.get("optim", "") and (tp_size > 1 or _is_on(environment, "ACCELERATE_USE_FSDP")):
         raise UserError(
@@ -93,7 +93,7 @@ def _check_engine(environment: Mapping[str, str], on_cpu: bool) -> None:
 
 def _check_processes(environment: Mapping[str, str], on_cpu: bool, cpu_asked: bool) -> None:
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    alone = "LOCAL_RANK" not in environment
+    alone = not ranks.has_launcher(environment)
     gpu_asked = environment.get("ACCELERATE_USE_CPU", "true").lower() == "false"
     if by_accelerate and alone and gpu_asked and on_cpu and not cpu_asked:
         raise UserError(
@@ -110,7 +110,7 @@ def _check_processes(environment: Mapping[str, str], on_cpu: bool, cpu_asked: bo
             f"the accelerate config asks for a GPU per process, but this machine has none: {why_no_gpu()}; or "
             "use accelerate_configs/cpu.yaml, or torchrun --nproc_per_node N for several processes on the CPU"
         )
-    local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    local = ranks.count_here(environment)
     if not on_cpu and local > device_count():
         raise UserError(
             f"{local} processes on this machine, but it has {device_count()} devices: "
@@ -136,7 +136,7 @@ def start_processes(arguments: Mapping[str, Any]) -> TrainingArguments | None:
         what the run has to keep: transformers refers to the DeepSpeed config of its arguments weakly, and looks there
         while a model is loaded.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not ranks.has_launcher():
         return None
     own = TrainingArguments.__dataclass_fields__  # the others are TRL's
     return TrainingArguments(**{name: value for name, value in arguments.items() if name in own})
@@ -174,7 +174,7 @@ class Topology:
         Raises:
             UserError: the processes are not those that the launcher has started.
         """
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        asked = ranks.count()
         if accelerator.num_processes != asked:
             raise UserError(f"the launcher started {asked} processes, but accelerate sees {accelerator.num_processes}")
         copies = getattr(model, "tp_size", None) or 1
@@ -182,7 +182,7 @@ class Topology:
         held = str(model.dtype).removeprefix("torch.")
         return cls(
             processes=asked,
-            nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            nodes=ranks.machines(),
             device=_device_name(accelerator.device, asked),
             engine=_engine(accelerator, copies, getattr(model, "fsdp_size", None) or 1),
             offloaded=_is_offloaded(accelerator),
