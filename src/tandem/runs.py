@@ -140,6 +140,9 @@ def locked(folder: str | Path, patience: float = 0) -> Iterator[None]:
     file system without locks (some FUSE mounts) is written to without one. A missing folder is made, and removed again
     if nothing comes into it.
 
+    It is not filelock (4.3) because that names no holder, leaves its file in the folder, and where the file system has
+    no locks takes a file that is there for a lock that is held: one that a kill leaves would end all resuming.
+
     Args:
         patience: seconds to wait for a holder that may be going away.
 

@@ -22,6 +22,7 @@ from tandem import ranks
 from tandem.data.options import DataOptions, SFTDataOptions
 from tandem.data.sources import load_splits
 from tandem.errors import UserError, script_main
+from tandem.options.accelerate import read_accelerate_config
 from tandem.options.fields import refuse
 
 _OF_SFT = {field.name for field in dataclasses.fields(SFTDataOptions)} - {
@@ -35,7 +36,11 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: naming what is wrong with each of them.
     """
-    processes = _processes(Path(argv[0]))
+    config = read_accelerate_config(argv[0], "ACCELERATE_CONFIG")
+    asked = os.environ.get("NUM_PROCESSES", "")
+    if asked and not asked.isdecimal():
+        raise UserError(f"NUM_PROCESSES must be a whole number, not {asked}")
+    processes = int(asked or config.processes)
     problems: list[str] = []
     read: list[dict[str, Any]] = []
     for name, command in _stages(sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")):
@@ -61,15 +66,6 @@ def _stages(words: list[str]) -> Iterator[tuple[str, list[str]]]:
         name, _output, *command = words[1 : count + 1]
         yield name, command
         words = words[count + 1 :]
-
-
-def _processes(config: Path) -> int:
-    """The number of processes that accelerate starts: NUM_PROCESSES, else the config's."""
-    try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        return int(os.environ.get("NUM_PROCESSES") or values.get("num_processes") or 1)
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"ACCELERATE_CONFIG {config}: cannot be read: {error}") from error
 
 
 def options_of_command(command: list[str]) -> dict[str, tuple[Any, bool]]:

@@ -1,18 +1,14 @@
 """The hardware that a plan is for: an accelerate config's, or this process's."""
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-import yaml
 
 from tandem.devices import has_accelerator
-from tandem.errors import UserError
 from tandem.monitor.memory import GIB
+from tandem.options.accelerate import AccelerateConfig, read_accelerate_config
 from tandem.options.training import PlanOptions
-from tandem.options.yaml_text import StrictLoader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +38,11 @@ def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
     Raises:
         UserError: the file cannot be read, or is not an accelerate config.
     """
-    config: dict[str, Any] = {}
-    if options.accelerate_config is not None:
-        try:
-            config = yaml.load(Path(options.accelerate_config).read_text(encoding="utf-8"), Loader=StrictLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--accelerate_config {options.accelerate_config}: cannot be read: {error}") from error
-        if not isinstance(config, dict) or "distributed_type" not in config:
-            raise UserError(f"--accelerate_config {options.accelerate_config}: not a config of accelerate")
-    kind = str(config.get("distributed_type", "NO"))
-    on_cpu = use_cpu or bool(config.get("use_cpu")) or (not config and not has_accelerator())
-    stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
-    sharded = {"weights", "gradients", "optimizer"} if kind == "FSDP" or stage == 3 else set()
+    named = options.accelerate_config
+    config = AccelerateConfig() if named is None else read_accelerate_config(named, "--accelerate_config")
+    on_cpu = use_cpu or config.use_cpu or (named is None and not has_accelerator())
+    stage = config.zero_stage
+    sharded = {"weights", "gradients", "optimizer"} if config.kind == "FSDP" or stage == 3 else set()
     sharded |= {"optimizer"} if stage >= 1 else set()
     sharded |= {"gradients"} if stage >= 2 else set()
     is_here = on_cpu or has_accelerator()
@@ -65,9 +54,9 @@ def read_hardware(options: PlanOptions, use_cpu: bool) -> Hardware:
         limit = torch.cuda.mem_get_info()[1]
     return Hardware(
         device="cpu" if on_cpu else accelerator.type if accelerator else "cuda",
-        processes=int(config.get("num_processes") or 1),
+        processes=config.processes,
         sharded=frozenset(sharded),
-        copies_gradients=kind.startswith("MULTI_"),
+        copies_gradients=config.kind.startswith("MULTI_"),
         limit=limit,
         is_here=is_here,
     )
