@@ -30,7 +30,7 @@ def test_the_installed_packages_hold_it():
 
 def rename(borrowed: contract.Borrowed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the package call it something else."""
-    owner = contract._resolve(borrowed.owner)
+    owner = contract.resolve(borrowed.owner)
     if owner is torch.UntypedStorage:  # written in C, it cannot be changed: another takes its place
         monkeypatch.setattr(torch, "UntypedStorage", type("UntypedStorage", (), {}))
         return
@@ -43,7 +43,7 @@ def rename(borrowed: contract.Borrowed, monkeypatch: pytest.MonkeyPatch) -> None
             continue
         for value in list(vars(cls).values()):  # an attribute of objects: rewrite the methods that mention it
             function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
-            if isinstance(function, types.FunctionType) and borrowed.name in contract._names_in(function.__code__):
+            if isinstance(function, types.FunctionType) and borrowed.name in contract.names_in(function.__code__):
                 monkeypatch.setattr(function, "__code__", renamed(function.__code__, borrowed.name))
 
 

@@ -27,7 +27,7 @@ def test_why_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str, driver: str | None, visible: str | None, said: str
 ):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(devices, "_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
     if driver is not None:
         (tmp_path / "version").write_text(driver)
     if visible is None:

@@ -52,7 +52,7 @@ class Borrowed:
     def problem(self) -> str | None:
         """What is wrong with it, if anything is."""
         try:
-            owner = _resolve(self.owner)
+            owner = resolve(self.owner)
         except (ImportError, AttributeError) as error:
             return f"{self.owner} is not there ({first_line(error)})"
         if not hasattr(owner, self.name):
@@ -329,7 +329,7 @@ def _of_names(contract: Contract) -> Iterator[str]:
             yield f"{package} {found}: {problem}; Tandem needs {package}{versions}: pip install '{package}{versions}'"
 
 
-def _resolve(dotted: str) -> Any:
+def resolve(dotted: str) -> Any:
     """The module or class of this name.
 
     Raises:
@@ -356,15 +356,16 @@ def _mentioned(owner: Any) -> set[str]:
         names |= set(getattr(cls, "__annotations__", {}))
         for value in vars(cls).values():
             function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
-            names |= _names_in(getattr(function, "__code__", None))
+            names |= names_in(getattr(function, "__code__", None))
     return names
 
 
-def _names_in(code: CodeType | None) -> set[str]:
+def names_in(code: CodeType | None) -> set[str]:
+    """The names that code, and the functions within it, mention."""
     if code is None:
         return set()
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names_in(constant)
+            names |= names_in(constant)
     return names

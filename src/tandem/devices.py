@@ -9,7 +9,7 @@ import torch
 
 # Of NVIDIA's drivers, the first whose versions run programs of a CUDA release (CUDA's release notes, table 3)
 _OLDEST_DRIVER = {12: 525, 13: 580}
-_DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def has_hpu() -> bool:
@@ -58,9 +58,9 @@ def why_no_gpu() -> str:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.strip():
         return "CUDA_VISIBLE_DEVICES hides all of them: unset it"
-    if not _DRIVER.exists():
+    if not DRIVER.exists():
         return "NVIDIA's driver is not loaded: nvidia-smi must list a GPU (in a container, start it with --gpus all)"
-    found = re.search(r"\s(\d+)\.[\d.]+\s", _DRIVER.read_text())
+    found = re.search(r"\s(\d+)\.[\d.]+\s", DRIVER.read_text())
     oldest = _OLDEST_DRIVER.get(int(torch.version.cuda.split(".")[0]))
     if found and oldest and int(found[1]) < oldest:
         return (

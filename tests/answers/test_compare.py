@@ -9,7 +9,7 @@ import pytest
 
 from tandem.answers import ab_files
 from tandem.answers.backends.options import GenerationOptions
-from tandem.answers.compare import CompareOptions, _repetition, statistics, to_markdown
+from tandem.answers.compare import CompareOptions, repetition, statistics, to_markdown
 from tandem.answers.compare import compare as compare_by
 from tandem.data.formats import prompt_id
 from tandem.data.options import DataOptions
@@ -31,7 +31,7 @@ from tests import tiny
     ],
 )
 def test_repetition(text: str, expected: float):
-    assert _repetition(text) == pytest.approx(expected)
+    assert repetition(text) == pytest.approx(expected)
 
 
 def test_statistics_by_hand():

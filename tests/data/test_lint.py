@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tandem.data.examine import _ALONE, _CHUNK, examine
+from tandem.data.examine import ALONE, CHUNK, examine
 from tandem.data.lint import KINDS, LEVELS, Finding, lint
 from tandem.data.options import DROPPABLE
 from tandem.options.model import TextOptions
@@ -193,8 +193,8 @@ def test_several_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch):
     ]
     before = copy.deepcopy(rows)
     alone = examine(rows, tiny.tokenizer(), TextOptions(max_length=30))
-    assert len(rows) > _CHUNK < _ALONE
-    monkeypatch.setattr("tandem.data.examine._ALONE", 0)
+    assert len(rows) > CHUNK < ALONE
+    monkeypatch.setattr("tandem.data.examine.ALONE", 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     together = examine(rows, tiny.tokenizer(), TextOptions(max_length=30))
     assert together.found == alone.found

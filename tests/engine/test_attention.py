@@ -74,7 +74,7 @@ def gradients(output, states):
 
 @pytest.fixture(params=[2, 128], ids="{} queries a call".format)
 def query_block(request, monkeypatch):
-    monkeypatch.setattr(attention, "_CPU_QUERY_BLOCK", request.param)
+    monkeypatch.setattr(attention, "CPU_QUERY_BLOCK", request.param)
 
 
 @pytest.mark.usefixtures("query_block")
@@ -94,14 +94,14 @@ def test_every_backend_is_the_definition(monkeypatch, states, window, scale, bac
 
 
 def test_a_call_on_the_cpu_sees_no_keys_behind_its_last_query(monkeypatch, plan, states):
-    monkeypatch.setattr(attention, "_CPU_QUERY_BLOCK", 3)
+    monkeypatch.setattr(attention, "CPU_QUERY_BLOCK", 3)
     calls = []
 
     def attend(query, key, value, **_):
         calls.append((query.shape[2], key.shape[2]))
         return query
 
-    monkeypatch.setattr(attention, "_sdpa", attend)
+    monkeypatch.setattr(attention, "sdpa", attend)
     PairAttention(plan, "sdpa")(*states)
     for segment in plan.segments:
         queries, keys = 0, segment.k_length - segment.q_length
@@ -163,7 +163,7 @@ def test_autocast_attends_in_its_dtype(monkeypatch, plan, states, backend):
 @pytest.fixture
 def fresh_kernels():
     """Neither an import nor a capability remembered from elsewhere."""
-    remembered = (kernels.flash_attn_varlen, kernels.capability, attention._say_once)
+    remembered = (kernels.flash_attn_varlen, kernels.capability, attention.say_once)
     for function in remembered:
         function.cache_clear()
     yield
@@ -324,4 +324,4 @@ def test_masks_grow_with_the_longest_sequence_and_not_with_its_square(window):
     forward = PairAttention(plan, "sdpa")
     forward(*states, window=window)
     held = sum(each.numel() * each.element_size() for each in forward._masks.values())
-    assert held <= attention._CPU_QUERY_BLOCK * plan.max_k
+    assert held <= attention.CPU_QUERY_BLOCK * plan.max_k

@@ -28,16 +28,16 @@ def in_float32(head):
 
 @pytest.fixture(params=[1, 4, 100], ids="{} tokens a chunk".format)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 40 * request.param)
-    monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 1)
-    monkeypatch.setattr(logprobs, "_PIECE_LOGITS", 40 * 3)
-    monkeypatch.setattr(logprobs, "_BLOCK_WORDS", 16)  # the last of the three blocks is half a block
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 40 * request.param)
+    monkeypatch.setattr(logprobs, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(logprobs, "PIECE_LOGITS", 40 * 3)
+    monkeypatch.setattr(logprobs, "BLOCK_WORDS", 16)  # the last of the three blocks is half a block
 
 
 @pytest.fixture(params=[0, 5, 100], ids="{} tokens kept".format)
 def keep(request, monkeypatch):
     """Of how many of the 11 tokens the probabilities may stay for the backward."""
-    monkeypatch.setattr(logprobs, "_KEPT_PROBS", 40 * request.param)
+    monkeypatch.setattr(logprobs, "KEPT_PROBS", 40 * request.param)
 
 
 def from_the_definition(hidden, weight, bias, targets, transform):
@@ -93,7 +93,7 @@ def test_a_frozen_head_gets_no_gradient_and_is_multiplied_once(head, chunk, tran
     upstream = torch.linspace(-1, 1, len(targets))
     expected = from_the_definition(hidden.requires_grad_(), weight, bias, targets, transform)["log_probs"]
     log_probs = score_tokens(hidden, weight, bias, targets, transform).log_probs
-    monkeypatch.setattr(logprobs._Head, "logits", None)  # the backward has no need of logits
+    monkeypatch.setattr(logprobs.Head, "logits", None)  # the backward has no need of logits
     (ours,), (theirs,) = (torch.autograd.grad((scores * upstream).sum(), hidden) for scores in (log_probs, expected))
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -114,9 +114,9 @@ def test_no_tokens_still_connect_to_the_model(head):
 
 
 def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", 80)
-    monkeypatch.setattr(logprobs, "_KEPT_PROBS", 200)
-    monkeypatch.setattr(logprobs, "_MIN_CHUNK_TOKENS", 2)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 80)
+    monkeypatch.setattr(logprobs, "KEPT_PROBS", 200)
+    monkeypatch.setattr(logprobs, "MIN_CHUNK_TOKENS", 2)
     head = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in in_float32(head)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
@@ -139,15 +139,15 @@ def test_nothing_as_large_as_the_logits_is_kept_or_made(head, monkeypatch):
 @given(tokens=st.integers(0, 3000), vocabulary=st.integers(1, 300_000))
 def test_chunks_cover_the_tokens_evenly_within_their_limit(tokens, vocabulary):
     weight = torch.empty(vocabulary, 1, device="meta")
-    chunks = list(logprobs._Head(weight, None, LogitTransform(), torch.float32, tokens).chunks())
+    chunks = list(logprobs.Head(weight, None, LogitTransform(), torch.float32, tokens).chunks())
     assert [token for chunk in chunks for token in range(chunk.start, chunk.stop)] == list(range(tokens))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert all(size <= 64 or size * vocabulary <= logprobs._CHUNK_LOGITS for size in sizes)
+    assert all(size <= 64 or size * vocabulary <= logprobs.CHUNK_LOGITS for size in sizes)
     assert not sizes or max(sizes) - min(sizes) < len(sizes)
 
 
 def test_bf16_is_no_further_from_float32_than_trl(monkeypatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS_HALF", 1)  # 50 tokens a chunk
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS_HALF", 1)  # 50 tokens a chunk
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(200, 64, generator=generator), torch.randn(500, 64, generator=generator) / 4
     targets = torch.randint(500, (200,), generator=generator)
@@ -193,7 +193,7 @@ def test_the_other_settings_are_read_from_the_config():
 
 
 def test_without_a_compiler_for_triton_the_scores_are_ours(head, monkeypatch, caplog):
-    monkeypatch.setattr(logprobs, "_TRITON_DEVICES", ("cpu",))
+    monkeypatch.setattr(logprobs, "TRITON_DEVICES", ("cpu",))
     logprobs.triton_fault.cache_clear()
     hidden, weight, bias, targets = in_float32(head)
     theirs = score_tokens(hidden, weight, bias, targets, TRANSFORMS[1], FIELDS)

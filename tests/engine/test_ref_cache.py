@@ -98,7 +98,7 @@ def test_a_source_is_known_by_its_files_alone(tmp_path: Path, monkeypatch: pytes
     llama().save_pretrained(tmp_path)
     (weights,) = files = [tmp_path / "model.safetensors"]
     assert source_key(llama(), Source(files)) is None  # written as the process runs: its dates may not tell
-    monkeypatch.setattr(ref_cache, "_STARTED", time.time() + 3600)
+    monkeypatch.setattr(ref_cache, "STARTED", time.time() + 3600)
     key = source_key(llama(), Source(files))
     assert key is not None and key == source_key(llama(), Source(files))
     others = [
@@ -197,7 +197,7 @@ def test_arrays_have_the_keys_of_lists():
 
 def test_a_writer_keeps_what_it_is_given_while_others_hold_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every few seconds, at the end, and where what fills it is broken off."""
-    monkeypatch.setattr(ref_cache, "_COMMIT_SECONDS", 0.05)
+    monkeypatch.setattr(ref_cache, "COMMIT_SECONDS", 0.05)
     cache = RefCache(tmp_path)
     with contextlib.suppress(KeyError), cache.writer() as put:
         with contextlib.closing(sqlite3.connect(cache.path)) as other:
@@ -217,7 +217,7 @@ def test_a_writer_keeps_what_it_is_given_while_others_hold_the_file(tmp_path: Pa
 
 
 def test_a_writer_tells_what_it_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ref_cache, "_COMMIT_SECONDS", 0.02)
+    monkeypatch.setattr(ref_cache, "COMMIT_SECONDS", 0.02)
     cache = RefCache(tmp_path)
     cache.path.write_bytes(b"no database" * 100)
     with pytest.raises(UserError, match="cannot be used"), cache.writer() as put:

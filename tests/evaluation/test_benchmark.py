@@ -54,13 +54,13 @@ def test_the_sums_are_right_and_no_place_is_the_right_one_more_often():
 
 
 def test_intervals_of_shares_are_wilsons_and_others_by_their_standard_error():
-    share = benchmark._estimate(0.0, 0.0, 20)
+    share = benchmark.task_estimate(0.0, 0.0, 20)
     assert (share["low"], share["high"]) == (0.0, pytest.approx(proportion_confint(0, 20, method="wilson")[1]))
-    half = benchmark._estimate(0.5, (0.25 / 19) ** 0.5, 20)
+    half = benchmark.task_estimate(0.5, (0.25 / 19) ** 0.5, 20)
     assert half["low"] == pytest.approx(proportion_confint(10, 20, method="wilson")[0])
-    other = benchmark._estimate(12.0, 1.0, 20)
+    other = benchmark.task_estimate(12.0, 1.0, 20)
     assert (other["low"], other["high"]) == (pytest.approx(12 - 1.959964), pytest.approx(12 + 1.959964))
-    assert benchmark._estimate(12.0, "N/A", 20)["why"]
+    assert benchmark.task_estimate(12.0, "N/A", 20)["why"]
 
 
 @pytest.mark.slow

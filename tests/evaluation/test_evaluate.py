@@ -18,9 +18,9 @@ from tandem.evaluation.evaluate import (
     EvaluateOptions,
     HeldOut,
     Samples,
-    _dtype,
     accuracy,
     breakdown,
+    common_dtype,
     differences,
     evaluate,
     kl_metrics,
@@ -346,8 +346,8 @@ def test_weights_are_held_as_they_are_stored_where_there_is_an_accelerator(
         tiny.save_model(tmp_path / name, dtype=dtype)
     monkeypatch.setattr("tandem.devices.has_accelerator", lambda: accelerator)
     given = options(tmp_path, tmp_path / "reference", tmp_path / "policy")
-    assert _dtype(given) == expected
-    assert _dtype(replace(given, eval_dtype="float16")) == "float16"
+    assert common_dtype(given) == expected
+    assert common_dtype(replace(given, eval_dtype="float16")) == "float16"
 
 
 def test_weights_in_bfloat16_give_about_the_same_log_probs(

@@ -26,7 +26,7 @@ from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
 from tandem.training.examples import tokenize_examples
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
-from tandem.training.stages import _arguments
+from tandem.training.stages import training_arguments
 from tandem.training.trainers.build import Build
 
 
@@ -74,7 +74,7 @@ def build(trainer: str, case: Case) -> Any:
     tokenizer = load_tokenizer(model)
     data_options = DataOptions(dataset_name=case.data)
     rows = load_pairs(data_options, "train")
-    arguments = _arguments(train, model) | {"disable_tqdm": True}
+    arguments = training_arguments(train, model) | {"disable_tqdm": True}
     if case.loss_type == "sft":
         sft = SFTOptionSet(model, lora, text, data_options, train, GaudiOptions())
         data = tokenize_examples([render(row, True) for row in rows], tokenizer, sft)

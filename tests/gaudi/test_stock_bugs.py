@@ -211,7 +211,7 @@ def test_graphs_with_a_shared_reference(tiny_model: Path, data: str, tmp_path: P
     assert theirs.ref_model is None
 
     monkeypatch.setenv("PT_HPU_LAZY_MODE", "1")
-    monkeypatch.setattr(steps, "_arguments", _on_hpu(steps._arguments))
+    monkeypatch.setattr(steps, "training_arguments", _on_hpu(steps.training_arguments))
     for use_peft, graphs in ((True, False), (False, True)):
         stub.wrapped_in_graphs.clear()
         mine = ours(tiny_model, data, tmp_path / f"o{use_peft}", use_peft=use_peft, extra={"max_steps": 1})

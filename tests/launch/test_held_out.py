@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tandem.launch import held_out
-from tandem.launch.stamp import _sources
+from tandem.launch.stamp import sources
 from tests import tiny
 
 
@@ -13,7 +13,7 @@ from tests import tiny
 def test_a_stamp_is_of_the_sources_of_a_file(tmp_path: Path, entries: str):
     (tmp_path / "data.yaml").write_text(entries)
     names = [str(tmp_path / "a.jsonl"), str(tmp_path / "b")]
-    assert _sources(tmp_path / "data.yaml") == names[: entries.count("dataset_name")]
+    assert sources(tmp_path / "data.yaml") == names[: entries.count("dataset_name")]
 
 
 def test_the_share_is_printed_for_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

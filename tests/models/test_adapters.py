@@ -114,7 +114,7 @@ def test_bfloat16_is_the_float32_merge_rounded_once(tmp_path: Path):
 def test_a_merge_that_is_another_model_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """PEFT alone would add the embedding's adapter to the tied head as well."""
     adapter = save_kind(tmp_path / "adapter", tiny.save_model(tmp_path / "model", tied=True), "embeddings")
-    monkeypatch.setattr("tandem.models.adapters._untie", lambda model: None)
+    monkeypatch.setattr("tandem.models.adapters.untie", lambda model: None)
     with pytest.raises(UserError, match=r"--adapter .*: merged, it is another model than it was on its base"):
         merge(MergeOptions(str(adapter), str(tmp_path / "merged")))
     assert not (tmp_path / "merged").exists()

@@ -62,8 +62,8 @@ def test_the_same_bits_as_a_whole_merge(tmp_path: Path, kind: str, size: str, mo
 def test_more_than_two_matrices_is_merged_whole(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     base = wide.save_model(tmp_path / "base")
     whole = []
-    merge_whole = merging._merged_whole
-    monkeypatch.setattr(merging, "_merged_whole", lambda *given: whole.append(given) or merge_whole(*given))
+    merge_whole = merging.merged_whole
+    monkeypatch.setattr(merging, "merged_whole", lambda *given: whole.append(given) or merge_whole(*given))
     merge(MergeOptions(str(save_kind(tmp_path / "adapter", base, kind)), str(tmp_path / "merged")))
     assert len(whole) == 1
 

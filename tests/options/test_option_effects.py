@@ -45,7 +45,7 @@ from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, Tra
 from tandem.runs import read_jsonl
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.settings import as_begun
-from tandem.training.stages import _arguments, _render, _splits, _tokenized_pairs, _trainable
+from tandem.training.stages import read_splits, render_rows, tokenized_pairs, trainable, training_arguments
 from tandem.training.trainers import gaudi_settings, trl
 from tandem.training.trainers.build import Build
 from tests import tiny
@@ -125,7 +125,7 @@ def trl_arguments(
     others = (EngineOptions(), MonitorOptions(), GaudiOptions())
     run = DPOOptionSet(ModelOptions("m"), lora or LoraOptions(), TextOptions(), DataOptions("d"), train, dpo, *others)
     run = as_begun(run)
-    trl.dpo_trainer(Build(run, None, tiny.tokenizer(), _arguments(run.train, run.model), {}))
+    trl.dpo_trainer(Build(run, None, tiny.tokenizer(), training_arguments(run.train, run.model), {}))
     config: DPOConfig = given["args"]
     return config
 
@@ -178,7 +178,9 @@ def test_the_learning_rate_fits_stage_and_mode_where_none_is_given(monkeypatch: 
 def test_the_cpu_where_there_is_an_accelerator(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tandem.training.stages.has_accelerator", lambda: True)
     monkeypatch.setattr("tandem.training.stages.check_launch", lambda *given, **more: None)
-    used = [_arguments(TrainOptions(**TRAIN, use_cpu=use), ModelOptions("m"))["use_cpu"] for use in (False, True)]
+    used = [
+        training_arguments(TrainOptions(**TRAIN, use_cpu=use), ModelOptions("m"))["use_cpu"] for use in (False, True)
+    ]
     assert used == [False, True]
 
 
@@ -215,7 +217,7 @@ def test_the_layout_is_the_engines(
 
 def test_four_bits_are_asked_of_the_model(tiny_model: Path):
     with pytest.raises(UserError, match="--load_in_4bit needs bitsandbytes"):
-        _trainable(ModelOptions(str(tiny_model)), LoraOptions(use_peft=True, load_in_4bit=True), 1)
+        trainable(ModelOptions(str(tiny_model)), LoraOptions(use_peft=True, load_in_4bit=True), 1)
 
 
 def test_tf32_is_handed_to_trl():
@@ -238,7 +240,7 @@ def test_tf32_is_handed_to_trl():
 )
 def test_which_evaluation_is_best(given: dict[str, Any], metric: str, greater: bool):
     train = TrainOptions(**TRAIN, eval_strategy="epoch", early_stopping_patience=1, **given)
-    arguments = _arguments(train, ModelOptions("m"))
+    arguments = training_arguments(train, ModelOptions("m"))
     assert (arguments["metric_for_best_model"], arguments["greater_is_better"]) == (metric, greater)
 
 
@@ -298,14 +300,14 @@ def test_text_options_change_the_tokens(tmp_path: Path):
     pair = load_pairs(DataOptions(str(tiny.save_pairs(tmp_path / "a.jsonl", tiny.hh_rows(1)))), "train")[0]
 
     def tokens(**given: Any) -> Any:
-        return tokenize_pair(_render([pair], TextOptions(**given), tokenizer)[0], tokenizer)
+        return tokenize_pair(render_rows([pair], TextOptions(**given), tokenizer)[0], tokenizer)
 
     assert tokens()["prompt_ids"] != tokens(use_chat_template=False)["prompt_ids"]
     assert len(tokens(max_prompt_length=20)["prompt_ids"]) <= 20 < len(tokens()["prompt_ids"])
     row = render(pair, True)
-    assert len(_tokenized_pairs([row], tokenizer, 500)) == 1
+    assert len(tokenized_pairs([row], tokenizer, 500)) == 1
     with pytest.raises(UserError, match="--max_length 5: no pair keeps any of its answers"):
-        _tokenized_pairs([row], tokenizer, 5)
+        tokenized_pairs([row], tokenizer, 5)
 
 
 def test_held_out_pairs_of_an_evaluation(tiny_data: Path):
@@ -313,7 +315,7 @@ def test_held_out_pairs_of_an_evaluation(tiny_data: Path):
     run = SFTOptionSet(
         ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions(str(tiny_data)), train, GaudiOptions()
     )
-    assert {name: len(rows) for name, rows in _splits(run, tiny.tokenizer()).items()} == {
+    assert {name: len(rows) for name, rows in read_splits(run, tiny.tokenizer()).items()} == {
         "train_dataset": 5,
         "eval_dataset": 3,
     }
@@ -563,7 +565,7 @@ def test_options_reach_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`distributed/test_ray.py` is about the real one, where it is installed."""
     ray, train = stand_in("ray", monkeypatch), stand_in("ray.train", monkeypatch)
     stand_in("ray.train.torch", monkeypatch)
-    monkeypatch.setattr("tandem.launch.ray._raise", lambda ended: None)
+    monkeypatch.setattr("tandem.launch.ray.raise_ended", lambda ended: None)
     given = "--num_workers 3 --address auto --cpus_per_worker 2.5 --gpus_per_worker 1 --storage_path s3://bucket "
     given += "--max_failures 7 --reference_workers 4 scripts/dpo.py --model_name_or_path m --dataset_name d"
     monkeypatch.chdir(ROOT)

@@ -287,7 +287,7 @@ def test_the_probe_reckons_with_all_layers(plan: Callable[..., Plan], monkeypatc
     assert figures.seconds() == (14.0, 7.0)
     # Eight micro-batches, of training and of the reference
     assert figures.time_line() == "time: 112 s of training, 56 s of the reference where not cached"
-    monkeypatch.setattr("tandem.training.plan._PROBED_LAYERS", (1, 1))
+    monkeypatch.setattr("tandem.training.plan.PROBED_LAYERS", (1, 1))
     assert figures.seconds() == (12.0, 6.0)
 
 

@@ -176,7 +176,7 @@ def test_weights_are_hashed_once_as_long_as_their_files_stay(
         return hashed[-1]
 
     monkeypatch.setattr("tandem.training.trainers.trl.fingerprint", hash_of)
-    monkeypatch.setattr(ref_cache, "_STARTED", time.time() + 3600)
+    monkeypatch.setattr(ref_cache, "STARTED", time.time() + 3600)
     own = tmp_path / "own"
     shutil.copytree(model, own)
     losses = [first_loss(own), first_loss(own)]

@@ -38,7 +38,7 @@ def parameters(model: nn.Module) -> tuple[int, int, int]:
 
 def test_storages_are_counted_while_they_live():
     model = nn.Linear(10, 10, bias=False)
-    storages = _Storages(model)
+    storages = Storages(model)
     with storages:
         kept = torch.ones(1000)
         double = kept * 2
@@ -64,7 +64,7 @@ def test_what_a_forward_keeps_is_what_torch_saves(tiny_model: Path, layout: Layo
         del loss
         assert storages.live["activations"] < alive / 20  # all of it hangs on the loss
 
-    _replace_tensors(rehearsal.model, functools.partial(_random_like, device=torch.device("cpu")))
+    replace_tensors(rehearsal.model, functools.partial(random_like, device=torch.device("cpu")))
     known = {tensor.untyped_storage().data_ptr() for tensor in rehearsal.model.parameters()}
     saved: dict[int, int] = {}
 
@@ -120,7 +120,7 @@ def test_moments_of_eight_bits():
     model = nn.ModuleList([nn.Embedding(100, 50), nn.Linear(50, 100), small, large])
     train = TrainOptions("out", bf16=False)
     train.optim = "adamw_8bit"  # which the constructor refuses where bitsandbytes is not installed
-    optimizer = _optimizer(train, model)
+    optimizer = optimizer_of(train, model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for _ in range(2):

@@ -111,7 +111,7 @@ def test_a_read_only_output(disk: Path, train: Callable[[Path], None]):
 
 
 def test_a_folder_in_use_is_left_alone(train: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(session, "_GOING_AWAY", 0.2)
+    monkeypatch.setattr(session, "GOING_AWAY", 0.2)
     out = tmp_path / "out"
     with locked(out):
         with pytest.raises(UserError, match=f"{out}: process {os.getpid()} on .+ is writing there"):

@@ -141,11 +141,12 @@ def statistics(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "truncated": fmean(reason == "length" for reason in reasons) if reasons else None,
         "empty": fmean(not text for text in texts),
         "refusal": fmean(map(is_refusal, texts)),
-        "repetition": fmean(map(_repetition, texts)),
+        "repetition": fmean(map(repetition, texts)),
     }
 
 
-def _repetition(text: str) -> float:
+def repetition(text: str) -> float:
+    """Share of a text's trigrams of words that have come before in it; 0 where there are none."""
     words = text.split()
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if len(trigrams) > 1 else 0.0

@@ -20,8 +20,8 @@ from tandem.options.model import TextOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 500  # pairs that a process examines at a time
-_ALONE = 4_000  # pairs up to which more processes take longer to start than to be useful
+CHUNK = 500  # pairs that a process examines at a time
+ALONE = 4_000  # pairs up to which more processes take longer to start than to be useful
 
 
 @dataclass
@@ -58,13 +58,13 @@ class Examined:
 
 def examine(pairs: Sequence[Row], tokenizer: "PreTrainedTokenizerBase | None", text: TextOptions) -> Examined:
     """Look at every pair; without a tokenizer nothing is counted or rendered."""
-    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+    chunks = [pairs[start : start + CHUNK] for start in range(0, len(pairs), CHUNK)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == 1 or len(pairs) <= _ALONE:
+    if cores == 1 or len(pairs) <= ALONE:
         reader = _Reader(tokenizer, text)
         return _merge([reader.examine(chunk) for chunk in chunks])
     with ProcessPoolExecutor(cores, initializer=_start, initargs=(tokenizer, text)) as pool:
-        return _merge(list(tqdm(pool.map(_examine, chunks), total=len(chunks), desc="check", unit_scale=_CHUNK)))
+        return _merge(list(tqdm(pool.map(_examine, chunks), total=len(chunks), desc="check", unit_scale=CHUNK)))
 
 
 def _merge(parts: Sequence[Examined]) -> Examined:

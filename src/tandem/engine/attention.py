@@ -33,7 +33,7 @@ PAIR_ATTENTION = "pair_attention"
 _PREFIX = "tandem|"
 # Queries of one call on the CPU, whose kernel computes blocks of 512 keys whole, those behind the diagonal too.
 # Measured at 256 to 1024 tokens, forward and backward: 10 to 30% less time than in one call; below, no difference.
-_CPU_QUERY_BLOCK = 128
+CPU_QUERY_BLOCK = 128
 
 logger = logging.getLogger("tandem.engine")
 
@@ -110,14 +110,14 @@ class PairAttention:
         if backend == "sdpa":
             if asked.softcap is not None or asked.sinks is not None:
                 raise UnsupportedAttention("the sdpa backend has neither soft-capping nor attention sinks")
-            return self._each_segment(partial(_sdpa, rule=asked), query, key, value, window)
+            return self._each_segment(partial(sdpa, rule=asked), query, key, value, window)
         return self._each_segment(partial(_dense, rule=asked), query, key, value, window)
 
     def _each_segment(
         self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int | None
     ) -> Tensor:
         segments = self.places.segments
-        block = _CPU_QUERY_BLOCK if query.device.type == "cpu" else self.places.max_q
+        block = CPU_QUERY_BLOCK if query.device.type == "cpu" else self.places.max_q
         outputs = []
         for segment, own_query, keys, values in zip(
             segments, _split(query, segments), _keys(key, segments), _keys(value, segments), strict=True
@@ -140,7 +140,7 @@ class PairAttention:
         if q_length == k_length and (window is None or window >= k_length):
             return None
         if device.type == "cpu":
-            rows, columns = min(_CPU_QUERY_BLOCK, self.places.max_q), self.places.max_k
+            rows, columns = min(CPU_QUERY_BLOCK, self.places.max_q), self.places.max_k
             return self._whole_mask(rows, columns, window, device)[rows - q_length :, columns - k_length :]
         return self._whole_mask(q_length, k_length, window, device)
 
@@ -196,12 +196,13 @@ def _choose_backend(query: Tensor, value: Tensor, rule: AttentionRule) -> Backen
     if not reason:
         return "varlen"
     if query.dtype != torch.float32:  # which no flash kernel has
-        _say_once(f"attention goes sequence by sequence, because {reason}")
+        say_once(f"attention goes sequence by sequence, because {reason}")
     return loop
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
+    """Warn of `line`, once in a process."""
     logger.warning("%s", line)
 
 
@@ -235,7 +236,7 @@ def _keys(states: Tensor, segments: tuple[Segment, ...]) -> list[Tensor]:
     ]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, rule: AttentionRule) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, rule: AttentionRule) -> Tensor:
     """(1, H, q, D) queries over (1, H_kv, k, D) keys; causal where there is no mask."""
     gqa = query.shape[1] != key.shape[1]
     dims = (query.shape[-1], value.shape[-1])
@@ -255,7 +256,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, rul
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, rule: AttentionRule) -> Tensor:
-    """The same as `_sdpa` with soft-capping and sinks, softmax in float32; quadratic in memory."""
+    """The same as `sdpa` with soft-capping and sinks, softmax in float32; quadratic in memory."""
     assert rule.scale is not None
     _, heads, q_length, _ = query.shape
     kv_heads, k_length = key.shape[1:3]

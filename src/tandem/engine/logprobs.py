@@ -24,23 +24,23 @@ from tandem.engine.layout import even_size
 
 # Logits of one chunk: 96 MiB in float32. Measured on a CPU with a frozen head over 400 to 1,200 tokens: with half of it
 # the head takes 7 to 15% longer, with half as much again up to 12% less.
-_CHUNK_LOGITS = 3 << 23
+CHUNK_LOGITS = 3 << 23
 # In half precision each chunk also adds a whole weight gradient to the float32 sum
-_CHUNK_LOGITS_HALF = 1 << 25
+CHUNK_LOGITS_HALF = 1 << 25
 # Logits that the passes after the product take at a time on the CPU, whose caches hold them and their probabilities: a
 # quarter less time than for a chunk at once
-_PIECE_LOGITS = 3 << 19
+PIECE_LOGITS = 3 << 19
 # Words of one product in float32 on the CPU, which its caches hold: a fifth faster than the whole vocabulary in one
-_BLOCK_WORDS = 1024
+BLOCK_WORDS = 1024
 # Probabilities kept from the forward to the backward of a trained head: 256 MiB spare it a fourth matrix product over
 # the completions of eight short pairs. Those that do not fit are computed again.
-_KEPT_PROBS = 1 << 26
+KEPT_PROBS = 1 << 26
 # Fewer tokens than this make slow matrix products, however large the vocabulary
-_MIN_CHUNK_TOKENS = 64
+MIN_CHUNK_TOKENS = 64
 # Words of one tile of TRL's kernel, as TRL itself calls it
 _TRITON_TILE = 32768
 # Devices that TRL has a Triton kernel for
-_TRITON_DEVICES = ("cuda", "xpu")
+TRITON_DEVICES = ("cuda", "xpu")
 
 logger = logging.getLogger("tandem.engine")
 
@@ -134,7 +134,7 @@ def score_tokens(
         weight = weight.full_tensor()
         bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
     with maybe_gather_lm_head_ctx(weight, bias):
-        if hidden.device.type in _TRITON_DEVICES and not triton_fault(hidden.device):
+        if hidden.device.type in TRITON_DEVICES and not triton_fault(hidden.device):
             scores = ChunkedLogProbFunction.apply(
                 hidden,
                 weight,
@@ -195,7 +195,7 @@ class _ScoreTokens(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        head = _Head(weight, bias, transform, dtype, targets.numel())
+        head = Head(weight, bias, transform, dtype, targets.numel())
         trained = differentiable and any(ctx.needs_input_grad[1:3])
         kept = hidden.new_empty(head.tokens_to_keep() if trained else 0, weight.shape[0], dtype=torch.float32)
         # Of a frozen head the backward needs d log p / d hidden alone, which is made while the probabilities are here
@@ -233,7 +233,7 @@ class _ScoreTokens(torch.autograd.Function):
         kept, ctx.spent = kept.data[: 0 if ctx.spent else len(kept)], True
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
-            head = _Head(weight, bias, ctx.transform, ctx.dtype, targets.numel())
+            head = Head(weight, bias, ctx.transform, ctx.dtype, targets.numel())
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
@@ -259,7 +259,7 @@ class _ScoreTokens(torch.autograd.Function):
         )
 
 
-class _Head:
+class Head:
     """A head of (V, D) weights over chunks of some tokens. The chunks share their memory: to touch fresh memory costs
     more than a pass over it."""
 
@@ -271,9 +271,9 @@ class _Head:
         self.transform = transform
         self.tokens = tokens
         vocabulary = weight.shape[0]
-        logits = _CHUNK_LOGITS if dtype == torch.float32 else _CHUNK_LOGITS_HALF
+        logits = CHUNK_LOGITS if dtype == torch.float32 else CHUNK_LOGITS_HALF
         # Even chunks: each reads all weights, and a short last one would read them for a few tokens
-        self.chunk_tokens = even_size(tokens, max(_MIN_CHUNK_TOKENS, logits // vocabulary))
+        self.chunk_tokens = even_size(tokens, max(MIN_CHUNK_TOKENS, logits // vocabulary))
         self._logits = weight.new_empty(min(self.chunk_tokens, tokens), vocabulary, dtype=torch.float32)
         # The derivative of soft-capping takes the logits themselves; else the probabilities take their place
         self._probs = self._logits if transform.softcap is None else torch.empty_like(self._logits)
@@ -287,14 +287,14 @@ class _Head:
 
     def pieces(self, *chunk: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """A chunk's tensors, some tokens of each at a time."""
-        limit = _PIECE_LOGITS // len(self.weight) if self._logits.device.type == "cpu" else self.chunk_tokens
+        limit = PIECE_LOGITS // len(self.weight) if self._logits.device.type == "cpu" else self.chunk_tokens
         return zip(*(tensor.split(even_size(self.chunk_tokens, max(1, limit))) for tensor in chunk), strict=True)
 
     def tokens_to_keep(self) -> int:
         """Of how many tokens the probabilities fit into what may be kept, in whole chunks."""
         if self.transform.softcap is not None:  # whose derivative takes the logits themselves
             return 0
-        fitting = _KEPT_PROBS // self.weight.shape[0]
+        fitting = KEPT_PROBS // self.weight.shape[0]
         return self.tokens if self.tokens <= fitting else fitting - fitting % self.chunk_tokens
 
     def logits(self, states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,7 +310,7 @@ class _Head:
         """(chunk, V) float32: the states times the weights, plus the bias."""
         if states.dtype != out.dtype:
             return out.copy_(F.linear(states, self.weight, self.bias))
-        block = _BLOCK_WORDS if states.device.type == "cpu" else len(self.weight)
+        block = BLOCK_WORDS if states.device.type == "cpu" else len(self.weight)
         for start in range(0, len(self.weight), block):
             words = slice(start, start + block)
             if self.bias is None:

@@ -34,10 +34,10 @@ DEFAULT_CACHE = Path("~/.cache/tandem/reference")
 _DATABASE = "log_probs.sqlite"
 # Another run may hold the write lock for as long as its own insert takes
 _LOCK_SECONDS = 60
-_COMMIT_SECONDS = 2.0
+COMMIT_SECONDS = 2.0
 # Longer than a file system may take to date a change: a file that was written just before cannot be told by its dates
 _SETTLED_SECONDS = 60.0
-_STARTED = time.time()
+STARTED = time.time()
 
 
 def fingerprint(model: PreTrainedModel, *, adapter: bool = True) -> str:
@@ -88,7 +88,7 @@ def source_key(model: PreTrainedModel, source: Source, *, adapter: bool = True) 
     marks = []
     for file in source.files:
         found = file.stat()
-        if max(found.st_mtime, found.st_ctime) > _STARTED - _SETTLED_SECONDS:
+        if max(found.st_mtime, found.st_ctime) > STARTED - _SETTLED_SECONDS:
             return None
         marks.append([file.name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
     if not marks:
@@ -244,7 +244,7 @@ class RefCache:
                     self.write(entries)
 
             def commits() -> None:
-                while not done.wait(_COMMIT_SECONDS):
+                while not done.wait(COMMIT_SECONDS):
                     commit()
 
             running = pool.submit(commits)

@@ -115,10 +115,11 @@ def _metrics(
             noise = values.get(f"{metric}_stderr,{how}")
             better = bool(found.get("higher_is_better", {}).get(task, {}).get(metric, True))
             shown = metric if how in ("", "none") else f"{metric} ({how})"
-            yield task, shown, better, _estimate(float(value), noise, counts.get("effective", 0))
+            yield task, shown, better, task_estimate(float(value), noise, counts.get("effective", 0))
 
 
-def _estimate(value: float, error: Any, count: int) -> Estimate:
+def task_estimate(value: float, error: Any, count: int) -> Estimate:
+    """A task's `value` over `count` questions with an interval, from the standard `error` that its harness gives."""
     if not isinstance(error, int | float):
         return estimate(value, None, None, count, "the task has no standard error of it")
     if count > 1 and abs(error**2 * (count - 1) - value * (1 - value)) < 1e-9:  # a mean of zeros and ones

@@ -254,7 +254,7 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
         raise UserError(f"--max_length {text.max_length}: no held-out pair keeps any of its answers")
     fitting = [tokenized[index] for index in kept]
 
-    dtype = _dtype(options)
+    dtype = common_dtype(options)
     logps: dict[str, Array] = {REFERENCE: np.empty(0)}  # scored last, shown first
     samples = {}
     for label, name in options.policies.items():
@@ -309,7 +309,7 @@ def add_benchmarks(options: EvaluateOptions, asked: BenchmarkOptions, results: M
     return more
 
 
-def _dtype(options: EvaluateOptions) -> str:
+def common_dtype(options: EvaluateOptions) -> str:
     """One type for all models: weights rounded in one of two models alone would look like a difference of theirs."""
     from tandem.devices import has_accelerator
     from tandem.models.load import stored_dtype

@@ -110,7 +110,7 @@ def _run(options: RayOptions, job: _Job, train: TrainOptions) -> None:
             score = ray.remote(num_cpus=options.cpus_per_worker, num_gpus=options.gpus_per_worker)(_score)
             parts = options.reference_workers
             ray.get([score.remote(job, outcome, part, parts) for part in range(parts)])
-            _raise(ray.get(outcome.get.remote()))
+            raise_ended(ray.get(outcome.get.remote()))
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "outcome": outcome, "output": str(output)},
@@ -129,9 +129,9 @@ def _run(options: RayOptions, job: _Job, train: TrainOptions) -> None:
         try:
             trainer.fit()
         except TrainingFailedError:
-            _raise(ray.get(outcome.get.remote()))
+            raise_ended(ray.get(outcome.get.remote()))
             raise
-        _raise(ray.get(outcome.get.remote()))
+        raise_ended(ray.get(outcome.get.remote()))
     finally:
         ray.shutdown()
 
@@ -153,7 +153,8 @@ class _Outcome:
         return self._ended
 
 
-def _raise(ended: tuple[str, str] | None) -> None:
+def raise_ended(ended: tuple[str, str] | None) -> None:
+    """Raise the error that a worker's training has ended with, by its kind and message."""
     if ended is not None:
         kind, message = ended
         raise {cls.__name__: cls for cls in (UserError, AlarmStop, Preempted)}[kind](message)

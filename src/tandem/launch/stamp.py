@@ -182,11 +182,11 @@ def _digest(stage: Stage, value: Any, hashes: Hashes) -> str | None:
         return manifest_digest(path) or hashes.of_folder(path)
     if not path.is_file():
         return None
-    beside = _sources(path) if path.suffix in (".yaml", ".yml") else []
+    beside = sources(path) if path.suffix in (".yaml", ".yml") else []
     return sha256_json([hashes.of(path), *(_digest(stage, source, hashes) for source in beside)])
 
 
-def _sources(mixture: Path) -> list[str]:
+def sources(mixture: Path) -> list[str]:
     """The files and folders that a mixture, or a file of one source, names."""
     import yaml
 

@@ -37,7 +37,7 @@ def merged(model: "PeftModel") -> PreTrainedModel:
     if not isinstance(model.base_model, BaseTuner):
         kind = model.peft_config[model.active_adapter].peft_type
         raise UserError(f"cannot be merged: {getattr(kind, 'value', kind)} is no change of its base's weights")
-    _untie(model.get_base_model())
+    untie(model.get_base_model())
     try:
         if _is_on_meta(model):  # what the merge gives is sent
             whole: PreTrainedModel = model.base_model.unload()
@@ -106,7 +106,7 @@ def _inside(module: Any) -> Any:
             return module
 
 
-def _untie(model: PreTrainedModel) -> None:
+def untie(model: PreTrainedModel) -> None:
     """Give a head whose weight is the embedding's a copy of its own, where either of them has an adapter."""
     wrapped = model.get_input_embeddings(), model.get_output_embeddings()
     embedding, head = map(_inside, wrapped)

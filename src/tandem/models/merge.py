@@ -132,7 +132,7 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     model = merge_files(base, options.adapter, getattr(torch, dtype), staging)
     by_files = model is not None
     if not by_files:
-        model = rounded(_merged_whole(base, options.adapter), getattr(torch, dtype))
+        model = rounded(merged_whole(base, options.adapter), getattr(torch, dtype))
     has_tokenizer = (Path(options.adapter) / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.adapter) if has_tokenizer else base)
     stop_at_turn_end(model, tokenizer)
@@ -144,7 +144,7 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     carry(base.model_name_or_path, base.model_revision, staging)
 
 
-def _merged_whole(base: ModelOptions, adapter: str) -> Any:
+def merged_whole(base: ModelOptions, adapter: str) -> Any:
     from tandem.models.adapters import merged
     from tandem.models.load import load_adapter, load_merged
 

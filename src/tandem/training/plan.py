@@ -38,7 +38,7 @@ _NF4_BYTES = 0.5 + 0.127 / 8
 # mapped by itself (bench/RESULTS.md). Fitted to runs of all weights, and of LoRA, which drops more tensors in between.
 _HEAP_ALL, _HEAP_LORA = 1.27, 1.5
 # Layers of the two models whose steps are timed
-_PROBED_LAYERS = (1, 5)
+PROBED_LAYERS = (1, 5)
 _PROBE_REPEATS = 3
 # Of tensors without values, over what takes some; of torch's own exceptions all that matter are of these kinds
 _WITHOUT_VALUES = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, IndexError, AttributeError)

@@ -112,14 +112,14 @@ class Rehearsal:
 
     def time(self, batch: Batch, device: torch.device, repeats: int) -> tuple[float, float]:
         """Seconds of an optimizer step on one micro-batch, and of a forward without gradient: the fastest of each."""
-        step = self._step(functools.partial(_random_like, device=device))
+        step = self._step(functools.partial(random_like, device=device))
         batch = _mapped(batch, lambda tensor: tensor.to(device))
         return _timed(functools.partial(step.whole, batch), device, repeats), _timed(
             functools.partial(step.forward, batch), device, repeats
         )
 
     @contextlib.contextmanager
-    def _counted(self, batch: Batch) -> Iterator[tuple["_Step", Batch, "_Storages"]]:
+    def _counted(self, batch: Batch) -> Iterator[tuple["_Step", Batch, "Storages"]]:
         """A step on fake tensors, its batch as such, and the count of what lives."""
         if self.values:
             step = self._step(functools.partial(_random_like, device=torch.device("cpu")))
@@ -129,11 +129,11 @@ class Rehearsal:
         with FakeTensorMode() as fake:
             step = self._step(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             fake_batch = _mapped(batch, fake.from_tensor)
-            with (storages := _Storages(step.model)):
+            with (storages := Storages(step.model)):
                 yield step, fake_batch, storages
 
     def _step(self, make: Callable[[Tensor], Tensor]) -> "_Step":
-        _replace_tensors(self.model, make)
+        replace_tensors(self.model, make)
         if not self.dropout:
             disable_dropout(self.model)
         return _Step(self.model, self.train, self.autocast)
@@ -146,7 +146,7 @@ class _Step:
         self.model = model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.max_grad_norm = train.max_grad_norm
-        self.optimizer = _optimizer(train, model)
+        self.optimizer = optimizer_of(train, model)
         self.autocast = autocast
 
     def loss(self, batch: Batch) -> Tensor:
@@ -175,7 +175,7 @@ class _Step:
         self.loss(batch)
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Counts the bytes of all storages while they live."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -282,7 +282,7 @@ class _EightBitState(torch.optim.SGD):
         }
 
 
-def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Put `make(tensor)` in the place of every parameter and buffer; tied ones stay tied."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id would be free for another
     for module in model.modules():
@@ -299,7 +299,8 @@ def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None
                 table[name] = made[id(tensor)][1]
 
 
-def _random_like(tensor: Tensor, device: torch.device) -> Tensor:
+def random_like(tensor: Tensor, device: torch.device) -> Tensor:
+    """Small random numbers of the shape and dtype of `tensor` on `device`; zeros where it holds whole numbers."""
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
     return torch.randn(tensor.shape, dtype=tensor.dtype, device=device) * 0.02

@@ -66,7 +66,7 @@ from tandem.training.trainers.checkpoints import refuse_code, steps_done
 
 _ADDED_CALLBACKS: ContextVar[tuple[TrainerCallback, ...]] = ContextVar("added callbacks", default=())
 _TEMPORARY_OF_SAFETENSORS = ".tmp" + "[0-9A-Za-z]" * 6
-_GOING_AWAY = 10.0  # seconds that a killed process may still hold its folder
+GOING_AWAY = 10.0  # seconds that a killed process may still hold its folder
 
 
 @contextlib.contextmanager
@@ -254,7 +254,7 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
     before, changed = _found(train, options, mirror)
     if is_complete(folder) and before and not changed:
         if mirror and not mirror.is_up_to_date():  # it was cut off in its last copy
-            with locked(folder, _GOING_AWAY):
+            with locked(folder, GOING_AWAY):
                 mirror.copy()
         print(f"{folder}: already trained with these settings", file=sys.stderr)
         yield None
@@ -262,7 +262,7 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
     with contextlib.ExitStack() as own:
         own.enter_context(storage_errors(folder))
         if is_first():
-            own.enter_context(locked(folder, _GOING_AWAY))
+            own.enter_context(locked(folder, GOING_AWAY))
         before, changed = _found(train, options, mirror)  # the holder before may have written more
         restored = mirror is not None and train.resume_from_checkpoint != "no" and mirror.holds_more()
         if mirror and restored:

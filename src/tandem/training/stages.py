@@ -47,7 +47,7 @@ def run_sft(run: SFTOptionSet) -> None:
     """Fine-tune on prompt + chosen, with the loss on the completion only, and leave the model in `output_dir`."""
     run = as_begun(run)
     check_training(run.model, run.lora, run.train)
-    arguments = _arguments(run.train, run.model)
+    arguments = training_arguments(run.train, run.model)
     held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi)
     told = forward_told(run.model.model_name_or_path)
@@ -55,7 +55,7 @@ def run_sft(run: SFTOptionSet) -> None:
         if session is None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
-        splits = _splits(run, tokenizer)
+        splits = read_splits(run, tokenizer)
         examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
         session.processes = builders.start_processes(arguments)
         policy = _policy(run, held, tokenizer, examples)
@@ -69,7 +69,7 @@ def run_dpo(run: DPOOptionSet) -> None:
     run = as_begun(run)
     check_training(run.model, run.lora, run.train, run.dpo)
     run.monitor.check_beta(run.dpo.beta)
-    arguments = _arguments(run.train, run.model)
+    arguments = training_arguments(run.train, run.model)
     held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
     told = forward_told(run.model.model_name_or_path)
@@ -77,8 +77,8 @@ def run_dpo(run: DPOOptionSet) -> None:
         if session is None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
-        rendered = _splits(run, tokenizer)
-        splits = {name: _tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
+        rendered = read_splits(run, tokenizer)
+        splits = {name: tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
         if run.dpo.reference_model:
             check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
         session.processes = builders.start_processes(arguments)
@@ -92,10 +92,10 @@ def run_dpo(run: DPOOptionSet) -> None:
 
 def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The tokenized pairs that a run trains on; of SFT its examples, several in a row where it packs them."""
-    rows = _splits(run, tokenizer)["train_dataset"]
+    rows = read_splits(run, tokenizer)["train_dataset"]
     if isinstance(run, SFTOptionSet):
         return packed(tokenize_examples(rows, tokenizer, run), run)
-    return _tokenized_pairs(rows, tokenizer, run.text.max_length)
+    return tokenized_pairs(rows, tokenizer, run.text.max_length)
 
 
 def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
@@ -106,13 +106,13 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     if not run.dpo.needs_reference:
         return
     run = as_begun(run)
-    arguments = _arguments(run.train, run.model)
+    arguments = training_arguments(run.train, run.model)
     held = held_fine(run.model, run.lora, arguments)
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
     tokenizer = load_tokenizer(run.model, day=day_of(run_in(run.train.output_dir, usual(*run))))
     splits = {
-        name: _tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
-        for name, rows in _splits(run, tokenizer).items()
+        name: tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
+        for name, rows in read_splits(run, tokenizer).items()
         if rows[part::parts]
     }
     if "train_dataset" not in splits:
@@ -122,7 +122,7 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
         builders.dpo_trainer(
             Build(
                 run,
-                _trainable(held, run.lora, tp_size=1),
+                trainable(held, run.lora, tp_size=1),
                 tokenizer,
                 arguments | {"output_dir": folder, "report_to": ["none"]},
                 splits,
@@ -155,7 +155,7 @@ def _policy(
     """
     if held != run.model:
         logger.info("--dtype auto: held in %s, not in the stored type, since all weights are trained", held.dtype)
-    policy = _trainable(held, run.lora, run.train.tp_size)
+    policy = trainable(held, run.lora, run.train.tp_size)
     stop_at_turn_end(policy, tokenizer)
     _check_fits(run, policy, tokenizer, splits)
     _check_experts(run.train, policy)
@@ -181,7 +181,8 @@ def _check_fits(
     check_lora(run.lora, policy)
 
 
-def _trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
+def trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
+    """The model of `model`, or its adapter, loaded for training on this device."""
     if not has_accelerator():
         prepare_for_training()
     loaded = load_model(model, trainable_adapter=True, quantize=lora.load_in_4bit, tp_size=tp_size)
@@ -202,7 +203,7 @@ def _check_experts(train: TrainOptions, policy: Any) -> None:
         raise UserError("--router_aux_loss_coef has no effect: the model has no experts")
 
 
-def _arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
+def training_arguments(train: TrainOptions, model: ModelOptions) -> dict[str, Any]:
     """The TrainingArguments that SFT and DPO have in common."""
     arguments = handed_on(train)
     on_cpu = train.use_cpu or not has_accelerator()
@@ -238,7 +239,7 @@ def _check_schedule(train: TrainOptions) -> None:
         raise UserError(f"{asked}: {first_line(error)}") from error
 
 
-def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
+def read_splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
     """Rendered training pairs and, where the run evaluates, held-out pairs, under the trainer's argument names.
 
     Raises:
@@ -249,13 +250,15 @@ def _splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase
     if train.eval_strategy != "no" and not held_out:
         raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")
     limit = 32 if train.debug else train.max_train_samples
-    splits = {"train_dataset": _render(pairs[:limit], text, tokenizer)}
+    splits = {"train_dataset": render_rows(pairs[:limit], text, tokenizer)}
     if held_out:
-        splits["eval_dataset"] = _render(held_out[: train.max_eval_samples], text, tokenizer)
+        splits["eval_dataset"] = render_rows(held_out[: train.max_eval_samples], text, tokenizer)
     return splits
 
 
-def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def render_rows(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """`pairs` as text by the tokenizer's template, their prompts cut to `max_prompt_length`."""
+
     def one(pair: Row) -> Row:
         if pair.get("format") == TEXT:
             return pair
@@ -267,7 +270,13 @@ def _render(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerB
     return all_placed(pairs, one)
 
 
-def _tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`rows` as token ids, with a warning of pairs that train nothing. Those are left out whose prompt alone fills
+    `max_length`.
+
+    Raises:
+        UserError: none is left.
+    """
     tokenized = tokenize_rows(rows, tokenizer)
     pairs: list[Row] = [pair | {"pair_id": row["pair_id"]} for pair, row in zip(tokenized, rows, strict=True)]
     warn_of_endless(((pair["chosen_ids"], pair["rejected_ids"]) for pair in tokenized), tokenizer, "pair")
