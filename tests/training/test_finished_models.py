@@ -3,8 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -17,23 +15,9 @@ Train = Callable[..., None]
 
 
 @pytest.fixture
-def train(script: Callable[[str], ModuleType], tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Train:
-    def run(out: Path, **flags: Any) -> None:
-        options: dict[str, Any] = {
-            "model_name_or_path": tiny_model,
-            "dataset_name": tiny_data,
-            "ref_cache": tmp_path / "cache",
-            "output_dir": out,
-            "bf16": "false",
-            "use_peft": "true",
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "max_steps": 2,
-            "save_strategy": "no",
-        }
-        script("dpo").main([part for name, value in (options | flags).items() for part in (f"--{name}", str(value))])
-
-    return run
+def train(run_dpo_script: Train) -> Train:
+    few = {"use_peft": "true", "learning_rate": 1e-3, "max_steps": 2, "save_strategy": "no"}
+    return lambda out, **flags: run_dpo_script(out, **few | flags)
 
 
 @pytest.mark.parametrize("by_an_older_version", [False, True])

@@ -78,6 +78,8 @@ def train(script: Callable[[str], ModuleType], tiny_model: Path, tiny_data: Path
     def run(name: str, out: Path, **flags: Any) -> dict[str, Any]:
         if name == "dpo":
             flags = {"ref_cache": ref_cache} | flags
+            if flags["ref_cache"] is None:  # of losses without a reference
+                del flags["ref_cache"]
         model, data = flags.pop("model", tiny_model), flags.pop("data", tiny_data)
         script(name).main(arguments(model, data, out, **flags))
         return json.loads((out / "training_metrics.json").read_text())
@@ -186,28 +188,41 @@ def test_a_loss_of_the_users_own_is_trained(tmp_path: Path, train: Train, other_
         train("dpo", tmp_path / "bad", loss_type=f"{tmp_path / 'mine.py'}:bad", **common)
 
 
-def test_simpo_needs_no_reference(tmp_path: Path, train: Train, tiny_model: Path, tiny_data: Path):
-    """One step on four pairs by Meng et al. 2024, Eq. 6, from plain log-probs; no cache of a reference is opened."""
+@pytest.mark.parametrize("loss", ["simpo", "sft", "cpo"])
+def test_without_a_reference_no_cache_is_opened(
+    tmp_path: Path, train: Train, loss: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train("dpo", tmp_path / "out", ref_cache=None, loss_type=loss, max_steps=1, max_train_samples=4)
+    assert f"none: {loss} needs none" in (tmp_path / "out" / "logs" / "train.log").read_text()
+    assert not list(tmp_path.rglob("*.sqlite"))
+
+
+def test_a_cache_that_nothing_is_read_from_is_refused(tmp_path: Path, train: Train):
+    with pytest.raises(UserError, match="--ref_cache has no effect with --loss_type simpo cpo, which has no reference"):
+        train("dpo", tmp_path / "out", loss_type=["simpo", "cpo"])
+
+
+def test_simpo_is_its_formula(tmp_path: Path, train: Train, tiny_model: Path, tiny_data: Path):
+    """One step on four pairs by Meng et al. 2024, Eq. 6, from plain log-probs."""
     tokenizer = load_tokenizer(ModelOptions(str(tiny_model)))
     rows = load_pairs(DataOptions(str(tiny_data)), "train")[:4]
     tokens = [tokenize_pair(render(row, True), tokenizer) for row in rows]
     lengths = torch.tensor([[len(pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in tokens])
     means = torch.tensor(scores(tiny_model, tiny_data, 4)) / lengths
     expected = -torch.nn.functional.logsigmoid(3.0 * (means[:, 0] - means[:, 1]) - 1.5)
-    out, cache = tmp_path / "out", tmp_path / "cache"
     flags = {"loss_type": "simpo", "beta": 3.0, "simpo_gamma": 1.5, "max_steps": 1, "max_train_samples": 4}
-    metrics = train("dpo", out, ref_cache=cache, **flags)
+    metrics = train("dpo", tmp_path / "out", ref_cache=None, **flags)
     assert losses(metrics) == pytest.approx([float(expected.mean())], abs=1e-4)
     logged = next(entry for entry in metrics["log_history"] if "rewards/margins" in entry)
     assert logged["rewards/margins"] == pytest.approx(float((3.0 * (means[:, 0] - means[:, 1])).mean()), abs=1e-4)
-    assert not list(cache.rglob("*.sqlite"))
 
 
 def test_weighted_losses_add_up(tmp_path: Path, train: Train, other_model: Path):
     steps: dict[str, Any] = {"max_steps": 1, "max_train_samples": 4}
     common = steps | {"reference_model": other_model, "beta": 1.0}
     one = losses(train("dpo", tmp_path / "sigmoid", loss_type="sigmoid", **common))[0]
-    two = losses(train("dpo", tmp_path / "sft", loss_type="sft", **steps))[0]  # which has no reference
+    two = losses(train("dpo", tmp_path / "sft", loss_type="sft", ref_cache=None, **steps))[0]
     both = train("dpo", tmp_path / "both", loss_type=["sigmoid", "sft"], loss_weights=[0.5, 2.0], **common)
     assert losses(both)[0] == pytest.approx(0.5 * one + 2 * two, abs=1e-3)
 

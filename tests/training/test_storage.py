@@ -6,7 +6,6 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,25 +34,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def train(
-    script: Callable[[str], ModuleType], tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> Callable[[Path], None]:
-    def run(out: Path) -> None:
-        options: dict[str, Any] = {
-            "model_name_or_path": tiny_model,
-            "dataset_name": tiny_data,
-            "ref_cache": tmp_path / "cache",
-            "output_dir": out,
-            "bf16": "false",
-            "per_device_train_batch_size": 4,
-            "max_steps": 10,
-            "save_steps": 2,
-            "save_total_limit": "none",
-            "logging_steps": 1,
-        }
-        script("dpo").main([part for name, value in options.items() for part in (f"--{name}", str(value))])
-
-    return run
+def train(run_dpo_script: Callable[..., None]) -> Callable[[Path], None]:
+    return lambda out: run_dpo_script(out, max_steps=10, save_steps=2, save_total_limit="none", logging_steps=1)
 
 
 def result(out: Path) -> tuple[Any, ...]:

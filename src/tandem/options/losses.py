@@ -23,7 +23,7 @@ class Loss:
         source: where its formula is from.
         smoothed: `--label_smoothing` changes it.
         f_divergence: it goes with other divergences than reverse KL: those losses in which β·log Z(x) cancels.
-        reference: `loss` where its formula has the reference; `metrics` where only the logged rewards do; `none`.
+        reference: `loss` where its formula has the reference, else `none`.
         weighted: `--use_weighting` can weigh its pairs: each has a value of its own, that TRL 1.16 can multiply.
         coupled: its value for a pair may depend on the others of the micro-batch; of a user's function it is taken to.
         on_gaudi: its formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16, or it is Tandem's.
@@ -64,7 +64,7 @@ LOSSES = {
         Loss("apo_down", "D'Oosterlinck et al. 2024, Eq. 8"),
         Loss("discopop", "Lu et al. 2024, Eq. 5", f_divergence=True),
         # A mean over the tokens of a micro-batch
-        Loss("sft", "log-likelihood of chosen", f_divergence=True, reference="metrics", weighted=False, coupled=True),
+        Loss("sft", "log-likelihood of chosen", f_divergence=True, reference="none", weighted=False, coupled=True),
         Loss("sigmoid_norm", "Rafailov et al. 2023, in means over tokens", f_divergence=True),
         Loss(
             "simpo", "Meng et al. 2024, Eq. 6", smoothed=True, reference="none", on_gaudi=True,
@@ -166,9 +166,9 @@ class DPOOptions(Options):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference must be scored: for a loss, or for the rewards of the first, which are those logged."""
-        losses = [loss for loss, _ in self.losses]
-        return losses[0].reference == "metrics" or any(loss.reference == "loss" for loss in losses)
+        """Whether a loss has the reference in its formula, which must then be scored. Without one, the rewards that are
+        logged are β times the policy's log-probs, or the loss's own."""
+        return any(loss.reference == "loss" for loss, _ in self.losses)
 
     @property
     def own_losses(self) -> list[tuple[Loss, float]]:

@@ -74,6 +74,7 @@ def check(*options: Any) -> None:
         lambda: check_training(given[ModelOptions], given[LoraOptions], train, dpo),
         lambda: _check_held_out(train, data),
         lambda: monitor.check_beta(dpo.beta) if monitor and dpo else None,
+        lambda: _check_cache(given.get(EngineOptions), dpo),
     ):
         try:
             conflict()
@@ -106,6 +107,17 @@ def check_there(run: SFTOptionSet | DPOOptionSet) -> None:
         except UserError as problem:
             problems[str(problem)] = None
     refuse(list(problems))
+
+
+def _check_cache(engine: EngineOptions | None, dpo: DPOOptions | None) -> None:
+    if engine is None or engine.ref_cache is None or dpo is None:
+        return
+    try:
+        needed = dpo.needs_reference
+    except UserError:  # a loss that is not there, which the class of these options tells
+        return
+    if not needed:
+        raise UserError(f"--ref_cache has no effect with --loss_type {' '.join(dpo.loss_type)}, which has no reference")
 
 
 def _check_held_out(train: TrainOptions, data: DataOptions) -> None:
