@@ -1,5 +1,6 @@
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch

@@ -190,11 +190,11 @@ def test_a_loss_of_the_users_own_is_trained(tmp_path: Path, train: Train, other_
 
 @pytest.mark.parametrize("loss", ["simpo", "sft", "cpo"])
 def test_without_a_reference_no_cache_is_opened(
-    tmp_path: Path, train: Train, loss: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, train: Train, loss: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     train("dpo", tmp_path / "out", ref_cache=None, loss_type=loss, max_steps=1, max_train_samples=4)
-    assert f"none: {loss} needs none" in (tmp_path / "out" / "logs" / "train.log").read_text()
+    assert f"none: {loss} needs none" in (tmp_path / "out" / "train.log").read_text()
     assert not list(tmp_path.rglob("*.sqlite"))
 
 

@@ -145,14 +145,13 @@ class AsyncClient(_Client):
         self._reach()
         while True:
             attempt = self.endpoint.attempt(request)
+            got: httpx2.Response | openai.APIStatusError
             try:
-                response = await self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
+                got = await self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
             except openai.APIStatusError as error:
-                if self._mended(attempt, error):
-                    continue
-                raise
-            if self._accepted(attempt, response.text):
-                return self.scrub(response.text)
+                got = error
+            if (body := self._taken(attempt, got)) is not None:
+                return body
 
 
 class Client(_Client):
@@ -174,11 +173,10 @@ class Client(_Client):
         self._reach()
         while True:
             attempt = self.endpoint.attempt(request)
+            got: httpx2.Response | openai.APIStatusError
             try:
-                response = self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
+                got = self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
             except openai.APIStatusError as error:
-                if self._mended(attempt, error):
-                    continue
-                raise
-            if self._accepted(attempt, response.text):
-                return self.scrub(response.text)
+                got = error
+            if (body := self._taken(attempt, got)) is not None:
+                return body
