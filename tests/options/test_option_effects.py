@@ -705,7 +705,7 @@ PROOFS: dict[str, dict[str, str]] = {
     "DPOOptions": {
         **dict.fromkeys(DPO_CHANGES, LOSS),
         "reference_model": "training/test_stages.py::test_the_default_loss_with_smoothing_is_cdpo",
-        "simpo_gamma": "training/test_stages.py::test_simpo_needs_no_reference",
+        "simpo_gamma": "training/test_stages.py::test_simpo_is_its_formula",
     },
     "EngineOptions": {
         "layout": f"{HERE}::test_the_layout_is_the_engines",
