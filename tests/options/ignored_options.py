@@ -1,11 +1,14 @@
 """Is each proof of `test_option_effects.PROOFS` one? It must fail when the library ignores its option.
 
-    python -m tests.options.ignored_options [Class.option …]
+    python -m tests.options.ignored_options [--log FILE] [Class.option | Class …]
 
 Every option in turn reads as its default in the library's code, whatever its user gave; what parses, saves and refuses
-it still sees the value. A proof that passes all the same proves nothing.
+it still sees the value. A proof that passes all the same proves nothing. All of them take about an hour on one core:
+with `--log` a run that was stopped goes on with the options that the file has no line on. The weak ones are named at
+the end, and in the exit code.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -19,7 +22,6 @@ from typing import Any
 
 import pytest
 
-import tandem
 from tests.options.test_option_effects import PROOFS
 
 ROOT = Path(__file__).parents[2]
@@ -107,19 +109,28 @@ def outcome(proof: str) -> str:
     return {1: "failed"}.get(int(code), f"not run (pytest ended with {int(code)})")
 
 
-def main(names: list[str]) -> int:
-    assert tandem.__file__ is not None
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="Class.option", help="only these; default: all")
+    parser.add_argument("--log", type=Path, help="file of results, read before and added to")
+    given = parser.parse_args(argv)
+    known = given.log.read_text().splitlines() if given.log and given.log.exists() else []
+    done = {line.split()[1].rstrip(":"): line for line in known}
     classes = option_classes()
-    weak = 0
     for cls, options in PROOFS.items():
         for name, proof in options.items():
-            if names and f"{cls}.{name}" not in names and cls not in names:
+            option = f"{cls}.{name}"
+            if option in done or (given.names and not {option, cls} & set(given.names)):
                 continue
             with ignored(classes[cls], name):
                 ended = outcome(proof)
-            weak += ended != "failed"
-            print(f"{'ok  ' if ended == 'failed' else 'WEAK'} {cls}.{name}: {ended}: {proof}", flush=True)
-    print(f"{weak} options that may be ignored")
+            done[option] = f"{'ok  ' if ended == 'failed' else 'WEAK'} {option}: {ended}: {proof}"
+            print(done[option], flush=True)
+            if given.log:
+                with given.log.open("a") as file:
+                    file.write(f"{done[option]}\n")
+    weak = [line for line in done.values() if line.startswith("WEAK")]
+    print("\n".join([f"of {len(done)} options {len(weak)} may be ignored unnoticed", *weak]))
     return bool(weak)
 
 
