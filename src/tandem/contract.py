@@ -36,6 +36,7 @@ class Borrowed:
         test: the test that fails where it means something else.
         takes: the parameters it must have, in this order, and no others; None: not looked at.
         fields: fields that this dataclass must have.
+        instead_of: the public way, and why it does not do.
     """
 
     owner: str
@@ -44,6 +45,7 @@ class Borrowed:
     test: str
     takes: tuple[str, ...] | None = None
     fields: tuple[str, ...] = ()
+    instead_of: str = ""
 
     @property
     def package(self) -> str:
@@ -170,6 +172,8 @@ MAIN = Contract(
             "_attn_implementation",
             "engine.attention",
             "tests/engine/test_attention.py",
+            # It goes through all modules, which each layer's call of its own function could not pay either
+            instead_of="set_attn_implementation looks for a kernel on the Hub under any name that has `flash` in it",
         ),
         Borrowed(
             "transformers.PreTrainedModel",

@@ -303,6 +303,14 @@ def test_a_switched_model_runs_its_original_without_a_plan(implementation):
     assert model.config._attn_implementation == implementation
 
 
+def test_the_public_setter_looks_for_our_name_on_the_hub():
+    """Why `_attn_implementation` is set instead (`contract`): once it takes the name, the public way will do."""
+    model, name = tiny_model("Llama"), "tandem|flash_attention_2"
+    attention.AttentionInterface.register(name, attention.AttentionInterface()["sdpa"])
+    with pytest.raises(ValueError, match="Could not find the currently requested flash attention"):
+        model.set_attn_implementation(name)
+
+
 @pytest.mark.parametrize("extra", [{"position_bias": torch.zeros(1)}, {"is_causal": False}])
 def test_what_the_row_cannot_express_is_refused(plan, states, extra):
     attention.switch_implementation(tiny_model("Llama").config)
