@@ -1,6 +1,7 @@
 """Each example of docs/extending.md, run as it stands there, from a folder outside the package."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +28,14 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in EXAMPLES.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
 
 def train(script: Callable[[str], ModuleType], model: Path, data: Path, *more: str) -> dict[str, float]:
     """Two steps of DPO; the last step's log."""
     given = f"--model_name_or_path {model} --dataset_name {data} --output_dir out --max_steps 2 --logging_steps 1"
-    script("dpo").main([*given.split(), "--ref_cache", "cache", "--max_length", "96", *more])
+    script("dpo").main([*given.split(), "--max_length", "96", *more])
     return json.loads(Path("out/training_metrics.json").read_text())["log_history"][0]
 
 
@@ -46,7 +48,7 @@ def test_a_loss(script: Callable[[str], ModuleType], tiny_model: Path, tiny_data
     log = train(script, tiny_model, tiny_data, "--loss_type", "my_loss.py:loss", "--per_device_train_batch_size", "1")
     margin = torch.tensor(log["rewards/margins"] - 0.05)
     assert log["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margin).item(), abs=1e-4)
-    assert not Path("cache").exists()
+    assert not list(Path(os.environ["HOME"]).rglob("*.sqlite"))
 
 
 def test_a_data_format(tmp_path: Path) -> None:

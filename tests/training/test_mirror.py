@@ -317,7 +317,7 @@ def test_training_does_not_wait_for_a_slow_drive(train: Train, tmp_path: Path, m
     removed its copy is whole, and after a kill's exception too."""
     from tandem.training import mirror
 
-    copy, remove, removed = mirror._copy, checkpoints_module.discard, []
+    copy, remove, removed = mirror.copy_file, checkpoints_module.discard, []
     mirrored = tmp_path / "drive" / "dpo"
 
     def slow(file: Path, to: Path) -> None:
@@ -335,7 +335,7 @@ def test_training_does_not_wait_for_a_slow_drive(train: Train, tmp_path: Path, m
         assert is_complete(mirrored / folder.name)
         remove(folder)
 
-    monkeypatch.setattr(mirror, "_copy", slow)
+    monkeypatch.setattr(mirror, "copy_file", slow)
     monkeypatch.setattr(checkpoints_module, "discard", watched)
     with pytest.raises(Lost):
         train(lost_at=5, save_total_limit=1)
@@ -349,7 +349,7 @@ def test_a_full_drive_ends_training_soon(train: Train, tmp_path: Path, monkeypat
     def full(file: Path, to: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mirror, "_copy", full)
+    monkeypatch.setattr(mirror, "copy_file", full)
     with pytest.raises(UserError, match=r"--mount_dir .*drive: cannot write .*: No space left on device; what .* is"):
         train(max_steps=1000, save_steps=2)
     assert len(checkpoints(tmp_path / "vm" / "dpo")) < 400

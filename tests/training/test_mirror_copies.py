@@ -22,9 +22,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were copied, and `?name` of those that the drive was asked for."""
     names: list[str] = []
-    copy, is_there = mirror._copy, mirror._is_there
-    monkeypatch.setattr(mirror, "_copy", lambda file, to: (names.append(file.name), copy(file, to)))
-    monkeypatch.setattr(mirror, "_is_there", lambda to, known: (names.append(f"?{to.name}"), is_there(to, known))[1])
+    copy, is_there = mirror.copy_file, mirror.is_there
+    monkeypatch.setattr(mirror, "copy_file", lambda file, to: (names.append(file.name), copy(file, to)))
+    monkeypatch.setattr(mirror, "is_there", lambda to, known: (names.append(f"?{to.name}"), is_there(to, known))[1])
     return names
 
 
@@ -94,7 +94,7 @@ def test_a_process_that_goes_on_trusts_the_times_of_the_one_before(tmp_path: Pat
 def test_margins_that_are_packed_while_they_are_copied_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run, own = a_run(tmp_path / "run", 30), Mirror(tmp_path / "run", tmp_path / "drive")
     checkpoint(run, 30)
-    copy = mirror._copy
+    copy = mirror.copy_file
 
     def packing(file: Path, to: Path) -> None:
         if file.name == "step_00025.npy":
@@ -102,7 +102,7 @@ def test_margins_that_are_packed_while_they_are_copied_are_not_lost(tmp_path: Pa
         assert file.name != "manifest.json" or (to.parents[1] / "logs" / "margins" / "steps_00021_00030.npz").exists()
         copy(file, to)
 
-    monkeypatch.setattr(mirror, "_copy", packing)
+    monkeypatch.setattr(mirror, "copy_file", packing)
     with own.in_background():
         save(own)
     assert contents(tmp_path / "drive" / "run") == contents(run)
@@ -114,7 +114,7 @@ def test_what_a_kill_has_left_of_packed_margins_goes_with_the_next_process(tmp_p
     Mirror(run, tmp_path / "drive").copy()
     packs.close(run / "logs" / "margins" / "steps_00021_00030.npz")
     drive = tmp_path / "drive" / "run" / "logs" / "margins"
-    mirror._copy(run / "logs" / "margins" / "steps_00021_00030.npz", drive / "steps_00021_00030.npz")  # then killed
+    mirror.copy_file(run / "logs" / "margins" / "steps_00021_00030.npz", drive / "steps_00021_00030.npz")  # then killed
     Mirror(run, tmp_path / "drive").copy()
     assert contents(tmp_path / "drive" / "run") == contents(run)
 
@@ -137,7 +137,7 @@ def test_another_lifes_checkpoint_is_never_half_replaced(tmp_path: Path, monkeyp
     Mirror(run, tmp_path / "drive").copy()
     write(run / "checkpoint-3" / "model.safetensors", "of step X")  # as long as before
     write_manifest(run / "checkpoint-3")
-    copy = mirror._copy
+    copy = mirror.copy_file
 
     def killed(file: Path, to: Path) -> None:
         copy(file, to)
@@ -145,7 +145,7 @@ def test_another_lifes_checkpoint_is_never_half_replaced(tmp_path: Path, monkeyp
             raise InterruptedError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(Exception, match="killed"):
-        patch.setattr(mirror, "_copy", killed)
+        patch.setattr(mirror, "copy_file", killed)
         Mirror(run, tmp_path / "drive").copy()
     assert not is_complete(tmp_path / "drive" / "run" / "checkpoint-3")
     Mirror(run, tmp_path / "drive").copy()

@@ -150,7 +150,8 @@ def test_every_loss_takes_a_step(tmp_path: Path, train: Train, other_model: Path
     steps = {}
     for smoothing in (0.1, 0.2) if LOSSES[loss].smoothed else (0.0,):
         out = tmp_path / str(smoothing)
-        against = {"reference_model": other_model, "beta": 1.0} if LOSSES[loss].reference == "loss" else {}
+        has_reference = LOSSES[loss].reference == "loss"
+        against = {"reference_model": other_model, "beta": 1.0} if has_reference else {"ref_cache": None}
         common: dict[str, Any] = {"max_steps": 1, "max_train_samples": 4, "label_smoothing": smoothing}
         metrics = train("dpo", out, loss_type=loss, **common, **against)
         steps[smoothing] = losses(metrics)[0]

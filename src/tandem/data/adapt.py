@@ -1,7 +1,7 @@
-"""A tokenizer's chat template made to render as a run's options say, for whoever loads the tokenizer afterwards.
+"""Changes a tokenizer's chat template so that it renders as a run's options say.
 
-What the options ask for is written into the template itself, in front of it, and the tokenizer is saved with it: so a
-model is asked as it was trained, by Tandem's stages and by any other program.
+What the options ask for is written at the beginning of the template itself, which is saved with the tokenizer. So
+Tandem's stages, and any other program, prompt the model as it was trained.
 """
 
 import json
@@ -36,7 +36,7 @@ _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "tokeniz
 
 
 def adapt_template(tokenizer: "PreTrainedTokenizerBase", options: TemplateOptions, day: str | None) -> None:
-    """Give `tokenizer` the template that the options ask for; with `day`, YYYY-MM-DD, it tells that one and no later.
+    """Give `tokenizer` the template that the options ask for; with `day`, YYYY-MM-DD, it writes that date for today's.
 
     Raises:
         UserError: a file that cannot be read, or a keyword that is none of a template's.
@@ -84,7 +84,7 @@ def _adapted(template: str, prelude: str, day: str | None) -> str:
 
 
 def day_of_models(names: Iterable[str]) -> str | None:
-    """The day that the first of these models' templates tells, where one was trained with a template that tells it."""
+    """The date that these models' templates write: that of the first whose template was saved with one."""
     for name in names:
         file = Path(name) / "chat_template.jinja"
         if file.is_file() and (found := _TOLD.search(file.read_text(encoding="utf-8", errors="replace"))):

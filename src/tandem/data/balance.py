@@ -1,4 +1,4 @@
-"""The closing balance of a reading: which columns and keys of a data set were read, and which were not."""
+"""An account of which columns and keys of a data set were read, and which were not."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, listed, sho
 from tandem.errors import one_line
 from tandem.ranks import is_first
 
-# Columns that say something about a pair and are no part of it, by the names they have in data sets people train on
+# Columns that describe a pair and are no part of it, by their names in widely used data sets
 _ABOUT = {
     "id", "uid", "idx", "index", "uuid", "hash", "prompt_id", "pair_id", "question_id", "conversation_id", "source",
     "source_dataset", "dataset", "origin", "split", "url", "license", "created_at", "timestamp", "date", "language",
@@ -18,17 +18,17 @@ _ABOUT = {
     "chosen-model", "rejected-model", "judge", "annotator", "annotators", "worker", "row", "in", "status",
     "messages", "generations", "generation_models", "raw_generation_responses", "order", "generation_model",
 }  # fmt: skip
-_A_LINE = 8  # names: a line that is longer than 1,000 characters would be cut
+_A_LINE = 8  # names in one line, which would be cut at 1,000 characters
 
 
 @dataclass
 class Unread:
-    """What a reading found of one column or key that it did not read.
+    """What is known of one column or key that was not read.
 
     Attributes:
         count: rows that have a value there.
         kind: what the values are.
-        why: in words, where there is a reason other than that no format has it.
+        why: the reason in words, unless it is that no format has the column.
         varies: whether its text differs from row to row.
     """
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-_FILES = {HELD_OUT: "test.jsonl"}  # what data.sources reads as a folder's held-out split
+_FILES = {HELD_OUT: "test.jsonl"}  # the name that data.sources reads as a folder's held-out split
 _PLACES = 3  # shown of a finding
 
 
@@ -78,7 +78,7 @@ def _stop_on(options: CheckOptions, text: TextOptions, findings: Sequence[Findin
 
 
 def _first(finding: Finding) -> str:
-    """Where to look, and at what."""
+    """The place of a finding's first example, and what was found there."""
     if not finding.examples or "file" not in finding.examples[0]:
         return ""
     example = finding.examples[0]

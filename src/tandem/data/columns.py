@@ -1,4 +1,4 @@
-"""What stands beside prompt and answers in a row: read into the pair, left out by name, or refused; never dropped."""
+"""Columns beside prompt and answers: each is read into the pair, left out by name, or refused; none is just dropped."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ PROMPTS = ("prompt", "question", "instruction", "query", "conversations")  # col
 _PROMPT_OF = {"alpaca": "instruction", "orca": "question", "sharegpt": "conversations", "hh": ""}
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Columns that are part of what is asked wherever they are found, and of no format as they are
+# Columns that always belong to the prompt, and that no format has as they are
 _CONTEXT = (
     "input", "context", "contexts", "document", "documents", "passage", "passages", "background", "knowledge",
     "evidence", "system_instruction", "dialogue", "conversation", "functions",
@@ -73,7 +73,7 @@ def with_line_feeds(value: Any) -> Any:
 
 
 def refuse_media(row: TrackedRow) -> None:
-    """Refuse what is seen or heard.
+    """Refuse images, audio and video.
 
     Raises:
         RowError: a column of it that is not empty.
@@ -84,7 +84,7 @@ def refuse_media(row: TrackedRow) -> None:
 
 
 def add_context(row: TrackedRow, prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any, Row]:
-    """The parts of a pair with what `row` has beside them; text becomes messages where that needs them.
+    """The parts of a pair with the context that `row` has beside them, for which text becomes messages where needed.
 
     Returns:
         prompt, chosen, rejected, and `tools` and `chat_template_kwargs` where the row has them.
@@ -104,7 +104,7 @@ def add_context(row: TrackedRow, prompt: Any, chosen: Any, rejected: Any) -> tup
 
 
 def _stripped(row: TrackedRow, turns: list[Message]) -> list[Message]:
-    """An answer without the white space around its turns, in every format; templates put their own there."""
+    """An answer without the white space around its turns, in every format: a template adds its own."""
     stripped = [turn | {"content": turn["content"].strip()} for turn in turns]
     if stripped != turns:
         row.changed.add("white space around answers dropped")

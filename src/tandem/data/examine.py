@@ -1,4 +1,4 @@
-"""One pass over the pairs, by as many processes as there are cores: everything that a row shows by itself."""
+"""Examines every pair by itself in one pass, with as many processes as there are cores."""
 
 import os
 from collections import defaultdict
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 500  # pairs that a process examines at a time
-ALONE = 4_000  # pairs up to which more processes take longer to start than to be useful
+ALONE = 4_000  # up to so many pairs, starting more processes takes longer than it saves
 
 
 @dataclass
@@ -145,7 +145,7 @@ def _system_of(pair: Row) -> str:
 
 
 def _compared(pair: Row) -> list[str]:
-    """Prompt, chosen and rejected as they are compared: without a system message, which whole sources share."""
+    """Prompt, chosen and rejected as they are compared: without the system message, which a whole source may share."""
     prompt = pair["prompt"]
     if not isinstance(prompt, str):
         prompt = "\n".join(turn["content"] for turn in prompt if turn["role"] != "system")

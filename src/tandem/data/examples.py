@@ -1,7 +1,7 @@
-"""Rows of one answer, which SFT takes beside pairs: a question and its answer, a conversation, a text.
+"""Rows with one answer, which SFT takes beside pairs: a question and its answer, a conversation, a text.
 
-Such a row is read as a pair of its answer with itself, so that columns, roles, tools and parts of messages are read in
-one way wherever they come from.
+Such a row is read as a pair whose two answers are the same, so that columns, roles, tools and parts of messages are
+read by the same code as pairs.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from tandem.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
 _SYNONYMS = (".ndjson", ".ndjson.gz")  # of .jsonl
-# What is unpacked from a .gz has no other bound
+# The only bound on what a .gz unpacks to
 LONGEST_LINE = 2**28  # bytes
 LARGEST_DOCUMENT = 2**31  # bytes of a .json file, which is read whole
 
@@ -38,7 +38,7 @@ def is_data_file(name: str) -> bool:
 def read_rows(path: Path) -> Iterator[NumberedRow]:
     """The rows of a file with their numbers: from 1, in .jsonl those of the lines.
 
-    In the place of a row that cannot be read, but leaves the others readable, stands what is wrong with it.
+    A row that cannot be read, where the others still can, is replaced by the fault.
 
     Raises:
         UserError: naming the file and the row or line from which on nothing can be read.
@@ -107,7 +107,7 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
 
 
 class _RowParser:
-    """JSON → rows, or what is wrong with them; of two equal keys a plain parser would silently take the last."""
+    """JSON → rows, or their faults, two equal keys among them: a plain parser would silently take the last."""
 
     def __init__(self) -> None:
         self._twice: list[str] = []
@@ -175,7 +175,7 @@ class _RowParser:
             raise UserError(f"{path}: not JSON: {_near(text, _skip(text, position + 1), 'more after the list')}")
 
     def _field_with(self, pattern: re.Pattern[str], line: bytes) -> str:
-        """The beginning of a message about text that matches `pattern`: the field it is in, if that can be told."""
+        """The beginning of a message about text that matches `pattern`, with the field it is in where that is known."""
         try:
             row = json.loads(line.decode("utf-8", "surrogateescape").removeprefix("\ufeff"), strict=False)
         except (ValueError, RecursionError):

@@ -26,7 +26,7 @@ Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one, tokenizers and files cannot
-_LONGEST_TEXT = 10_000_000  # characters, a shelf of books: beyond it a file was read wrongly, not a pair
+_LONGEST_TEXT = 10_000_000  # characters, some ten books: a longer text is a file that was read wrongly
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _BY_COLUMN = {"question": "orca", "instruction": "alpaca", "prompt": "prompt_pair"}  # where answers are text
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -227,7 +227,7 @@ def _assistant(text: str) -> list[Message]:
 
 
 def _with_input(row: TrackedRow, question: str) -> str:
-    """A question with what it is about, which alpaca calls its input."""
+    """A question with the text it is about, which the alpaca format has as `input`."""
     extra = _string(row, "input", default="")
     return question + (f"\n\n{extra}" if extra.strip() and extra.strip() != question.strip() else "")
 
@@ -272,7 +272,7 @@ def _sharegpt(row: TrackedRow) -> Parts:
 
 
 def _text(row: TrackedRow) -> Parts:
-    """A text that no one asked for, which SFT learns whole."""
+    """A text without a prompt, which SFT trains on whole."""
     return _string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected")
 
 

@@ -1,4 +1,4 @@
-"""What held-out pairs offer to those who compare answers: prompts, and the answers that people chose."""
+"""Held-out pairs for comparing answers: their prompts, and the answers that people chose."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -19,7 +19,7 @@ def split_names(name: str, config: str | None, revision: str | None) -> tuple[st
 
     try:
         return tuple(map(str, datasets.get_dataset_split_names(name, config, revision=revision)))
-    except Exception as error:  # the library raises a dozen kinds: not found, no access, no network, …
+    except Exception as error:  # the library raises a dozen types: not found, no access, no network, …
         raise UserError(f"--dataset_name {name}: {not_here(name)}{error}") from error
 
 

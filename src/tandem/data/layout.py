@@ -27,7 +27,7 @@ _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 # Not data to the Hub either
 _RECORDS = {"config.json", "dataset_info.json", "dataset_infos.json", _SAVED, _SAVED_SPLITS}
 _LONGEST_HEAD = 2**20  # characters of a card
-_MOST_FILES = 100_000  # of a folder: beyond it the folder is something else
+_MOST_FILES = 100_000  # of a data set's folder: one with more is something else
 
 
 def folder_splits(folder: Path, config: str | None = None) -> Splits:
@@ -193,7 +193,7 @@ def _of_names(folder: Path, where: str) -> Splits:
 
 
 def _has_sibling(file: Path, folder: Path, splits: Splits) -> bool:
-    """Whether a file that names no split stands beside one that does, so that it could be meant to go with it."""
+    """Whether a file that names no split stands beside one that does, and might belong to that split."""
     return any((folder / file).parent == other.parent for files in splits.values() for other in files)
 
 

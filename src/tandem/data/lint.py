@@ -1,4 +1,4 @@
-"""What a person should know about their pairs before a GPU-hour is spent on them."""
+"""Findings about pairs that a person should know before they spend GPU hours on them."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ TRAIN = "train"
 HELD_OUT = "held-out"
 EXAMPLES = 5
 _EXCERPT = 160  # characters of an example
-_LONGER = (0.4, 0.6)  # accuracy of "pick the longer" that is taken for harmless
-_KEYWORDS = 0.75  # accuracy of a bag of words from which the pairs teach words
+_LONGER = (0.4, 0.6)  # up to this accuracy of "pick the longer" there is no finding
+_KEYWORDS = 0.75  # from this accuracy of a bag of words on, the pairs teach single words
 
-# Every finding: its level, and what is said of so many of so many pairs, in the order of a report
+# Every finding in the order of a report: its level, and its words after "N of M"
 KINDS: dict[str, tuple[str, str]] = {
     "unreadable": ("warning", "rows cannot be read and are left out, as --max_bad_rows allows"),
     "unread_columns": ("warning", "rows have text that differs from row to row and that no format reads"),
@@ -264,7 +264,7 @@ def _repeats(pairs: Sequence[Row], seen: Examined) -> dict[str, dict[int, str]]:
             add("near_prompts", row, near)
         elif len(candidates) < CROWD:
             near_prompts.add(row, seen.prompt_signatures[row])
-    # A copy from before its opposite came is there both ways round as well
+    # Copies from before the opposite came are there both ways round too
     for row in found["duplicates"]:
         first = first_pair[seen.prompt_ids[row], answer_text(pairs[row]["chosen"]), answer_text(pairs[row]["rejected"])]
         if first in found["contradictory"]:

@@ -1,4 +1,4 @@
-"""The message of a chat: the parts that today's chat templates render, and how a row's are read.
+"""Messages of a chat: the parts that today's chat templates render, and how a row's messages are read.
 
 A message is a dict of `role` (system, user, assistant or tool), `content` (text, may be empty beside other parts), and
 where the data have them `reasoning_content` (or `thinking`), `tool_calls`, `name` and `tool_call_id`.
@@ -12,11 +12,11 @@ from typing import Any
 from tandem.data.rows import RowError, TrackedRow, has_value, kind_of, leaves, shorten
 
 Message = dict[str, Any]
-EXTRAS = ("tools", "chat_template_kwargs")  # what a row has for the chat template beside messages
+EXTRAS = ("tools", "chat_template_kwargs")  # columns for the chat template beside messages
 
 
 class Asked(list[Message]):
-    """A prompt's messages, with what its row has for the chat template beside them: a list wherever that is all.
+    """A prompt's messages, which is a plain list to most callers, with what else its row has for the chat template.
 
     Attributes:
         extras: `tools` and `chat_template_kwargs`, as a canonical row has them; empty without.
@@ -38,7 +38,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
 TEXT_PARTS = ("reasoning_content", "thinking", "name", "tool_call_id")
 REASONING = ("reasoning_content", "thinking")
 PARTS = (*TEXT_PARTS, "tool_calls")
-# Content that is trained by other trainers, and that no template which Tandem reads for renders
+# Content that other trainers train on, and that the templates Tandem supports do not render
 _MEDIA = ("function_call", "image", "images", "audio", "audios", "video", "videos", "refusal")
 _PYTHON_LIST = re.compile(r"""\s*(?:array\()?(?:\[\s*)?\{\s*'(?:role|content|from|value)'\s*:""")
 _JSON_LIST = re.compile(r"""\s*[\[{]\s*[\[{"]""")
@@ -97,7 +97,7 @@ def _read_message(row: TrackedRow, item: Any, where: str, keys: tuple[str, str],
 
 
 def _read_content(row: TrackedRow, content: Any, where: str, text_key: str) -> str:
-    """Text, or the texts and `text` parts of a list, one after the other."""
+    """Text, or the texts and `text` parts of a list joined together."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -148,7 +148,7 @@ def _read_calls(value: Any, where: str) -> list[Message]:
 
 
 def parse_json(value: Any) -> Any:
-    """A list or object that JSON in a text says; anything else as it is."""
+    """The list or object that a text holds as JSON; anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -158,7 +158,7 @@ def parse_json(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the nulls that Arrow fills the other rows' keys up with."""
+    """`value` without the nulls that Arrow adds for keys which only other rows have."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value

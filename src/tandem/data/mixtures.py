@@ -1,4 +1,4 @@
-"""Several sources of pairs as one: which they are, and how much of each."""
+"""Mixtures: several sources of pairs as one data set, each with its weight."""
 
 import dataclasses
 import random
@@ -108,9 +108,9 @@ def _beside(mixture: Path, name: str) -> str:
 def mix(sources: Sequence[Source], parts: Sequence[list[Row]], seed: int) -> list[Row]:
     """The training pairs of a mixture: `parts[i]` are all those of `sources[i]`.
 
-    The largest mixture in which every source's share is its weight over the sum of weights and no pair is there twice:
-    the source that runs out first is used whole, the others are sampled. In an order in which the first N are a like
-    mixture. One source is returned as it is.
+    It is the largest mixture in which each source's share is its weight over the sum of weights and no pair is used
+    twice: the source that runs out first is used whole, the others are sampled. The first N pairs of the order are a
+    mixture in the same shares. One source is returned as it is.
 
     Raises:
         UserError: a source has no training pair left.

@@ -9,8 +9,8 @@ from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 SIMILAR = 0.8  # Jaccard similarity from which two texts are near duplicates
 _SHINGLE = 3  # words
-_MOST = 10_000  # shingles kept of a text, the smallest: a bottom-k sketch of a book, and all of anything else
-CROWD = 30  # candidates looked at; where there are as many, no more are added, or boilerplate would cost n² comparisons
+_MOST = 10_000  # the smallest shingles of a text are kept: all of most texts, a bottom-k sketch of a book
+CROWD = 30  # candidates compared; beyond as many none is added, since boilerplate would cost n² comparisons
 _BANDS, _ROWS = 10, 5  # texts at SIMILAR are missed in 1 - (1 - (1 - 0.8**5)**10) = 2% of cases, at 0.9 in 0.01%
 _SCHEME = "affine32"
 _SEED = 1

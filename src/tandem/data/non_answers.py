@@ -1,4 +1,4 @@
-"""Answers that are none, and what a model says once its reasoning is taken away."""
+"""Recognises answers that are none (empty, cut off, filtered), and removes a model's reasoning from its answer."""
 
 import re
 from collections.abc import Mapping

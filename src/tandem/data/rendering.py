@@ -1,4 +1,4 @@
-"""Messages → text by a tokenizer's chat template, with what a template refuses told in a sentence."""
+"""Messages → text by a tokenizer's chat template, with a template's refusal as one sentence."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, Attribu
 
 
 class TemplateFault(UserError):
-    """What a chat template makes of a pair that must not be trained or asked; who knows file and row adds them.
+    """A fault of a chat template over one row, which must not be used. Whoever knows the file and row adds them.
 
     Attributes:
         said: without what to do about it.

@@ -1,4 +1,4 @@
-"""Answers that begin with their prompt, as some data sets write them: what was asked is no part of an answer."""
+"""Removes the prompt from answers that begin with it, as some data sets write them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What can be seen in one preference pair alone: each check says what it found, or nothing."""
+"""Checks of a single preference pair. Each gives what it found, or None."""
 
 import functools
 import ipaddress
@@ -143,14 +143,14 @@ def _personal_data(row: Row) -> str | None:
 
 
 def personal_data(text: str) -> Iterator[tuple[str, str]]:
-    """Kind and text of each thing in `text` that looks like it is of one person, or a secret."""
+    """Kind and text of everything in `text` that looks like personal data or a secret."""
     for kind, (pattern, needs, is_real) in _PERSONAL.items():
         if needs.search(text):
             yield from ((kind, found.group()) for found in pattern.finditer(text) if is_real(found.group()))
 
 
 def mask(text: str) -> str:
-    """Enough of a personal datum to find it by, and not more."""
+    """A personal datum with only as much left as it takes to find it."""
     return text[:2] + "…" + text[-2:]
 
 
@@ -181,7 +181,7 @@ def _always(text: str) -> bool:
 
 
 _DIGITS = re.compile(r"\d\d")
-# Kind → what finds it, what a text must have for the search to be worth it, what tells it from other numbers
+# Kind → the pattern that finds it, a cheap test whether to search at all, and a check that tells it from other numbers
 _PERSONAL: dict[str, tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool]]] = {
     "email": (_EMAIL, re.compile("@"), _always),
     "phone": (_PHONE, _DIGITS, _always),

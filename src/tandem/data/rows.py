@@ -1,4 +1,4 @@
-"""A row of a data set while it is read: what is wrong with it, and which of its parts nobody has read."""
+"""A row of a data set while it is read: its fault, if it has one, and which of its parts are still unread."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a row says of how good its two answers are."""
+"""The scores that a row gives its two answers."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which two of a prompt's scored answers become a preference pair. Arithmetic on plain lists."""
+"""Chooses the preference pairs among a prompt's scored answers. Arithmetic on plain lists."""
 
 import itertools
 import math

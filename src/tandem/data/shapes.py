@@ -1,6 +1,6 @@
-"""Rows of other makers in the shapes that formats read: names of columns, roles and keys of messages, lists of columns.
+"""Brings rows into the shapes that formats read: names of columns, roles and keys of messages, structs of lists.
 
-What says the same in other words is put into ours; nothing is left out here.
+Other names for the same thing are replaced by ours; nothing is left out here.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Ways to tell chosen from rejected without reading: what a model could learn from the pairs instead of the task."""
+"""Shortcuts: how well length or words tell chosen from rejected, which a model could learn instead of the task."""
 
 from collections.abc import Sequence
 

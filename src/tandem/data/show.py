@@ -1,4 +1,4 @@
-"""Pairs as they are trained, token by token: whose words each token is, which are trained, where they are cut."""
+"""Shows pairs as they are trained, token by token: whose turn each is in, which are trained, where they are cut."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -255,7 +255,7 @@ def of_own_split(options: DataOptions) -> DataOptions:
     """The options of one source, without `val_ratio` where `val_ratio_of` leaves it to the source's held-out split."""
     if not options.val_ratio or options.val_ratio_of == ALL or not has_test_split(options):
         return options
-    own = copy.copy(options)  # not replaced: what has no effect here has one on the other sources
+    own = copy.copy(options)  # not `replace`, which would refuse options that have an effect on other sources only
     own.val_ratio, own.val_ratio_of = 0.0, ALL
     return own
 

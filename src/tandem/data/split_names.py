@@ -1,4 +1,4 @@
-"""Names of splits: what the name of a file or folder says, and which is meant where the one asked for is not there."""
+"""Names of splits: what the name of a file or folder says, and which split stands in for one that is missing."""
 
 import itertools
 import re

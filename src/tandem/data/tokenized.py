@@ -1,4 +1,4 @@
-"""Canonical rows → token ids, as they are trained and scored: what the model is asked is what its answer follows."""
+"""Canonical rows → token ids for training and scoring. Each answer follows exactly the prompt that a model is asked."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 SIDES = ("chosen", "rejected")
 _MASKS = tuple(f"{side}_mask" for side in SIDES)
-_ANCHOR = "\n"  # something before a text, where a tokenizer puts a space before what begins one
+_ANCHOR = "\n"  # put before a text so that a tokenizer adds no space in front of it
 _NO_THOUGHT = """ask for no thought with --chat_template_kwargs '{"enable_thinking": false}', or """
 _FOLDED = "put the system message into the first user turn with --system_prompt fold, or "
 _NO_OTHER = "give a template that renders both alike with --chat_template"

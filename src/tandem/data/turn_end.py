@@ -1,8 +1,8 @@
-"""The token that ends an assistant's turn: what a chat template writes after an answer, whatever the tokenizer's own
-end-of-sequence token is.
+"""The token that ends an assistant's turn: the one that the chat template writes after an answer. It need not be the
+tokenizer's end-of-sequence token.
 
-A base model whose template is ChatML often has another end of sequence (`<|endoftext|>`) than its turns (`<|im_end|>`):
-who stops at the first alone has every answer run on into turns of its own.
+A base model with a ChatML template often has `<|endoftext|>` as its end of sequence and `<|im_end|>` after turns. A
+generation that stops only at the first lets every answer run on into further turns.
 """
 
 from typing import TYPE_CHECKING

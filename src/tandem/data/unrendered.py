@@ -1,7 +1,8 @@
-"""What of a row is not in the text that a chat template made of it: lost and refused, or left out and told.
+"""Finds the parts of a row that are missing in the text a chat template made of it. A lost part is refused; one that
+templates leave out on purpose is reported.
 
-Templates leave out on purpose what a model is not asked with again: the reasoning of earlier turns, numbers of calls,
-the name of a tool beside its result. None of it goes unnamed.
+On purpose, templates leave out the reasoning of earlier turns, the ids of tool calls, or the name of a tool beside its
+result.
 """
 
 import functools

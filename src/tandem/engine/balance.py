@@ -1,8 +1,8 @@
 """Which pairs of an optimizer step each process forwards in which micro-batch, so that all have equally much to do.
 
-Without padding, a process takes as long as its own pairs are, and the step as long as the slowest process. Pairs are
-therefore dealt anew within each step: every process and micro-batch gets as many as before, so that means over pairs
-weigh each as before, and the step's pairs, and with them its gradient, stay the same. transformers'
+Without padding, a process with longer pairs takes longer, and the step takes as long as the slowest process. So the
+pairs of each step are dealt again: every process and micro-batch still gets as many, so that a mean over pairs weighs
+each as before, and the step has the same pairs and therefore the same gradient. transformers'
 `train_sampling_strategy="batch_rebalance"` is not used: it counts padded tokens and gives processes unequal counts of
 pairs, under which the mean of their means is not the mean over pairs.
 
@@ -125,7 +125,7 @@ class Dealing:
         return [list(of_round) for of_round in zip(*largest_first, strict=True)]
 
     def _even_in_rounds(self, work: Ints, units: "_Units", rounds: int) -> list[list[list[int]]] | None:
-        """Equal micro-batches; or, where that is faster, the longest pairs together in one round of all processes."""
+        """Equal micro-batches, or, where that is faster, all processes take the longest pairs in the same round."""
         even = units.split(rounds * self.ranks, self.size)
         if even is None:
             return None
@@ -151,7 +151,7 @@ class Dealing:
         return [[batches[index] for index in of_round] for of_round in rounds]
 
     def time(self, costs: Sequence[int] | Ints) -> int:
-        """What a step takes, whose pairs are dealt in this order: the slowest process's cost, summed over the waits."""
+        """The cost of a step whose pairs are dealt in this order: the slowest process's, summed over the waits."""
         work = np.asarray(costs, np.int64)
         total, by_rank = 0, np.zeros(self.ranks, np.int64)
         at_a_time = self.ranks * self.size
@@ -165,7 +165,7 @@ class Dealing:
         return total if self.waits == "micro_batch" else int(by_rank.max())
 
     def bound(self, costs: Sequence[int] | Ints) -> float:
-        """What a full step takes at least, without padding, however its pairs are dealt in equal counts."""
+        """A lower bound on the cost of a full step without padding, however its pairs are dealt in equal counts."""
         work = np.sort(np.asarray(costs, np.int64))[::-1]
         mean = work.sum() / self.ranks
         if self.waits == "step":
@@ -186,7 +186,7 @@ def _slowest(work: Ints, rounds: list[list[list[int]]]) -> int:
 
 @dataclass(frozen=True)
 class _Units:
-    """What is dealt in one piece: single pairs, or groups of them. `work` is each unit's, its pairs' together."""
+    """What is dealt in one piece: a pair, or a group of pairs. `work` is the cost of all pairs in a unit."""
 
     pairs: list[list[int]]
     work: list[int]
@@ -242,7 +242,8 @@ class _Units:
         return found
 
     def _differenced(self, parts: int) -> Ints:
-        """(units,) the part of each, by differencing: the two most uneven solutions are laid together crosswise."""
+        """(units,) the part of each, by differencing: of the two most uneven partial solutions, the fullest part of one
+        is merged with the emptiest of the other, and so on."""
         order = self._largest_first()
         heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
         for number, start in enumerate(range(0, len(order), parts)):

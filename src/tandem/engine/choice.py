@@ -1,4 +1,4 @@
-"""Which layout a model is forwarded in: the one asked for, as long as the probe finds that it changes nothing."""
+"""Which layout a model is forwarded in: the one asked for, unless the probe finds that it changes the log-probs."""
 
 import logging
 from collections.abc import Callable
@@ -28,8 +28,7 @@ Scoring = Callable[[dict[str, Tensor]], Tensor]
 
 
 class Findings:
-    """What has been measured and said about layouts: the policy and the reference of a run share it, as they have one
-    architecture."""
+    """What was measured and logged about layouts. Policy and reference have one architecture, and share it."""
 
     def __init__(self) -> None:
         self.gaps: dict[str, float] = {}
@@ -37,7 +36,7 @@ class Findings:
         self._said: set[str] = set()
 
     def say_once(self, level: int, line: str) -> None:
-        """Log each thing once, though both models have it to say."""
+        """Log a line once, though both models come to it."""
         if line not in self._said:
             self._said.add(line)
             logger.log(level, line)
@@ -75,9 +74,8 @@ class LayoutRequest(TypedDict, total=False):
         layout: `shared`, `packed`, or `padded` for TRL's own forward. Default: `shared`.
         backend: of the attention, see `PairAttention`. Default: `auto`.
         cache_dir: folder of the probe's memory.
-        longest: tokens of the longest row that will come; 0, the default, where that is not known. It has to be, to
-            probe weights that lie on several processes again: these see rows of different lengths, and would not do so
-            together.
+        longest: tokens of the longest row that will come; 0, the default, where that is not known. Sharded weights can
+            then be probed only once: the processes see rows of different lengths, and would not probe again together.
         on_report: called whenever a layout is settled, so again after a probe of longer rows.
         findings: shared with other models. Default: none are.
     """
@@ -160,7 +158,7 @@ class LayoutChoice:
                 reference = padded(batch)
                 try:
                     gap = probe.difference(reference, packed(batch), batch["labels"])
-                # Whatever an architecture does with a row it was not written for, TRL's forward still serves it
+                # An architecture may fail in any way on a row it was not written for; TRL's forward still works
                 except Exception as error:
                     failure, gap = f"the packed row fails with {type(error).__name__}: {error}", float("nan")
             if collective:
@@ -180,7 +178,7 @@ class LayoutChoice:
         self.settle("padded", failure or words, gap)
 
     def key(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, length: int) -> str:
-        """What the probe's outcome is remembered under: all that decides it."""
+        """The key that the probe's outcome is kept under, of everything that can change it."""
         original = str(model.config.get_text_config()._attn_implementation)
         return self.cache.key(
             model,
@@ -197,7 +195,7 @@ class LayoutChoice:
 
 
 def _unserved_architecture(model: PreTrainedModel) -> str:
-    """Why the model cannot run a foreign attention function at all, or nothing."""
+    """Why the model cannot run an attention function that is not its own; empty where it can."""
     decoder = model.get_decoder()
     if not getattr(decoder, "_supports_attention_backend", False):
         return "its attention cannot be replaced"

@@ -1,4 +1,4 @@
-"""The seam: TRL's fused forward, computed from each distinct token of a pair once.
+"""TRL's fused forward, in which each distinct token of a pair is computed once.
 
 `DPOTrainer` calls `model(**batch, labels=labels, fused_lm_head=True)` and reads per-token fields of shape (2B, S - 1)
 from a `FusedCausalLMOutput`. `add_pair_forward` binds a forward to the model that answers this call from one packed
@@ -70,10 +70,11 @@ def add_pair_forward(
 
 @contextlib.contextmanager
 def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
-    """While this is open, a `DPOTrainer` or `SFTTrainer` that is built gets the engine where TRL installs its forward.
+    """Within, TRL's `DPOTrainer` and `SFTTrainer` install the engine wherever their constructors would install TRL's
+    fused forward.
 
-    That covers policy and reference, and comes before accelerate wraps them: outside its wrapper the reference would
-    run without autocast. Examples of SFT are no pairs: theirs is the layout `packed`. Arguments as in
+    That is on policy and reference, and before accelerate wraps them: a forward installed around its wrapper would run
+    the reference without autocast. Examples of SFT are no pairs: theirs is the layout `packed`. Arguments as in
     `add_pair_forward`.
     """
     asked.setdefault("findings", Findings())
@@ -92,7 +93,7 @@ def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
 def forward_laid_out(
     model: PreTrainedModel, places: PairLayout, input_ids: Tensor, labels: Tensor, outputs: tuple[str, ...]
 ) -> FusedCausalLMOutput:
-    """One forward of a layout that was made elsewhere, without a probe: for counting on tensors that hold no values.
+    """One forward of a batch that is laid out already, without a probe. Used to count memory on fake tensors.
 
     Args:
         model: without adapters around it; they may be in its layers.
@@ -105,7 +106,7 @@ def forward_laid_out(
 
 
 class _Unserved(Exception):
-    """This batch is one for the padded forward; the message says why."""
+    """The engine cannot serve this batch, and the padded forward takes it; the message says why."""
 
 
 class _PairEngine:
@@ -214,7 +215,7 @@ class _PairEngine:
         states = backbone(model)(
             input_ids=input_ids.flatten()[places.token_index][None],
             position_ids=places.position_ids,
-            # A 4-d mask is passed on as it is; one without elements fails loudly wherever something reads it
+            # transformers passes a 4-d mask on as it is, and an empty one fails loudly wherever something reads it
             attention_mask=torch.empty(0, 0, 0, 0, dtype=torch.bool, device=input_ids.device),
             use_cache=False,
             **{PAIR_ATTENTION: PairAttention(places, self.choice.backend)},

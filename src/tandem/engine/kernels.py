@@ -17,7 +17,7 @@ except ImportError as error:
         f"the pair engine needs torch>=2.11, whose variable-length attention has windows; found {torch.__version__}"
     ) from error
 
-# Of the flash kernels, torch's and flash-attn's alike
+# For the flash kernels of torch and of flash-attn alike
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
@@ -28,12 +28,13 @@ _CAPABILITY = (8, 0)  # Ampere
 def flash_attn_varlen() -> Callable[..., torch.Tensor] | None:
     """flash-attn's variable-length function, None where there is none that can be imported.
 
-    Tried, since the name tells nothing: flash-attn 4 has the same and lacks the function, and a build for another torch
-    fails when it is loaded. Once: a look into the import path costs each layer of each pass a tenth of a millisecond.
+    Importing it is the only way to know: flash-attn 4 has the same package name and lacks the function, and a build for
+    another torch fails when it is loaded. Done once: a look into the import path in every layer of every pass would
+    cost a tenth of a millisecond each.
     """
     try:
         from flash_attn import flash_attn_varlen_func
-    except Exception:  # a broken build raises what it likes
+    except Exception:  # a broken build may raise anything
         return None
     function: Callable[..., torch.Tensor] = flash_attn_varlen_func
     return function
@@ -46,7 +47,7 @@ def _takes_enable_gqa(function: Callable[..., Any]) -> bool:
 
 
 def torch_varlen(*arguments: Any, grouped: bool, **options: Any) -> torch.Tensor:
-    """torch's `varlen_attn`; with grouped heads, of which torch 2.11's is not told and 2.13's has to be."""
+    """torch's `varlen_attn` with grouped heads: torch 2.13's has an argument for them, 2.11's works without."""
     function: Callable[..., Any] = varlen.varlen_attn
     flag = {"enable_gqa": grouped} if _takes_enable_gqa(function) else {}
     output: torch.Tensor = function(*arguments, **options, **flag)
@@ -79,7 +80,7 @@ def without_flash(device: torch.device, dtype: torch.dtype, head_dims: tuple[int
 def sdpa_groups_heads(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, int], masked: bool) -> bool:
     """Whether `scaled_dot_product_attention` takes grouped heads there in memory linear in the tokens.
 
-    Of CUDA's kernels flash alone has them, and no mask; the one without either limit is quadratic in memory.
+    On CUDA only flash takes grouped heads, and it takes no mask; the fallback that takes both needs quadratic memory.
     """
     return device.type != "cuda" or (not masked and not without_flash(device, dtype, head_dims))
 

@@ -6,9 +6,9 @@ gives equal prefixes equal hidden states. The layout therefore keeps one row of
 
     prefix, rest of chosen, rest of rejected   of pair 0, then of pair 1, ...
 
-with nothing padded. A token keeps the position it had in the grid. As attention, every grid row that still has
-tokens of its own is one sequence whose queries are its kept tokens and whose keys are all its tokens: bottom-right
-aligned causal attention with as many queries as keys for chosen, and fewer queries than keys for rejected.
+with nothing padded. A token keeps the position it had in the grid. For attention, each grid row that still has tokens
+of its own is one sequence: its queries are the tokens it keeps, its keys are all its tokens. That is causal attention
+aligned at the bottom right, with as many queries as keys for chosen and fewer for rejected.
 
 Everything here is index arithmetic on tensors: no model, no trl, no transformers.
 """
@@ -52,8 +52,8 @@ class Segment(NamedTuple):
 class PairLayout:
     """Places of one batch: T packed tokens, K keys, N sequences, M scored completion tokens. int64 unless said.
 
-    All numbers are Python's and all tensors are views of one: a layout that a data loader has made goes to the device
-    in one copy, and nothing in a step waits for the device to learn a size.
+    Sizes are Python's numbers and all tensors are views of one, so that a layout made by a data loader is copied to the
+    device at once, and no step waits for the device to learn a size.
 
     Attributes:
         shape: (2B, S) of the padded grid the layout was made from.
@@ -160,7 +160,7 @@ def lay_out_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, lay
             either.
 
     Returns:
-        The layout, on the device of `input_ids`; from another than the host, in one wait for the batch.
+        The layout, on the device of `input_ids`. Unless that is the host, this waits for the batch once.
 
     Raises:
         ValueError: an odd number of rows, no token at all, a row with a hole, or a label that no real token precedes.
@@ -220,9 +220,9 @@ def _check(rows: int, columns: int, layout: Layout) -> None:
 
 
 def _on_host(*grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels on the host, since all that follows is small, with an even number of rows.
+    """Ids, mask and labels on the host, where the rest is quickest, with an even number of rows.
 
-    Where nothing is shared any two rows will do, and for the last one a row without tokens.
+    Where nothing is shared any two rows make a pair, and an odd last one gets a row without tokens beside it.
     """
     if grids[0].device.type != "cpu":
         grids = torch.stack(grids).cpu().unbind()

@@ -1,4 +1,4 @@
-"""How long tokenized pairs are as the engine forwards them, counted in Arrow's arrays without a Python list."""
+"""Lengths of tokenized pairs as the engine forwards them, counted on Arrow's arrays without making Python lists."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

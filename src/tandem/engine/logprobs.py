@@ -1,8 +1,8 @@
 """Log-probabilities of the completion tokens alone, from hidden states, in chunks.
 
-A language-model head over M tokens and V words makes an (M, V) matrix, far larger than anything else in the step.
-Here it exists one chunk of tokens at a time. What the backward needs of it is made in the forward where the head is
-frozen, kept where it is small, and computed again where it is not.
+A language-model head over M tokens and V words makes an (M, V) matrix, far larger than anything else in the step. Here
+only one chunk of it exists at a time. For the backward: with a frozen head the forward makes the gradient at once; else
+the chunk's probabilities are kept where they are few, and computed again where they are not.
 """
 
 import functools
@@ -27,13 +27,13 @@ from tandem.engine.layout import even_size
 CHUNK_LOGITS = 3 << 23
 # In half precision each chunk also adds a whole weight gradient to the float32 sum
 CHUNK_LOGITS_HALF = 1 << 25
-# Logits that the passes after the product take at a time on the CPU, whose caches hold them and their probabilities: a
-# quarter less time than for a chunk at once
+# Logits that the passes after the product take at a time on the CPU. They and their probabilities fit into its caches,
+# which takes a quarter less time than a whole chunk
 PIECE_LOGITS = 3 << 19
-# Words of one product in float32 on the CPU, which its caches hold: a fifth faster than the whole vocabulary in one
+# Words per product in float32 on the CPU. They fit into its caches, which is a fifth faster than the whole vocabulary
 BLOCK_WORDS = 1024
-# Probabilities kept from the forward to the backward of a trained head: 256 MiB spare it a fourth matrix product over
-# the completions of eight short pairs. Those that do not fit are computed again.
+# Probabilities kept from the forward to the backward of a trained head: 256 MiB, which for eight short pairs saves the
+# fourth matrix product. Those that do not fit are computed again.
 KEPT_PROBS = 1 << 26
 # Fewer tokens than this make slow matrix products, however large the vocabulary
 MIN_CHUNK_TOKENS = 64
@@ -198,7 +198,7 @@ class _ScoreTokens(torch.autograd.Function):
         head = Head(weight, bias, transform, dtype, targets.numel())
         trained = differentiable and any(ctx.needs_input_grad[1:3])
         kept = hidden.new_empty(head.tokens_to_keep() if trained else 0, weight.shape[0], dtype=torch.float32)
-        # Of a frozen head the backward needs d log p / d hidden alone, which is made while the probabilities are here
+        # With a frozen head the backward needs only d log p / d hidden, which is made while the probabilities are here
         frozen = differentiable and not trained and ctx.needs_input_grad[0]
         jacobian = torch.empty_like(hidden, dtype=dtype) if frozen else None
 

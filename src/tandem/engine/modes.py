@@ -1,4 +1,4 @@
-"""How a model behaves while it is forwarded: in evaluation, and in training without dropout."""
+"""The modes of a model's forward: evaluation, and training without dropout."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _DROPS = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob", "attn_drop"
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing, each module going back to the mode it had."""
+    """Within, `model` has neither dropout nor gradient checkpointing; then each module gets its former mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -184,5 +184,5 @@ def sequence_logps(per_token: Tensor, completion_mask: Tensor, ld_alpha: float |
     lengths = completion_mask.sum(1)
     shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
     beyond = completion_mask.cumsum(1) > shorter[:, None]
-    # In TRL's order: where policy and reference are the same model, their sums have to be equal to the last bit
+    # Summed in TRL's order, so that policy and reference are equal to the last bit where they are the same model
     return (per_token * ~beyond).sum(1) + ld_alpha * (per_token * beyond).sum(1)

@@ -1,4 +1,4 @@
-"""What a model computes in, which need not be what its weights are held in."""
+"""The dtype that a model computes in, which need not be that of its weights."""
 
 import contextlib
 from typing import Any
@@ -17,7 +17,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def computed_in(model: nn.Module, device_type: str) -> torch.dtype:
-    """The coarsest dtype that a forward of `model` rounds to, if it is called as things are now.
+    """The coarsest dtype that a forward of `model` would round to if it were called now.
 
     Weights may be float32 and the products bfloat16: under autocast, under the mixed precision of FSDP, whose
     autocast need not be on, and in layers of 4 bits, which have a dtype of their own to compute in.

@@ -1,8 +1,8 @@
-"""Whether a model gives the same log-probs in both layouts: asked of the model itself, once, and remembered.
+"""Whether a model gives the same log-probs in both layouts: tried once on the model itself, and remembered.
 
-Architectures lie about what they support. Some that run without an error under a foreign attention function and
-explicit positions read their positions from the padding mask, carry a state along the row, or add a bias of their
-own, and would score every pair wrongly. Two short pairs, scored both ways, tell.
+What an architecture declares to support cannot be relied on. Some run without an error under another attention function
+and explicit positions, yet read positions from the padding mask, carry a state along the row, or add a bias of their
+own, and would score every pair wrongly. Scoring two short pairs in both layouts shows it.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from tandem.engine.layout import IGNORED_LABEL, even_size
 from tandem.runs import sha256_json, write_json
 
 DEFAULT_CACHE = Path("~/.cache/tandem/probe")
-# Longest sequence of a probe of short rows: past the window of a model with a small one, and still a second of work
+# Longest sequence of a probe of short rows: longer than a small sliding window, and still only a second of work
 _MAX_LENGTH = 160
 _MIN_LENGTH = 48
-# Tokens that are averaged over: a fault that only the last tokens of long rows have must not drown in the others
+# Tokens averaged over at a time, so that a fault at the end of long rows is not averaged away
 _BLOCK = 64
 
 

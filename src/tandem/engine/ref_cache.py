@@ -32,10 +32,10 @@ from tandem.ranks import is_first
 Ids = Sequence[int] | NDArray[np.int32]
 DEFAULT_CACHE = Path("~/.cache/tandem/reference")
 _DATABASE = "log_probs.sqlite"
-# Another run may hold the write lock for as long as its own insert takes
+# How long to wait for another run's insert, which holds the write lock
 _LOCK_SECONDS = 60
 COMMIT_SECONDS = 2.0
-# Longer than a file system may take to date a change: a file that was written just before cannot be told by its dates
+# Longer than the resolution of any file system's times: two writes within it can leave one date
 _SETTLED_SECONDS = 60.0
 STARTED = time.time()
 
@@ -67,7 +67,7 @@ class Source:
 
     Attributes:
         files: none where the weights are not those of files alone.
-        dtype: that they were read as.
+        dtype: the type that they were read as.
     """
 
     files: Sequence[Path] = ()
@@ -75,15 +75,15 @@ class Source:
 
 
 def source_key(model: PreTrainedModel, source: Source, *, adapter: bool = True) -> bytes | None:
-    """Key of a model's fingerprint by the files that its weights were read from, as the file system tells one file
-    from another: by device, inode, size and the times of its last changes. It costs no reading of weights.
+    """Key of a model's fingerprint, made from the files that its weights were read from without reading them: their
+    device, inode, size and times of change.
 
     Args:
         adapter: as in `fingerprint`.
 
     Returns:
-        None where the files cannot vouch for the weights: there are none, or one has changed since, or shortly
-        before, this process began, so that the weights may be of another content.
+        None where the files do not say what the weights are: there are none, or one was changed after this process
+        began or shortly before, so that what was read may differ from what the file holds.
     """
     marks = []
     for file in source.files:

@@ -1,4 +1,4 @@
-"""An adapter into the weights of its base: the model that comes out computes what the two computed together."""
+"""Merges an adapter into the weights of its base. The merged model computes what the two computed together."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def weights_are_sent() -> bool:
-    """Whether one process a machine loads a model, and accelerate sends the others their shards of it: FSDP with
+    """Whether one process per machine loads a model and accelerate sends the others their shards: FSDP with
     `fsdp_cpu_ram_efficient_loading`."""
     from transformers.modeling_utils import is_fsdp_enabled
 
@@ -26,11 +26,11 @@ def weights_are_sent() -> bool:
 def merged(model: "PeftModel") -> PreTrainedModel:
     """The base of `model` with the active adapter in its weights; `model` is of no use afterwards.
 
-    Where the adapter changes one of two tied layers, the embedding or the head, they are tied no longer. Weights of
-    half precision would be rounded more than once: merge in float32, and round what comes out (`rounded`).
+    Where the adapter changes only one of two tied layers, the embedding or the head, they are no longer tied. In half
+    precision weights would be rounded more than once: merge in float32, and round the result (`rounded`).
 
     Raises:
-        UserError: an adapter that is no change of weights, or whose weights are not finite.
+        UserError: the adapter cannot be expressed as a change of weights, or its weights are not finite.
     """
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -80,10 +80,10 @@ def _of_first(value: bool) -> bool:
 
 
 def sort_config(folder: str | Path) -> None:
-    """Give the lists in a saved adapter's configuration that PEFT writes from sets an order that is always the same.
+    """Sort the lists that PEFT writes from sets into a saved adapter's configuration.
 
-    Of strings, a set has another order in each process: the same run would leave other bytes, and count as another
-    model wherever its content is compared.
+    A set of strings has another order in each process, so that one run could leave different bytes each time, and count
+    as another model wherever contents are compared.
     """
     file = Path(folder) / ADAPTER_CONFIG
     if not file.exists():
@@ -96,7 +96,7 @@ def sort_config(folder: str | Path) -> None:
 
 
 def _inside(module: Any) -> Any:
-    """The layer of the model that PEFT has wrapped, however often."""
+    """The model's own layer inside all of PEFT's wrappers."""
     while True:
         for name in ("base_layer", "original_module"):
             if isinstance(inner := getattr(module, name, None), nn.Module):

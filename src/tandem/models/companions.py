@@ -1,6 +1,6 @@
 """The files of a model that are neither weights nor configuration nor tokenizer: a processor's settings, a licence.
 
-transformers saves none of them with a model that was loaded for text, and what serves the model may refuse it for that.
+transformers saves none of them with a model that was loaded for text, and a server may refuse the model without them.
 """
 
 import shutil
@@ -14,14 +14,14 @@ _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".ot", ".tflite",
     ".pkl",
 }  # fmt: skip
-# Saved by transformers with what was trained, which may have another tokenizer than the base
+# transformers saves these with the trained model, which may have another tokenizer than the base
 _SAVED = {
     "config.json", "generation_config.json", "adapter_config.json", "added_tokens.json", "special_tokens_map.json",
     "merges.txt", "README.md",
 }  # fmt: skip
 _OF_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "chat_template", "tekken", "tiktoken")
 _OF_THE_HUB = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_LARGEST = 32 << 20  # bytes; what is larger holds weights under a name not known here
+_LARGEST = 32 << 20  # bytes; a larger file must hold weights, whatever its name
 
 
 def carry(base: str, revision: str | None, folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tokens drawn for each row of a batch from numbers of its own, so that a draw depends on no other row."""
+"""Draws tokens for each row of a batch from a random stream of its own, so that no row affects another's draw."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,14 @@ from transformers import LogitsProcessor
 
 from tandem.models.sampling import Sampling
 
-_LIKELIEST = (
-    1024  # tokens that hold the nucleus nearly always; sorting a vocabulary of 49,152 costs forty times as much
-)
+LIKELIEST = 1024  # tokens that hold the nucleus nearly always; sorting a vocabulary of 49,152 costs forty times as much
 
 
 class RowDraws(LogitsProcessor):
-    """Leaves each row one token: the one that its next uniform number falls on, by the inverse of the distribution.
+    """Draws a token for each row by inverting its distribution at its next uniform number, and masks all others.
 
-    `generate` then takes the most likely token, which is that one. The distribution is softmax(logits / temperature),
-    cut to the nucleus of `top_p` (Holtzman et al. 2020), as vLLM and transformers cut it.
+    `generate` takes the most likely token, which is then the drawn one. The distribution is
+    softmax(logits / temperature), cut to the nucleus of `top_p` (Holtzman et al. 2020), as in vLLM and transformers.
 
     Args:
         seeds: one for each row; equal seeds draw equal numbers
@@ -60,9 +58,9 @@ def pick(logits: torch.Tensor, top_p: float, uniform: torch.Tensor) -> torch.Ten
     probabilities = logits.softmax(-1)
     if top_p >= 1:
         return _place(probabilities, uniform)
-    if probabilities.shape[1] <= _LIKELIEST or logits.device.type == "hpu":  # which compiles one way, not two
+    if probabilities.shape[1] <= LIKELIEST or logits.device.type == "hpu":  # which compiles one way, not two
         return _of_nucleus(*probabilities.sort(descending=True, stable=True), top_p, uniform)
-    likeliest, tokens = probabilities.topk(_LIKELIEST)
+    likeliest, tokens = probabilities.topk(LIKELIEST)
     token = _of_nucleus(likeliest, tokens, top_p, uniform)
     flat = (likeliest.cumsum(-1)[:, -1] < top_p).nonzero()[:, 0]  # rows whose nucleus is larger
     if len(flat):

@@ -1,4 +1,4 @@
-"""The tokens at which an answer ends, when a model is asked here and when others ask a model saved here."""
+"""The tokens that end an answer: used when a model generates here, and saved for those who load it elsewhere."""
 
 from typing import Any
 

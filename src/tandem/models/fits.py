@@ -1,4 +1,4 @@
-"""Whether model, tokenizer, data and adapter fit each other: told in one line, before a device tells it in many."""
+"""Checks that model, tokenizer, data and adapter fit each other, so that a device need not fail over it."""
 
 import contextlib
 import traceback
@@ -43,8 +43,8 @@ def check_rows(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int
 
 
 def positions_of(model: Any) -> int | None:
-    """How many positions a model has that looks them up in a table, as GPT-2 and GPT-J do; None of one that computes
-    them, which goes on beyond those that it was trained with."""
+    """The number of positions in a model's table of them, as in GPT-2 and GPT-J; None for a model that computes them,
+    and so accepts any length."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
@@ -81,7 +81,7 @@ def check_head(model: Any) -> None:
 
 
 def check_lora(options: LoraOptions, model: Any) -> None:
-    """Refuse options of an adapter that name what `model` has not: PEFT leaves them out without a word.
+    """Refuse an adapter's options that name modules which `model` lacks: PEFT would ignore these silently.
 
     Raises:
         UserError: naming all of them.
@@ -112,7 +112,7 @@ def check_lora(options: LoraOptions, model: Any) -> None:
 
 @contextlib.contextmanager
 def adapter_told() -> Iterator[None]:
-    """Turn what PEFT, or TRL over an adapter, does not take into one line.
+    """Within, a refusal by PEFT, or by TRL because of an adapter, becomes one line.
 
     Raises:
         UserError: in its place.

@@ -20,8 +20,8 @@ def is_lazy() -> bool:
 
 
 def few_shapes() -> bool:
-    """Whether batches should come in few shapes, since an HPU compiles a program for each: so it is on an HPU, and in
-    its environment on a CPU, where it is tested."""
+    """Whether batches should come in few shapes, as on an HPU, which compiles a program for each. Also on a CPU in
+    Gaudi's environment, where this is tested."""
     from tandem.devices import has_hpu
 
     return has_hpu() or has_optimum_habana()

@@ -1,4 +1,4 @@
-"""Models and tokenizers loaded from a folder or the Hub, with the mistakes of doing so told in one line."""
+"""Models and tokenizers loaded from a folder or the Hub, with load errors as one-line UserErrors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from tandem.places import not_here
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Of transformers, PEFT and safetensors over files that are missing, torn or of another model
+# What transformers, PEFT and safetensors raise over files that are missing, torn or of another model
 _LOADING_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, TypeError, AttributeError,
     AssertionError, StrictDataclassError,
@@ -55,7 +55,7 @@ def revision_of_base(folder: str) -> str | None:
 
 
 def _said(error: Exception) -> str:
-    """What a library says of a model that it cannot load, in Tandem's words where it names an argument of its own."""
+    """A library's message on a model that it cannot load; in Tandem's words where it names a library's own argument."""
     if "trust_remote_code" in str(error):
         return "its repository has code of its own, which only --trust_remote_code runs: read that code first"
     return first_line(error)
@@ -82,7 +82,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `options`, with a pad token and a chat template as `template`, else `options`, asks for it.
 
-    With `day`, YYYY-MM-DD, a template that tells the date tells that one.
+    With `day`, YYYY-MM-DD, a template that writes the date writes that one.
 
     Raises:
         UserError: nothing there that is a tokenizer.
@@ -114,7 +114,7 @@ def load_tokenizer(
 
 
 def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    # transformers renders in a sandbox, where a template that reaches for more than its messages ends here
+    # transformers renders in a sandbox, which stops a template that reaches for more than its messages
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except (TemplateError, ValueError, TypeError, OverflowError) as error:
@@ -130,11 +130,12 @@ def load_model(
     sharded: bool = False,
     meta: bool = False,
 ) -> PreTrainedModel:
-    """The model of `options`, which whoever uses it puts on its device; an adapter's folder gives its base with the
-    adapter on. With `tp_size` above 1, this process's slice of it (tensor parallelism), sharded over the processes
-    that have the same slice; with `sharded`, over all processes (FSDP), of which each reads its own part. Where weights
-    are sent (`adapters.weights_are_sent`), one process a machine reads them, and the others get the model on the meta
-    device, as is had with `meta`.
+    """The model of `options`, on the CPU; the caller moves it. An adapter's folder gives its base with the adapter on.
+
+    With `tp_size` above 1 this is the process's slice (tensor parallelism), sharded over the processes with the same
+    slice. With `sharded` it is sharded over all processes (FSDP), and each reads its own part. Where weights are sent
+    (`adapters.weights_are_sent`), one process per machine reads them, and the others get the model on the meta device,
+    as all do with `meta`.
 
     Safetensors only: a pickle checkpoint can run code, and is refused.
 
@@ -197,9 +198,9 @@ def _where_and_how(options: ModelOptions, quantize: bool, tp_size: int, sharded:
 
 
 def weight_files(options: ModelOptions) -> list[Path]:
-    """The files that `load_model` reads the model of `options` from, its adapter's too; none where weights may come
-    from elsewhere: code beside the model, a merge on the way, or an adapter whose making changes its base or draws what
-    it does not save."""
+    """The files that `load_model` reads for `options`, its adapter's too. None where the weights may not be those of
+    files alone: with code beside the model, a merge while loading, or an adapter whose initialisation changes its base
+    or draws numbers that it does not save."""
     name = options.model_name_or_path
     if options.trust_remote_code:
         return []
@@ -223,8 +224,8 @@ def weight_files(options: ModelOptions) -> list[Path]:
 
 
 def load_merged(options: ModelOptions) -> PreTrainedModel:
-    """The model of `options` without an adapter around it: one that is there is merged in float32, and what comes out
-    is rounded once to `options.dtype`.
+    """The model of `options` without an adapter around it: an adapter is merged in float32, and the result rounded once
+    to `options.dtype`.
 
     Raises:
         UserError: as in `load_model`, or an adapter that cannot be merged.
@@ -252,7 +253,7 @@ def _create_model(name: str, *, dtype: str, **keywords: Any) -> Any:
 
 
 def check_model(name: str, revision: str | None = None) -> None:
-    """Refuse a model or adapter that cannot be loaded, as far as that shows without its weights: before others are.
+    """Refuse a model or adapter that cannot be loaded, as far as that shows without reading its weights.
 
     Raises:
         UserError: no such folder or Hub name, or one with no readable config or tokenizer, or with its weights missing.
@@ -298,11 +299,10 @@ def _check_adapter(folder: str) -> None:
 
 @contextlib.contextmanager
 def adapters_of_whole_layers() -> Iterator[None]:
-    """While PEFT makes an adapter: under tensor parallelism it begins as that of the whole layer, of which each process
-    keeps its part.
+    """Within, PEFT makes a new adapter for whole layers, and under tensor parallelism each process then keeps its part.
 
-    PEFT 0.21 makes it as wide as this process's part of the layer (`tuners_utils._get_in_out_features`): another start
-    than that of one process, and a width that transformers 5.23 then takes for the layer's.
+    PEFT 0.21 would make it as wide as this process's part of the layer (`tuners_utils._get_in_out_features`). It would
+    begin otherwise than on one process, and transformers 5.23 would take its width for the layer's.
     """
     from peft.tuners.lora import layer
 
@@ -325,8 +325,8 @@ def adapters_of_whole_layers() -> Iterator[None]:
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit of a Hub model that `revision`, or else its main branch, stands for by the Hub's cache on this
-    machine; `revision` where the cache has it not."""
+    """The commit of a Hub model that `revision`, or else its main branch, names in the Hub's cache on this machine;
+    `revision` itself where the cache does not have it."""
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
 

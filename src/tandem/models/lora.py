@@ -25,7 +25,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         return None
     from peft import LoraConfig
 
-    # As TRL: one name alone is a regex, several are ends of names
+    # As in TRL: a single name is a regex, several are endings of names
     targets, excluded = (
         names[0] if len(names) == 1 else names or None
         for names in (options.lora_target_modules, options.lora_exclude_modules)

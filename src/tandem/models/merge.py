@@ -1,4 +1,4 @@
-"""An adapter and its base → one model folder that anything loads."""
+"""Merges an adapter and its base into one model folder that any program loads."""
 
 import shutil
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def merge(options: MergeOptions) -> None:
 
 
 def _check(options: MergeOptions) -> None:
-    # Not when the options are parsed: a pipeline has them parsed before there is an adapter
+    # Checked here because preflight parses this stage before the adapter exists
     folder = Path(options.adapter)
     if not is_adapter(options.adapter) and not (folder / "config.json").is_file():
         raise UserError(f"--adapter {options.adapter}: neither an adapter's folder nor a model's")

@@ -42,5 +42,5 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 def draw_seed(seed: int, prompt_id: str, number: int) -> int:
-    """The seed of one of a prompt's draws, counted from 0. vLLM gives its n draws of one request the same."""
+    """The seed of one of a prompt's draws, counted from 0. vLLM would give all n draws of a request the same seed."""
     return prompt_seed(seed, prompt_id) + number

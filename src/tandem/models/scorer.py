@@ -1,4 +1,4 @@
-"""Log-probabilities of pairs under a model, and samples from it: what evaluate, generate and compare share."""
+"""Log-probabilities of pairs under a model, and samples from it, for evaluate, generate and compare."""
 
 import contextlib
 import gc
@@ -27,7 +27,7 @@ from tandem.options.model import ModelOptions, TemplateOptions
 
 TokenizedPair = dict[str, list[int]]
 
-# Columns between two lengths of rows where each shape is compiled
+# Row lengths are multiples of this where each shape is compiled
 _BUCKET = 128
 
 
@@ -41,7 +41,7 @@ def load_scorer(
 ) -> "Scorer":
     """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
     habana.prepare()
-    gc.collect()  # a model before: the engine's forward and the model refer to each other
+    gc.collect()  # frees an earlier model: the engine's forward and the model refer to each other
     source = ModelOptions(model_name_or_path=name, dtype=dtype)
     return Scorer(
         load_model(source, sharded=ranks.is_sharded()),
@@ -67,7 +67,7 @@ class Scorer:
         self.batch_size = batch_size
         self.bf16 = fast_bf16() if bf16 is None else bf16
         self.ends = end_ids(model.generation_config.eos_token_id, tokenizer)
-        # A repetition penalty or other filter that the model ships would make its answers another distribution's
+        # A repetition penalty or other filter that comes with the model would change the distribution of its answers
         model.generation_config = type(model.generation_config)(eos_token_id=sorted(self.ends) or None)
         self.few_shapes = habana.few_shapes()
         if not self.few_shapes:

@@ -1,4 +1,4 @@
-"""One optimizer step's pairs, brought together from all micro-batches and ranks."""
+"""Collects the pairs of one optimizer step from all micro-batches and ranks."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ class MicroBatch:
         """
         if margins.shape != (len(pair_ids),):
             raise ValueError(f"{len(pair_ids)} pair ids for margins of shape {tuple(margins.shape)}")
-        # Filled on the device: to copy a number there would wait for it
+        # Filled on the device, since copying a number there would wait for it
         estimate = torch.full_like(margins, torch.nan) if kl is None else kl.expand_as(margins)
         count = tokens if isinstance(tokens, torch.Tensor) else torch.full_like(loss, tokens, dtype=torch.float32)
         return cls(

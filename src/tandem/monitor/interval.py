@@ -1,4 +1,4 @@
-"""What the steps between two logs add up to."""
+"""Sums over the steps between two logs."""
 
 import dataclasses
 

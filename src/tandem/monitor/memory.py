@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from tandem.runs import write_json
 
 GIB = 2**30
-UNEVEN = 1.25  # greatest over mean of a quantity from which on the ranks count as unbalanced
+UNEVEN = 1.25  # the ranks count as unbalanced where the greatest of a quantity is this many times its mean
 
 logger = logging.getLogger(__name__)
 

@@ -246,7 +246,7 @@ class Monitor:
         ).to_dict()
 
     def _started_with(self) -> dict[str, float]:
-        """The options whose effect lies in the past once there is a state."""
+        """The options that have had their effect on the state already, and so cannot change any more."""
         config = self.config
         return {"beta": self._first_beta, "tail_delta": config.delta, "tail_warmup_steps": config.warmup_steps}
 

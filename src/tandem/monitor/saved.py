@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the monitor, and where."""
+"""The monitor's state in a checkpoint."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""In which order a run's pairs come: the sampler's, with each step's pairs dealt evenly over the processes."""
+"""The order of a run's pairs: the sampler's, with the pairs of each step dealt evenly over the processes."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from tandem.options.losses import DPOOptions
 from tandem.options.training import TrainOptions
 from tandem.training.option_sets import DPOOptionSet
 
-_REMEMBERED = 1024  # steps that data loaders may be ahead of the one that is trained on
+_REMEMBERED = 1024  # by how many steps data loaders may be ahead of the training
 
 
 def pair_costs(lengths: PairLengths, config: Any, layout: Layout) -> Ints:
@@ -97,8 +97,8 @@ class Order:
 
     @property
     def rows(self) -> int:
-        """Pairs that are dealt in an epoch: where they do not fill the last round of all processes, as accelerate
-        has it, the epoch's first ones once more."""
+        """Pairs dealt in an epoch. Where they do not fill the last round of all processes, the epoch's first pairs fill
+        it, as in accelerate."""
         at_a_time = self._dealing.ranks * self._dealing.size
         return -(-self.pairs // at_a_time) * at_a_time if self._dealing.ranks > 1 else self.pairs
 
@@ -133,7 +133,7 @@ class Order:
 
     def _places(self, epoch: int, step: int, pairs: list[int]) -> list[int]:
         places = list(range(len(pairs)))
-        # A step that is filled up stays: of its metrics accelerate drops what comes last, and TRL's are all of rank 0
+        # A step filled up with repeated pairs keeps its order: accelerate drops the last rows of its metrics as repeats
         if self._costs is not None and step * self._dealing.in_step + len(pairs) <= self.pairs:
             places = self._dealing.step(self._costs[pairs])
         while len(self._dealt) >= _REMEMBERED:
@@ -145,9 +145,8 @@ class Order:
 class OrderSampler(Sampler[int]):
     """`Order` for a data loader whose batches accelerate deals out to the processes in turn.
 
-    It asks the trainer how far the run is. accelerate 1.15 does not tell the sampler under a loader that skips what was
-    trained which epoch it is in, if there are several processes: a run that is resumed in its second epoch would go on
-    in the order of the first.
+    It asks the trainer for the epoch. On several processes accelerate 1.15 does not tell the sampler the epoch when the
+    loader skips what was trained already: a run resumed in its second epoch would go on in the order of the first.
 
     Args:
         done: gives the optimizer steps that are done, when an epoch begins or is gone on with.

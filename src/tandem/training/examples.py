@@ -70,7 +70,7 @@ def _example(row: Row, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet, 
 
 
 def _whole(row: Row, tokenizer: "PreTrainedTokenizerBase", unrendered: set[str]) -> list[int]:
-    """A conversation as the template renders it from one end to the other; one of plain text is closed."""
+    """A whole conversation as the template renders it; one of plain text gets its end-of-sequence token."""
     if isinstance(row["prompt"], str):
         return list(tokenizer(closed(row["prompt"] + row["chosen"], tokenizer))["input_ids"])
     text = templated(row["prompt"] + row["chosen"], tokenizer, keywords_of(row))

@@ -1,4 +1,4 @@
-"""What a run on a GPU has that one on the CPU has not: its defaults, and what is said when memory is full."""
+"""What is particular to a run on a GPU: its defaults, and the message when its memory is full."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tandem.options.model import is_adapter
 from tandem.options.training import TrainOptions
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 
-# Processes that collate the next batches while a GPU computes: two, since each makes one batch in a few milliseconds
+# Processes that collate the next batches while a GPU computes. Two suffice: a batch takes them a few milliseconds
 _WORKERS = 2
 # Of torch's allocators, and of the libraries below it
 _MEMORY_IS_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cuda failure 2")
@@ -35,7 +35,7 @@ def arguments(train: TrainOptions, on_cpu: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def memory_told(run: SFTOptionSet | DPOOptionSet) -> Iterator[None]:
-    """Turn memory that is full into one line that names the cheapest change.
+    """Within, an out-of-memory error becomes one line that names the cheapest change.
 
     Raises:
         UserError: in its place.

@@ -1,4 +1,4 @@
-"""The hardware that a plan is for: an accelerate config's, or this process's."""
+"""The hardware that a plan is made for: that of an accelerate config, or of this process."""
 
 import dataclasses
 

@@ -1,7 +1,8 @@
-"""The type that trained weights are held in: one that their updates do not vanish in.
+"""The dtype that trained weights are held in: one fine enough for their updates.
 
 bfloat16 has 8 bits of precision: a weight of 0.02 moves in steps of 1.2e-4, and AdamW at a learning rate of 1e-6 would
-move it by 1e-6, which is not at all. What is trained is held in float32, and may be computed in bfloat16 (`--bf16`).
+move it by 1e-6, which is rounded away. So what is trained is held in float32; the forward may still compute in bfloat16
+(`--bf16`).
 """
 
 import os
@@ -19,7 +20,7 @@ _COARSE = ("bfloat16", "float16")
 
 
 def held_fine(model: ModelOptions, lora: LoraOptions, arguments: Mapping[str, Any]) -> ModelOptions:
-    """`model` with a type that is fit for what is trained of it.
+    """`model` with a dtype fine enough for what is trained of it.
 
     An adapter's weights are float32 whatever its base is held in (`upcast_trained`), and FSDP and DeepSpeed keep
     weights of their own in float32 beside a forward in half precision. Else all weights are held in float32.

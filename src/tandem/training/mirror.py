@@ -79,7 +79,7 @@ class Mirror(TrainerCallback):
             raise UserError(f"--mount_dir: {self.folder} is the mirror of another run ({mirrored}): {way_out}")
 
     def holds_more(self) -> bool:
-        """Whether the mirror has what the run's folder has lost: the finished model, or a later whole checkpoint."""
+        """Whether the mirror has what the run's folder lacks: the finished model, or a later whole checkpoint."""
         if is_complete(self.source):
             return False
         return is_complete(self.folder) or bool(self._later())
@@ -109,10 +109,10 @@ class Mirror(TrainerCallback):
                     continue
                 if place == Path(MANIFEST) and not (whole and damage(self.folder) is None):
                     continue
-                _copy(file, self.source / place)
+                copy_file(file, self.source / place)
 
     def claim(self) -> None:
-        """Make the mirror that of the run that now begins, or goes on, in `source`: it is no finished one any more.
+        """Mark the mirror as that of the run that begins or goes on in `source`, and as unfinished.
 
         Raises:
             UserError: it cannot be written.
@@ -188,8 +188,8 @@ class Mirror(TrainerCallback):
     def copy(self) -> None:
         """Bring the mirror up to date; manifests go last, as they do in the original.
 
-        Of what the original lacks only the run's own older checkpoints are removed, once a newer one is whole, and the
-        files of margins that are packed now.
+        Where the mirror has more than the original, only the run's own older checkpoints are removed, once a newer one
+        is whole, and the files of margins that are packed now.
 
         Raises:
             UserError: the mirror cannot be written.
@@ -262,8 +262,8 @@ class Mirror(TrainerCallback):
         """
         copy, version = self.folder / file.relative_to(self.source), _version(file)
         known = self._copied.get(file) == version
-        if not (known and self._thread is not None) and not _is_there(copy, None if known else version):
-            _copy(file, copy)
+        if not (known and self._thread is not None) and not is_there(copy, None if known else version):
+            copy_file(file, copy)
         self._copied[file] = version
         return not known
 
@@ -295,7 +295,7 @@ def _version(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _is_there(file: Path, version: tuple[int, int] | None) -> bool:
+def is_there(file: Path, version: tuple[int, int] | None) -> bool:
     """Whether there is such a file, of this version if one is given."""
     try:
         return version in (None, _version(file))
@@ -303,7 +303,7 @@ def _is_there(file: Path, version: tuple[int, int] | None) -> bool:
         return False
 
 
-def _copy(file: Path, copy: Path) -> None:
+def copy_file(file: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     part = copy.with_name(f".{copy.name}.part")
     shutil.copy2(file, part)

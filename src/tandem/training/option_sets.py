@@ -50,7 +50,7 @@ def classes(run: type[SFTOptionSet] | type[DPOOptionSet]) -> tuple[type, ...]:
 
 
 def foreign(run: type[SFTOptionSet] | type[DPOOptionSet]) -> dict[str, Counterpart]:
-    """What becomes of options that a run has not: those of other programs, and those of the other stage."""
+    """What is said of options that this run does not have: other programs' options, and the other stage's."""
     other, script = (DPOOptionSet, "dpo.py") if run is SFTOptionSet else (SFTOptionSet, "sft.py")
     theirs, own = ({name for cls in classes(each) for name in names_of(cls)} for each in (other, run))
     return COUNTERPARTS | dict.fromkeys(theirs - own, Counterpart(told=f"it is one of scripts/{script}"))

@@ -1,7 +1,7 @@
-"""What a run will take, before it is started: parameters, peak memory by part, steps, tokens and time.
+"""What a run will need, before it is started: parameters, peak memory by part, steps, tokens and time.
 
-No weights are loaded: `tandem.training.rehearsal` plays the run's largest batches through. Sharding is arithmetic on
-top.
+No weights are loaded: `tandem.training.rehearsal` runs steps on the largest batches with fake tensors. Sharding is then
+divided out.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from tandem.training.stages import training_data
 
 # Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.5 + 0.127 / 8
-# What the resident memory is over the activations' own size: holes in glibc's heap, which are gone where each tensor is
-# mapped by itself (bench/RESULTS.md). Fitted to runs of all weights, and of LoRA, which drops more tensors in between.
+# Resident memory over the size of the activations, because of holes in glibc's heap (there are none where each tensor
+# is mapped by itself, bench/RESULTS.md). Fitted to runs of all weights, and of LoRA, which frees more tensors between.
 _HEAP_ALL, _HEAP_LORA = 1.27, 1.5
 # Layers of the two models whose steps are timed
 PROBED_LAYERS = (1, 5)
@@ -195,7 +195,7 @@ class Plan:
         return usage
 
     def on_device(self, usage: Usage) -> Peak:
-        """What one device has of a usage that was counted as if it were alone."""
+        """The share of one device in a usage that was counted for one device alone."""
 
         def share(part: str) -> int:
             kind = "weights" if part == "reference" else part
@@ -218,14 +218,14 @@ class Plan:
 
     @property
     def heap(self) -> float:
-        """Memory that the allocator holds for activations, over their size; on an accelerator counted as 1."""
+        """Memory that the allocator holds for activations, as a multiple of their size; 1 on an accelerator."""
         if self.hardware.device != "cpu":
             return 1.0
         return _HEAP_LORA if self.trains_adapter else _HEAP_ALL
 
     @property
     def saved_by_4_bits(self) -> int:
-        """Bytes that the linear layers take less in 4 bits."""
+        """Bytes that 4 bits save in the linear layers."""
         if not self.run.lora.load_in_4bit:
             return 0
         head = self.model.get_output_embeddings().weight
@@ -307,7 +307,7 @@ class Plan:
         return line
 
     def remedy(self, limit: int) -> str:
-        """The cheapest change, of those that are known, with which the run fits into `limit` bytes."""
+        """The cheapest known change with which the run fits into `limit` bytes."""
         for change in self.ways_out():
             if (total := self.changed(change).peak.total) <= limit:
                 return f"the cheapest change that fits is {flags_of(change)} ({total / GIB:.2f} GiB)"

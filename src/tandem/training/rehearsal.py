@@ -1,6 +1,6 @@
-"""A training step without the model's weights: on fake tensors, whose bytes are counted, or on random ones, timed.
+"""A training step without the model's weights: on fake tensors to count memory, or on random ones to measure time.
 
-Fake tensors have shapes, types and lifetimes, and no values. Every storage that a step makes is counted while it lives.
+Fake tensors have shapes, dtypes and lifetimes, but no values. Each storage that a step makes is counted while it lives.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ Usage = Counter[str]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a model is given at a time: the arguments of its fused forward, and the engine's plan where it has one."""
+    """One batch: the arguments of the fused forward, and the engine's layout where it has one."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -84,7 +84,7 @@ class Rehearsal:
     values: bool = False
 
     def count_forward(self, batch: Batch) -> Usage:
-        """Bytes at the peak of a forward that keeps nothing for a gradient."""
+        """Bytes at the peak of a forward without gradients."""
         with self._counted(batch) as (step, fake_batch, storages):
             step.forward(fake_batch)
         return storages.at_peak
@@ -93,7 +93,7 @@ class Rehearsal:
         """Bytes at the peak of an optimizer step.
 
         Args:
-            micro_batches: so many times `batch`.
+            micro_batches: how many times `batch` is forwarded.
             has_state: whether the optimizer already has its state, as after the first step.
         """
         with self._counted(batch) as (step, fake_batch, storages):
@@ -283,8 +283,8 @@ class _EightBitState(torch.optim.SGD):
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Put `make(tensor)` in the place of every parameter and buffer; tied ones stay tied."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id would be free for another
+    """Replace every parameter and buffer by `make(tensor)`; tied ones stay tied."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, so that no other gets its id
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:

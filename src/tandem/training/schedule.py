@@ -1,4 +1,4 @@
-"""Which pairs a run forwards when: its steps, its batches, and the tokens in them."""
+"""The steps of a run: which pairs are in their batches, and how many tokens."""
 
 import dataclasses
 import functools
@@ -113,7 +113,7 @@ class Schedule:
         return pair_costs(PairLengths.of(self.data, self.run.text.max_length), self.config, self.layout)
 
     def unevenness(self, batches: list[list[list[int]]]) -> float:
-        """What steps take, over what they would if all processes had as much to do."""
+        """The time of steps as a multiple of what it would be if all processes had equally much to do."""
         taken = sum(self.dealing.time(self.costs[list(itertools.chain(*step))]) for step in batches)
         whole = sum(self._work(batch) for batch in itertools.chain(*batches))
         return taken * self.hardware.processes / whole

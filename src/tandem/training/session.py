@@ -66,12 +66,12 @@ from tandem.training.trainers.checkpoints import refuse_code, steps_done
 
 _ADDED_CALLBACKS: ContextVar[tuple[TrainerCallback, ...]] = ContextVar("added callbacks", default=())
 _TEMPORARY_OF_SAFETENSORS = ".tmp" + "[0-9A-Za-z]" * 6
-GOING_AWAY = 10.0  # seconds that a killed process may still hold its folder
+GOING_AWAY = 10.0  # seconds for which a killed process may still hold its folder
 
 
 @contextlib.contextmanager
 def added_callbacks(*callbacks: TrainerCallback) -> Iterator[None]:
-    """Have the runs of this block call `callbacks` as well: what their surroundings, such as Ray, want to know."""
+    """Within, runs also call `callbacks`, by which what surrounds them (Ray) follows their progress."""
     token = _ADDED_CALLBACKS.set(callbacks)
     try:
         yield
@@ -83,7 +83,7 @@ class Session:
     """One training run in its output folder.
 
     Attributes:
-        own: undoes at the run's end what it has set for its whole process.
+        own: what the run has set for its whole process, to be undone at its end.
         processes: what `Builders.start_processes` gave, which is needed as long as models are loaded.
 
     Args:
@@ -149,7 +149,7 @@ class Session:
             Preempted: SIGTERM came; a checkpoint of the step it came in is complete.
             UserError: no checkpoint to resume from where the user named one, or the disk is full.
         """
-        # One rank looks, and all learn: another might find a checkpoint that this one has just moved away
+        # One rank looks and tells the others, which might find a checkpoint that this one has just moved away
         resume_from = broadcast_object_list([self._checkpoint() if is_first() else None])[0]
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -301,8 +301,8 @@ def _quiet_libraries() -> Iterator[None]:
 def _found(
     train: TrainOptions, options: tuple[Any, ...], mirror: Mirror | None
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The settings of the run in `output_dir`, or in its mirror, that this one goes on with, None without one; the
-    allowed changes since.
+    """The settings of the run in `output_dir`, or its mirror, that this one goes on with (None: there is none), and the
+    changes since then that are allowed.
 
     Raises:
         UserError: there is a run with other settings, or a finished model that would be trained over.

@@ -23,12 +23,12 @@ from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 
 Run = TypeVar("Run", SFTOptionSet, DPOOptionSet)
 
-# Options that change how a run is watched or where it lies, not what it computes: they may differ when it is resumed
+# Options that change how a run is watched or where it is stored, not what it computes: they may differ on a resume
 FREE_ON_RESUME = {
     "logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "allow_changed",
     "save_total_limit", "output_dir", "logging_first_step", "wandb_project", "dataloader_num_workers", "ddp_timeout",
 }  # fmt: skip
-# These come back from the checkpoint with the optimizer's state, so that another value would change nothing
+# A resume takes these from the checkpoint with the optimizer's state, so another value would have no effect
 _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
 
 # Of versions that did not note which options were given
@@ -42,7 +42,7 @@ _NOTED_LATER = (*_CONTENTS, "tokens")
 
 
 def usual(*options: Any) -> dict[str, Any]:
-    """The value of every option where it is not given, flat: its default, or what that stands for in this run."""
+    """By its name, the value of every option that is not given: its default, or what the default means in this run."""
     known = defaults(*options)
     for each in options:
         if isinstance(each, TrainOptions):
@@ -59,8 +59,8 @@ def _trains_adapter(options: tuple[Any, ...]) -> bool:
 
 
 def as_begun(run: Run) -> Run:
-    """`run` with a value for each option: given now, else that of the run which it goes on with where that one was not
-    given it either, else the usual one. A default may have become another since the run began.
+    """`run` with a value for each option: the one given now; else, where it goes on with a run that was not given the
+    option either, that run's, since the default may have changed since then; else the usual one.
 
     Raises:
         UserError: the folder's `run.json` is not one of ours.
@@ -115,9 +115,9 @@ def settings_of(config: dict[str, Any], known: dict[str, Any], before: dict[str,
 
 
 def contents_of(config: dict[str, Any]) -> dict[str, str]:
-    """Hex digests of what the run's models are made of, by their manifests; a model without one has no entry.
+    """Hex digests of the run's models, from their manifests; a model without one has no entry.
 
-    A merge made anew lies where the one before did: the path alone does not say what a run began with.
+    The path alone does not say what a run began with: a new merge lies where the old one did.
     """
     found = {}
     for name, option in _CONTENTS.items():

@@ -117,7 +117,7 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     }
     if "train_dataset" not in splits:
         return
-    # A trainer scores what its cache lacks when it is built
+    # Building a trainer scores what its cache lacks
     with tempfile.TemporaryDirectory() as folder:
         builders.dpo_trainer(
             Build(
@@ -141,7 +141,7 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
     if tp_size > 1:
         raise UserError(f"--reference_model {dpo.reference_model}: merge this adapter first (scripts/merge_lora.py)")
     reference = load_merged(own)
-    reference.name_or_path = dpo.reference_model  # of which the start table tells
+    reference.name_or_path = dpo.reference_model  # for the start table
     return reference
 
 
@@ -225,7 +225,7 @@ def training_arguments(train: TrainOptions, model: ModelOptions) -> dict[str, An
 
 
 def _check_schedule(train: TrainOptions) -> None:
-    """Refuse settings that the schedule does not know or lacks: it is made when all else is done.
+    """Refuse settings that the schedule does not know or lacks, on which a run would fail only when training begins.
 
     Raises:
         UserError: in the schedule's words.

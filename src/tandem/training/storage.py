@@ -14,14 +14,14 @@ from tandem.runs import checkpoints, discard, is_complete
 
 # Disk or quota full, mounted read-only, no permission, broken
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-# torch's writer, safetensors, SQLite and TensorBoard do not pass the number on: their words for a write that failed
+# torch's writer, safetensors, SQLite and TensorBoard raise no errno; these are their words for a failed write
 _SAID = ("No space left on device", "disk is full", "file write failed", "unexpected pos")
-_NEARLY_FULL = 1 << 20  # bytes left of a disk that a write just failed on
+_NEARLY_FULL = 1 << 20  # a disk with fewer bytes than this left counts as full
 
 
 @contextlib.contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into one line, after removing the checkpoint it cut off: it only takes up the room.
+    """Within, a failed write becomes one line, and the checkpoint that it cut off is removed to free its space.
 
     Raises:
         UserError: for a full disk or quota, a folder that is read-only or forbidden, a disk that fails.
@@ -47,7 +47,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def storage_fault(error: BaseException | None, folder: Path) -> str | None:
-    """Where and why writing into `folder` failed, None if `error`, and what it came of, are about something else."""
+    """Where and why writing into `folder` failed; None if neither `error` nor its causes are about writing."""
     is_about_writing = False
     while error is not None:
         if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and _is_inside(error.filename, folder):

@@ -1,4 +1,4 @@
-"""Trackers: one run in each, that every rank's numbers go to and that a resumed run goes on writing."""
+"""Trackers: in each one record of the run, for the numbers of all ranks, which a resumed run continues."""
 
 import contextlib
 import netrc
@@ -33,7 +33,7 @@ def joined_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: s
     if "tensorboard" in options.report_to:
         trainer.remove_callback(TensorBoardCallback)
     if "trackio" in options.report_to and trainer.args.run_name is None:
-        trainer.args.run_name = f"{folder.resolve().name}-{run_id[:8]}"  # it knows a run by its name
+        trainer.args.run_name = f"{folder.resolve().name}-{run_id[:8]}"  # it identifies a run by its name
     if not trainer.is_world_process_zero():
         yield
         return
@@ -65,8 +65,8 @@ def joined_trackers(trainer: Any, options: TrainOptions, folder: Path, run_id: s
 
 
 def wandb_place(folder: Path) -> dict[str, Any]:
-    """Where wandb is to write, for `wandb.init`: into `folder`, and without a key only there; it would refuse, after
-    the model is loaded."""
+    """Arguments of `wandb.init`: it writes into `folder`, and without a key only there, where by itself it would fail
+    after the model is loaded."""
     place: dict[str, Any] = {"dir": os.environ.get("WANDB_DIR") or str(folder)}
     if "WANDB_MODE" not in os.environ and not _has_wandb_key():
         place["mode"] = "offline"
@@ -75,7 +75,7 @@ def wandb_place(folder: Path) -> dict[str, Any]:
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key; its own ways to ask go to its server, or fix its settings before ours."""
+    """Whether wandb would find a key. Its own functions for that ask its server, or fix its settings before ours."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     import wandb

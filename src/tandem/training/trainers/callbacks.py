@@ -14,7 +14,7 @@ from tandem.log import logger
 
 
 class RateProgress(ProgressCallback):
-    """transformers' progress bar (with its ETA), with pairs/s and tokens/s of this process's run beside it."""
+    """transformers' progress bar (with its ETA), and beside it the pairs/s and tokens/s since this process began."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and that hold all that a resumed run goes on from."""
+"""Checkpoints that are complete or absent, and that hold everything a resumed run needs."""
 
 import contextlib
 import json
@@ -27,16 +27,16 @@ from tandem.runs import (
     write_manifest,
 )
 
-# What transformers reads with torch.load; training_args.bin is written only
+# What transformers reads with torch.load; it writes training_args.bin and never reads it
 _PICKLES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
 
-_FEWEST_STEPS = 0.001  # by which transformers divides a loss after no step
+_FEWEST_STEPS = 0.001  # by this transformers divides a loss where no step was made
 
 
 def refuse_code(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint whose pickles hold anything but tensors and plain values, before one of them is used.
+    """Refuse a checkpoint whose pickles hold anything but tensors and plain values, before any of them is used.
 
-    Each is read with torch's restricted unpickler, as transformers will, but without the tensors' content.
+    Each is read with torch's restricted unpickler, as transformers will do, but without the tensors' content.
 
     Raises:
         UserError: naming the file.
@@ -59,7 +59,7 @@ def steps_done(checkpoint: str | Path) -> int:
 
 
 def _is_cut_off(checkpoint: Path) -> bool:
-    """Whether it is a checkpoint of Tandem that a kill has left without a manifest: written, or removed, in part."""
+    """Whether it is a checkpoint of Tandem that a kill has left without a manifest, half written or half removed."""
     names = {file.name for file in checkpoint.iterdir()}
     return MANIFEST not in names and (not names or bool(names & {RUN, COUNTERS}))
 

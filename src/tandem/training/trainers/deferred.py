@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 
 class Promise:
-    """A number or array that is not there yet, with the few operations TRL applies to gathered values."""
+    """A number or array to be computed later, with the few operations that TRL applies to gathered values."""
 
     def __init__(self, compute: Callable[[], Any]) -> None:
         self._compute = compute

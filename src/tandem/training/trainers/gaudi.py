@@ -133,7 +133,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, GaudiDPOTrainer):
     ) -> None:
         self._dpo = run.dpo
         cache = RefCache(run.engine.ref_cache) if run.dpo.needs_reference else None
-        # The stock class would record the reference it is given as an HPU graph, in eager mode too
+        # Not given the reference: the stock class would record it as an HPU graph, even in eager mode
         super().__init__(*arguments, **keywords)
         self.ld_alpha = run.dpo.ld_alpha
         self._prepare_forward(run.gaudi, self.data_collator.max_length)

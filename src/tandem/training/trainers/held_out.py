@@ -22,7 +22,7 @@ class WeightedMeans:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, value: Any, weight: Any) -> None:
-        """`value` is a mean over as many as `weight` says; with 0 it is not looked at. Nothing waits for a device."""
+        """`value` is a mean over `weight` rows or tokens; a weight of 0 leaves it out. Nothing waits for a device."""
         value = torch.as_tensor(value).detach()
         wide = _widest(value.device)
         weight = torch.as_tensor(weight, device=value.device).to(wide)
@@ -44,7 +44,7 @@ def _widest(device: torch.device) -> torch.dtype:
 
 
 def own_rows(accelerator: Accelerator, batch_size: int, rows: int, tp_size: int = 1) -> int:
-    """How many of this process's rows, from the first on, are not there only to fill the last batches up.
+    """How many of this process's rows, counted from the first, are not copies that fill up the last batches.
 
     Args:
         batch_size: rows of a full batch on one process.

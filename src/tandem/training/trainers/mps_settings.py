@@ -1,4 +1,4 @@
-"""What a run cannot have on MPS, Apple's GPUs. Device and precision are accelerate's choice there as elsewhere."""
+"""Options that MPS, Apple's GPUs, cannot serve. As elsewhere, accelerate chooses device and precision."""
 
 from collections.abc import Mapping
 

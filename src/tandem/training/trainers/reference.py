@@ -1,4 +1,4 @@
-"""A run's reference where none is named: the policy before training, whatever adapter it begins with."""
+"""The reference of a run that names none: the policy before training, whatever adapter it begins with."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from tandem.errors import UserError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Of LoRA: they leave its product, or its B, at zero. PiSSA, OLoRA and CorDA move a part of the base's weights into the
-# adapter, others begin at random
+# Values of LoRA's `init_lora_weights` with which the adapter's product is zero at first. PiSSA, OLoRA and CorDA move a
+# part of the base's weights into the adapter, others begin at random
 _STARTS_AT_ZERO = (True, "gaussian", "eva")
 
 
 def starts_as_its_base(added: "PeftConfig | None") -> bool:
     """Whether a policy to which the adapter `added` is given computes, before training, what its base does.
 
-    Then the reference is the base without the adapter, and has its entries in the cache in common with all other runs
-    on that base. In any other case it is the policy with its adapter on: one that is trained on, which is more than its
-    base (`added` is None), or one whose start has changed the base.
+    Then the reference is the base without the adapter, and shares its cache entries with all other runs on that base.
+    Otherwise the reference is the policy with its adapter on: an adapter that training goes on with (`added` is None),
+    or one whose initialisation changes what the model computes.
     """
     return isinstance(added, LoraConfig) and added.init_lora_weights in _STARTS_AT_ZERO
 
@@ -32,8 +32,8 @@ def starts_as_its_base(added: "PeftConfig | None") -> bool:
 def without_trls_copy(model: Any) -> Iterator[None]:
     """While TRL's constructor runs, no adapter `ref` is made of the one that `model` is trained on with.
 
-    TRL would score with that copy, which lacks the parameters whose names end in the adapter's, and whose making
-    changes the base once more where the adapter's init does so (PiSSA). The policy itself is there to be scored.
+    TRL would score with that copy, which lacks the parameters whose names end in the adapter's name. Making it would
+    also change the base a second time with inits that do (PiSSA). The policy itself can be scored instead.
     """
     if not isinstance(model, PeftModel):
         yield

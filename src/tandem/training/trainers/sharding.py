@@ -1,4 +1,4 @@
-"""Policy and reference over several processes: FSDP version 2, DeepSpeed and tensor parallelism, done right for DPO."""
+"""Policy and reference sharded over several processes: FSDP version 2, DeepSpeed and tensor parallelism."""
 
 import contextlib
 import copy
@@ -128,9 +128,9 @@ def exact_sums(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | No
 def gather_once(model: nn.Module) -> None:
     """Gather the weights of every unit of FSDP version 2 for a moment, before training.
 
-    A unit that the forward never calls is never gathered: a head whose weights alone are read, a vision tower over
-    text. torch 2.13 makes a weight's place when it is first gathered, and fails at one without
-    (`FSDPParam._unsharded_param`) in the backward of a micro-batch that does not synchronise gradients.
+    A unit that the forward never calls is never gathered, such as a head of which only the weights are read, or a
+    vision tower when the input is text. torch 2.13 allocates a weight's gathered form on the first gather, and without
+    it (`FSDPParam._unsharded_param`) fails in the backward of a micro-batch that does not synchronise gradients.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -159,8 +159,8 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
 def average_cut_adapter(model: nn.Module, accelerator: Accelerator) -> None:
     """Have the gradients of an adapter on cut layers averaged over the processes that have the same part of it.
 
-    transformers 5.23 does so for what is whole on each process (`Trainer._sync_replicated_trainable_parameters`), and
-    FSDP for what it shards; an adapter's part is neither.
+    transformers 5.23 averages what is whole on each process (`Trainer._sync_replicated_trainable_parameters`), and FSDP
+    what it shards; an adapter's slice is neither.
     """
     alike = accelerator.torch_device_mesh["dp_shard"].get_group()
 

@@ -1,4 +1,4 @@
-"""What a run really is, and whether that is what its launcher was asked for.
+"""What a run consists of in fact, and whether that is what its launcher was asked for.
 
 Four launches of accelerate exit with 0 and do something else: a MULTI_CPU config with several processes starts one; a
 MULTI_GPU or FSDP config on a machine without GPUs starts jobs that do not know each other; a config of one GPU trains
