@@ -15,7 +15,7 @@ from tandem.engine.precision import computed_in
 from tandem.engine.ref_cache import fingerprint, pair_key, source_key
 from tandem.options.parsing import parse
 from tandem.training.option_sets import DPOOptionSet, classes
-from tandem.training.trainers.trl import _reference_source
+from tandem.training.trainers.trl import reference_source
 from tests import wide
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def test_no_files_vouch_for_what_was_made_of_them(tiny_model: Path, tiny_data: P
     flags = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(tiny_data), "--output_dir", str(tmp_path)]
 
     def source(*more: str) -> Any:
-        return _reference_source(DPOOptionSet(*parse([*flags, *more], classes(DPOOptionSet), prog="test")))
+        return reference_source(DPOOptionSet(*parse([*flags, *more], classes(DPOOptionSet), prog="test")))
 
     assert source("--use_peft", "true").files
     in_four_bits = source("--use_peft", "true", "--load_in_4bit", "true")

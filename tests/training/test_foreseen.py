@@ -15,7 +15,7 @@ from tandem.options.parsing import parse
 from tandem.training import foreseen
 from tandem.training.hardware import Hardware
 from tandem.training.option_sets import DPOOptionSet, classes
-from tandem.training.plan import Plan, _moments_by_values, _size
+from tandem.training.plan import Plan, moments_by_values, size
 from tandem.training.stages import training_data
 from tests import families, tiny
 
@@ -45,15 +45,15 @@ def test_layers_are_counted_on_as_those_between(
     text.save_pretrained(tmp_path / "six")
     figures = plan(tmp_path / "six")
     expected = figures.moments(figures.rehearse(figures.model))
-    monkeypatch.setattr(foreseen, "LIMIT", 4 * _size(figures.build(2)))
-    counted = _moments_by_values(figures)
+    monkeypatch.setattr(foreseen, "LIMIT", 4 * size(figures.build(2)))
+    counted = moments_by_values(figures)
     for part in ("weights", "gradients", "optimizer"):
         assert [usage[part] for usage in counted] == [usage[part] for usage in expected]
     activations = [usage["activations"] for usage in expected]
     assert [usage["activations"] for usage in counted] == pytest.approx(activations, rel=0.1)
     monkeypatch.setattr(foreseen, "LIMIT", 1000)
     with pytest.raises(UserError, match="no plan: what it does depends on values"):
-        _moments_by_values(figures)
+        moments_by_values(figures)
 
 
 def test_a_model_that_decides_by_values_has_a_plan(plan: Callable[[Path], Plan], tmp_path: Path):

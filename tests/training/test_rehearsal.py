@@ -11,7 +11,7 @@ from tandem.engine.layout import Layout
 from tandem.options.model import LoraOptions, ModelOptions
 from tandem.options.training import TrainOptions
 from tandem.training.foreseen import build
-from tandem.training.rehearsal import Batch, Rehearsal, _optimizer, _random_like, _replace_tensors, _Storages
+from tandem.training.rehearsal import Batch, Rehearsal, Storages, optimizer_of, random_like, replace_tensors
 
 # Two pairs: chosen rows, then rejected, of 9, 5, 7 and 4 tokens after prompts of 3 and 2
 ROWS = [

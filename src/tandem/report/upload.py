@@ -31,7 +31,6 @@ CARD_SETTINGS = (
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|ya?ml|txt)$", re.IGNORECASE)
-ADAPTER_CONFIG = "adapter_config.json"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 

@@ -145,13 +145,14 @@ class AsyncClient(_Client):
         self._reach()
         while True:
             attempt = self.endpoint.attempt(request)
-            got: httpx2.Response | openai.APIStatusError
             try:
-                got = await self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
+                response = await self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
             except openai.APIStatusError as error:
-                got = error
-            if (body := self._taken(attempt, got)) is not None:
-                return body
+                if self._mended(attempt, error):
+                    continue
+                raise
+            if self._accepted(attempt, response.text):
+                return self.scrub(response.text)
 
 
 class Client(_Client):
@@ -173,10 +174,11 @@ class Client(_Client):
         self._reach()
         while True:
             attempt = self.endpoint.attempt(request)
-            got: httpx2.Response | openai.APIStatusError
             try:
-                got = self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
+                response = self.openai.post(attempt.url, cast_to=httpx2.Response, body=attempt.body)
             except openai.APIStatusError as error:
-                got = error
-            if (body := self._taken(attempt, got)) is not None:
-                return body
+                if self._mended(attempt, error):
+                    continue
+                raise
+            if self._accepted(attempt, response.text):
+                return self.scrub(response.text)

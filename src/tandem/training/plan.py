@@ -168,7 +168,7 @@ class Plan:
         except _WITHOUT_VALUES as error:
             reason = first_line(error)
         try:
-            return _moments_by_values(self)
+            return moments_by_values(self)
         except _WITHOUT_VALUES as error:
             name = self.run.model.model_name_or_path
             raise UserError(f"{name}: no plan, because a step fails: {first_line(error)} ({reason})") from error
@@ -204,7 +204,7 @@ class Plan:
 
         activations = usage["activations"]
         if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
-            blocks = max((_size(each) for each in self.model.modules() if isinstance(each, nn.ModuleList)), default=0)
+            blocks = max((size(each) for each in self.model.modules() if isinstance(each, nn.ModuleList)), default=0)
             activations += 2 * blocks // foreseen.depth(self.model.config)
         return Peak(
             weights=share("weights"),
@@ -250,10 +250,10 @@ class Plan:
         batch = self.schedule.batch(min(batches, key=lambda batch: abs(self.schedule.tokens(batch) - mean)))
         all_layers = foreseen.depth(self.model.config)
         counts, timings = [], []
-        for layers in _PROBED_LAYERS:
+        for layers in PROBED_LAYERS:
             model = self.build(min(layers, all_layers))
             counts.append(foreseen.depth(model.config))
-            if _size(model) * 4 > foreseen.LIMIT:
+            if size(model) * 4 > foreseen.LIMIT:
                 return None
             timings.append(self.rehearse(model).time(batch, torch.device(self.hardware.device), _PROBE_REPEATS))
         few, more = counts
@@ -325,15 +325,15 @@ class Plan:
                 yield dict(together)
 
 
-def _moments_by_values(plan: Plan) -> list[Usage]:
+def moments_by_values(plan: Plan) -> list[Usage]:
     """`moments` on random numbers: of the whole model, or of few layers where that is too large, the others taken
     to need as much as those between."""
     models = [plan.build()]
-    if _size(models[0]) * 4 > foreseen.LIMIT:
+    if size(models[0]) * 4 > foreseen.LIMIT:
         config = foreseen.config_of(plan.run.model)
         kinds = foreseen.layers_of_all_kinds(config)
         models = [plan.build(layers) for layers in (kinds, min(2 * kinds, foreseen.depth(config)))]
-    if max(map(_size, models)) * 4 > foreseen.LIMIT:
+    if max(map(size, models)) * 4 > foreseen.LIMIT:
         name = plan.run.model.model_name_or_path
         raise UserError(f"{name}: no plan: what it does depends on values, and it is too large to be tried with some")
     counted = [plan.moments(dataclasses.replace(plan.rehearse(model), values=True)) for model in models]
@@ -347,7 +347,7 @@ def _moments_by_values(plan: Plan) -> list[Usage]:
     ]
 
 
-def _size(model: nn.Module) -> int:
+def size(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 

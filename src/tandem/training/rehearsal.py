@@ -122,8 +122,8 @@ class Rehearsal:
     def _counted(self, batch: Batch) -> Iterator[tuple["_Step", Batch, "Storages"]]:
         """A step on fake tensors, its batch as such, and the count of what lives."""
         if self.values:
-            step = self._step(functools.partial(_random_like, device=torch.device("cpu")))
-            with (storages := _Storages(step.model)):
+            step = self._step(functools.partial(random_like, device=torch.device("cpu")))
+            with (storages := Storages(step.model)):
                 yield step, batch, storages
             return
         with FakeTensorMode() as fake:
@@ -235,7 +235,7 @@ def _grouped_product(left: Tensor, right: Tensor, offs: Any = None, bias: Any = 
     return left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
 
 
-def _optimizer(train: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(train: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
     """One of the model's trained parameters, with the state of `train.optim`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if train.optim == "sgd":

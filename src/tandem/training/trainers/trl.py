@@ -337,14 +337,14 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
         monitor=run.monitor,
         logs_dir=build.logs_dir,
         dpo=dpo,
-        reference_source=_reference_source(run),
+        reference_source=reference_source(run),
         data_collator=PairCollator(build.tokenizer.pad_token_id, max_length, static=has_hpu()),
         undealt=functools.partial(why_undealt, run.train, dpo),
         **build.splits,
     )
 
 
-def _reference_source(run: DPOOptionSet) -> Source:
+def reference_source(run: DPOOptionSet) -> Source:
     """What the reference is read from; of no files where its weights are more than what files hold."""
     if named := run.dpo.reference_model:
         own = dataclasses.replace(run.model, model_name_or_path=named, model_revision=None)
