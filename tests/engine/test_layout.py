@@ -137,6 +137,66 @@ def test_a_batch_by_hand():
     assert plan.scatter(torch.arange(1.0, 7.0)).tolist() == [[0, 1, 0], [2, 3, 0], [0, 4, 5], [6, 0, 0]]
 
 
+def test_a_group_by_hand():
+    """Prompt 10 11, chosen 12 9, rejected 13 and 12 14; then another prompt. Chosen is read from the first pair's."""
+    chosen, other = [10, 11, 12, 9], [20, 21, 0, 0]
+    ids = torch.tensor([chosen, chosen, other, [10, 11, 13, 0], [10, 11, 12, 14], [20, 22, 0, 0]])
+    labels = torch.where((ids < 10) | (ids > 11), ids, -100).masked_fill((ids == 0) | (ids == 20), -100)
+    plan = lay_out_pairs(ids, (ids != 0).long(), labels, groups=[0, 0, 1])
+    assert ids.flatten()[plan.token_index].tolist() == [*chosen, 13, 14, 20, 21, 22]
+    assert plan.multiplicity.tolist() == [[4, 4, 3, 2, 1, 1, 2, 1, 1]]
+    assert plan.cu_seq_q.tolist() == [0, 4, 5, 6, 8, 9]
+    assert plan.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 0, 1, 2, 5, 6, 7, 6, 8]
+    # 12 and 9 of chosen once; of the second rejected answer 12 is predicted where chosen's is
+    assert plan.targets.tolist() == [12, 9, 21, 13, 12, 14, 22]
+    assert plan.score_index.tolist() == [1, 2, 6, 1, 1, 2, 6]
+    values = torch.arange(1.0, 8.0, requires_grad=True)
+    grid = plan.scatter(values)
+    assert grid.tolist() == [[0, 1, 2], [0, 1, 2], [3, 0, 0], [0, 4, 0], [0, 5, 6], [7, 0, 0]]
+    grid.sum().backward()
+    assert values.grad.tolist() == [2, 2, 1, 1, 1, 1, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_groups_share_all_that_their_pairs_begin_with(data):
+    groups = data.draw(st.lists(st.tuples(pair, st.lists(tokens, max_size=3)), min_size=1, max_size=3))
+    pairs = [(one[0], one[1], rejected) for one, more in groups for rejected in (one[2], *more)]
+    numbers = [number for number, (_, more) in enumerate(groups) for _ in range(1 + len(more))]
+    rows = [(prompt, answer) for side in (1, 2) for prompt, answer in ((each[0], each[side]) for each in pairs)]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows) or 1
+    ids, mask, labels = grid(rows, [0] * len(rows), width)
+    try:
+        alone = lay_out_pairs(ids, mask, labels)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error)[:20]):
+            lay_out_pairs(ids, mask, labels, groups=numbers)
+        return
+    plan = lay_out_pairs(ids, mask, labels, groups=numbers)
+
+    # A hash of what each packed token sees stands for its log-prob: both layouts must fill the grid with the same
+    def seen(layout):
+        tokens, positions = ids.flatten()[layout.token_index].tolist(), layout.position_ids[0].tolist()
+        sees = attention_sets(layout)
+        assert sees == varlen_attention_sets(layout)
+        context = {q: hash(tuple((positions[k], tokens[k]) for k in keys)) % 1000 for q, keys in sees.items()}
+        values = [context[index] + 1 for index in layout.score_index.tolist()]
+        return layout.scatter(torch.tensor(values, dtype=torch.float64))
+
+    assert torch.equal(seen(plan), seen(alone))
+    assert plan.multiplicity.sum() == alone.multiplicity.sum() == mask.sum()
+    first = {number: numbers.index(number) for number in numbers}
+    kept = {
+        (number, tuple(context(ids, mask, row, column)))
+        for pair_, number in enumerate(numbers)
+        for row in (first[number], len(pairs) + pair_)
+        for column in range(width)
+        if mask[row, column]
+    }
+    assert plan.n_tokens >= len(kept)  # more only where two rejected answers share what chosen has not
+    assert plan.n_tokens <= alone.n_tokens
+
+
 def test_prompts_cut_at_different_places_share_nothing():
     # keep_end truncation of prompt 1 2 3 with a short and a long answer
     ids = torch.tensor([[1, 2, 3, 7], [3, 8, 8, 9]])

@@ -256,6 +256,7 @@ LORA_CHANGES: dict[str, tuple[Any, str, Any]] = {
     "lora_bias": (True, "lora_bias", True),
     "use_rslora": (True, "use_rslora", True),
     "use_dora": (True, "use_dora", True),
+    "init_lora_weights": ("pissa", "init_lora_weights", "pissa"),
 }
 
 
@@ -673,6 +674,7 @@ PROOFS: dict[str, dict[str, str]] = {
     "TrainOptions": {
         **dict.fromkeys(TRAIN_CHANGES, TRL),
         "greater_is_better": f"{HERE}::test_which_evaluation_is_best",
+        "eval_sets": "training/test_best_model.py::test_several_sets",
         "early_stopping_patience": "training/test_best_model.py::test_early_stopping",
         "wandb_project": "training/test_stages.py::test_trackers_write_without_key_or_network",
         "tf32": f"{HERE}::test_tf32_is_handed_to_trl",
@@ -706,6 +708,10 @@ PROOFS: dict[str, dict[str, str]] = {
         **dict.fromkeys(DPO_CHANGES, LOSS),
         "reference_model": "training/test_stages.py::test_the_default_loss_with_smoothing_is_cdpo",
         "simpo_gamma": "training/test_stages.py::test_simpo_is_its_formula",
+        **dict.fromkeys(
+            ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+            "training/trainers/test_synced.py::test_every_logged_number_is_trls",
+        ),
     },
     "EngineOptions": {
         "layout": f"{HERE}::test_the_layout_is_the_engines",

@@ -1,12 +1,15 @@
 """The best of the evaluations: which checkpoint is kept, which weights are saved, and when a run stops for it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tandem.errors import UserError
+from tandem.runs import MANIFEST
+from tests import tiny
 
 # With so high a learning rate the held-out answers' rewards fall, while their loss gets better
 METRIC = "eval_rewards/chosen"
@@ -58,6 +61,65 @@ def test_early_stopping(tmp_path: Path, script, tiny_model: Path, tiny_data: Pat
     best = max(measured, key=lambda step: measured[step])
     assert max(measured) == best + 2 < max(whole)
     assert measured == {step: whole[step] for step in measured}
+
+
+def test_early_stopping_over_a_kill(tmp_path: Path, script, tiny_model: Path, tiny_data: Path):
+    """The evaluations before the kill count: the run stops where one that was never stopped does."""
+    flags = f"--early_stopping_patience 2 --metric_for_best_model {METRIC} --save_steps 1 --save_total_limit none"
+    measured = measured_in(run(script, tmp_path / "out", tiny_model, tiny_data, *flags.split()))
+    last = max(measured)
+    (tmp_path / "out" / MANIFEST).unlink()
+    shutil.rmtree(tmp_path / "out" / f"checkpoint-{last}")
+    again = run(script, tmp_path / "out", tiny_model, tiny_data, *flags.split())
+    assert measured_in(again) == measured and max(log["step"] for log in again) == last < 6
+
+
+def test_several_sets(tmp_path: Path, script, tiny_model: Path, tiny_data: Path):
+    """Each is measured as it is alone; the best model and the stop are by the one that was named."""
+    other = tiny.save_pairs(tmp_path / "other.jsonl", tiny.hh_rows(5, start=50))
+    sets = ["--eval_sets", f"own={tiny_data}", f"other={other}"]
+    flags = ["--metric_for_best_model", "eval_other_rewards/chosen", "--early_stopping_patience", "2"]
+    flags += ["--save_steps", "1", "--load_best_model_at_end", "--save_strategy", "steps", "--save_total_limit", "none"]
+    history = run(script, tmp_path / "out", tiny_model, tiny_data, *sets, *flags)
+    alone = {
+        "own": run(script, tmp_path / "own", tiny_model, tiny_data),
+        "other": run(script, tmp_path / "alone", tiny_model, tiny_data, "--eval_sets", f"other={other}"),
+    }
+    for name, prefix in (("own", "eval_"), ("other", "eval_other_")):
+        of_one = {log["step"]: log[f"{prefix}loss"] for log in alone[name] if f"{prefix}loss" in log}
+        found = {log["step"]: log[f"eval_{name}_loss"] for log in history if f"eval_{name}_loss" in log}
+        assert len(found) > 2 and found == {step: of_one[step] for step in found}
+    by_step = {log["step"]: log["eval_other_rewards/chosen"] for log in history if "eval_other_rewards/chosen" in log}
+    best = max(by_step, key=lambda step: by_step[step])
+    assert max(by_step) == best + 2 < 6
+    saved, at_best = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "out", tmp_path / f"out/checkpoint-{best}")
+    )
+    assert all(saved[key].equal(at_best[key]) for key in saved)
+    assert not any("eval_loss" in log for log in history)
+
+
+def test_sets_of_an_sft(tmp_path: Path, script, tiny_model: Path, tiny_data: Path):
+    given = f"--model_name_or_path {tiny_model} --dataset_name {tiny_data} --output_dir {tmp_path}/out --max_steps 1"
+    script("sft").main([*given.split(), "--eval_strategy", "epoch", "--eval_sets", f"a={tiny_data}", f"b={tiny_data}"])
+    history = json.loads((tmp_path / "out" / "training_metrics.json").read_text())["log_history"]
+    (found,) = [log for log in history if "eval_a_loss" in log]
+    assert [log["eval_b_loss"] for log in history if "eval_b_loss" in log] == [found["eval_a_loss"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--eval_sets a", "--eval_sets a: must be NAME=DATA"),
+        ("--eval_sets a=x a=y", "a name is there twice"),
+        ("--eval_sets a=x --val_ratio 0.1", "--val_ratio has no effect with --eval_sets"),
+        ("--eval_sets a=x --save_strategy best", "must be of one of --eval_sets, as eval_a_loss"),
+        ("--eval_sets a=./nowhere.jsonl", "nowhere.jsonl"),
+    ],
+)
+def test_sets_that_cannot_be(flags: str, told: str, tmp_path: Path, script, tiny_model: Path, tiny_data: Path):
+    with pytest.raises(UserError, match=told):
+        run(script, tmp_path / "out", tiny_model, tiny_data, *flags.split())
 
 
 def test_a_metric_that_no_evaluation_has(tmp_path: Path, script, tiny_model: Path, tiny_data: Path):

@@ -11,6 +11,7 @@ from tandem.data.balance import Balance
 from tandem.data.formats import Row
 from tandem.data.lint import HELD_OUT, LEVELS, Finding, lint, unread_columns, unreadable
 from tandem.data.options import CheckOptions
+from tandem.data.several import as_rows, to_row
 from tandem.data.show import print_pair, show_pairs
 from tandem.data.texts import render
 from tandem.errors import UserError
@@ -147,13 +148,5 @@ def write_fixed(folder: Path, splits: Mapping[str, Sequence[Row]], fixed: Mappin
         file = folder / _FILES.get(split, f"{split}.jsonl")
         if len({isinstance(pair["prompt"], str) for pair in pairs}) > 1:  # a mixture; a file has one format
             pairs = [render(pair, use_chat_template=True) for pair in pairs]
-        write_atomic(file, "".join(json.dumps(_as_row(pair)) + "\n" for pair in pairs))
+        write_atomic(file, "".join(json.dumps(to_row(row)) + "\n" for row in as_rows(pairs)))
         print(f"{file}: {len(pairs)} of {len(splits[split])} pairs")
-
-
-def _as_row(pair: Row) -> Row:
-    """The columns that are read to `pair` again."""
-    parts = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-    row = {part: pair[part] for part in parts if part in pair}
-    scores = zip(("score_chosen", "score_rejected"), pair.get("scores", ()), strict=False)
-    return row | dict(scores)

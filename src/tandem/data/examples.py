@@ -31,16 +31,18 @@ class Example:
         row: with `chosen` and `rejected`, both the answer.
         kind: None for a row that is a pair.
         column: the answer's, in the file.
+        among: which of several rejected answers a pair is of, in words; nothing where it is the only one.
     """
 
     row: Row
     kind: Kind | None = None
     column: str = "chosen"
+    among: str = ""
 
     def in_its_words(self, error: RowError) -> RowError:
         """`error` with the column that the file has in place of the one that the row was read under."""
         if self.kind is None:
-            return error
+            return RowError(str(error).replace("field 'rejected'", f"field 'rejected'{self.among}"))
         return RowError(str(error).replace("'chosen'", repr(self.column)).replace("'rejected'", repr(self.column)))
 
 

@@ -13,6 +13,7 @@ from tandem.data import select
 from tandem.data.files import is_data_file
 from tandem.data.formats import Row, kind_of
 from tandem.data.options import ALL, MISSING, SOURCE_OPTIONS, DataOptions
+from tandem.data.several import as_rows, flat
 from tandem.errors import UserError
 from tandem.options.fields import opt, options_of
 from tandem.options.parsing import convert, unknown_option
@@ -120,13 +121,16 @@ def mix(sources: Sequence[Source], parts: Sequence[list[Row]], seed: int) -> lis
     for source, part in zip(sources, parts, strict=True):
         if not part:
             raise UserError(f"{source.options.dataset_name}: every prompt of it is held out; lower --val_ratio")
-    # Pairs per unit of weight that every source can give
-    scale = min(len(part) / source.weight for source, part in zip(sources, parts, strict=True))
+    # Rows, of several pairs where a prompt has several rejected answers: such pairs stay together
+    of_sources = [as_rows(part) for part in parts]
+    # Rows per unit of weight that every source can give
+    scale = min(len(rows) / source.weight for source, rows in zip(sources, of_sources, strict=True))
     generator = random.Random(seed)
-    mixed: list[Row] = []
-    for source, part in zip(sources, parts, strict=True):
-        count = min(len(part), max(1, round(scale * source.weight)))
+    mixed: list[list[Row]] = []
+    for source, rows, part in zip(sources, of_sources, parts, strict=True):
+        taken = generator.sample(rows, min(len(rows), max(1, round(scale * source.weight))))
+        count = sum(map(len, taken))
         print(f"mixture: {count} of {len(part)} training pairs of {source.options.dataset_name}", file=sys.stderr)
-        mixed += generator.sample(part, count)
+        mixed += taken
     generator.shuffle(mixed)
-    return mixed
+    return flat(mixed)

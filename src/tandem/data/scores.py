@@ -10,6 +10,7 @@ _COLUMNS = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
     ("rating_chosen", "rating_rejected"), ("chosen-rating", "rejected-rating"),
 )  # fmt: skip
+REJECTED_COLUMNS = tuple(rejected for _, rejected in _COLUMNS)
 
 
 def scores_of(row: Row, *, needed: bool = False) -> tuple[Row, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from tandem.data.rows import Row, RowError, has_value, leaves
 # Columns whose names are taken in any case and with blanks around them
 _KNOWN = {
     *PROMPTS, "chosen", "rejected", "input", "system", "system_prompt", "history", "tools", "messages",
-    "score_chosen", "score_rejected",
+    "score_chosen", "score_rejected", "weight", "margin",
 }  # fmt: skip
 _OF_MESSAGES = ("prompt", "chosen", "rejected", "conversations", "history", "messages")
 _SIDES = ("chosen", "rejected")

@@ -45,7 +45,7 @@ def _show(seen: Seen, tokenizer: "PreTrainedTokenizerBase", text: TextOptions, s
         for side, whole, ids in seen.sides
     }
     return {
-        "prompt": answers["chosen"][:prompt_length][-text.max_length :],
+        "prompt": answers["chosen"][:prompt_length][-text.limit :],
         **{side: pieces[prompt_length:][: room + _BEYOND] for side, pieces in answers.items()},
         "lengths": {"prompt": prompt_length, "chosen": len(seen.chosen_ids), "rejected": len(seen.rejected_ids)},
         "room": room,

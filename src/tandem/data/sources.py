@@ -28,6 +28,7 @@ from tandem.data.rated import paired
 from tandem.data.repeated import without_prompts
 from tandem.data.rows import columns_of
 from tandem.data.scores import scores_of
+from tandem.data.several import as_rows, flat, numbers_of, one_by_one, refuse_some, unweighed
 from tandem.data.shapes import known_names, known_shape
 from tandem.data.splits import Located, has_test_split, is_local, local_splits, read_split
 from tandem.errors import UserError, one_line
@@ -55,10 +56,7 @@ def load_pairs(
     rows = []
     for source, number, row in located:
         try:
-            named = arranged(source, number, row, options, balance)
-            read = read_example(named, options) if isinstance(options, SFTDataOptions) else Example(named)
-            shaped = known_shape(read.row, options.data_format)
-            rows.append((source, number, dataclasses.replace(read, row=shaped)))
+            rows += [(source, number, read) for read in _read(arranged(source, number, row, options, balance), options)]
         except RowError as error:
             _good((source, number, error), options.max_bad_rows, bad)
     if not rows:
@@ -73,14 +71,15 @@ def load_pairs(
     for source, number, read in rows:
         try:
             pair = _pair_of(read, data_format, first, options, balance)
-            pairs.append({**pair, "source": source, "row": number, "format": data_format})
+            place = {"source": source, "row": number, "format": data_format}
+            pairs.append({**pair, **place, **({"group": _place(source, number)} if read.among else {})})
         except RowError as error:
             _good((source, number, read.in_its_words(error)), options.max_bad_rows, bad)
 
     def refuse(pair: Row, error: RowError) -> None:
         _good((pair["source"], pair["row"], error), options.max_bad_rows, bad)
 
-    pairs = without_prompts(pairs, balance, refuse)
+    pairs = refuse_some(without_prompts(pairs, balance, refuse), refuse)
     if columns := {read.column for _, _, read in rows if read.kind is not None}:
         balance.read = columns | balance.read - {"chosen", "rejected", *(["prompt"] if data_format == TEXT else [])}
     for line in bad:
@@ -107,6 +106,20 @@ def _located(options: DataOptions, split: str, bad: list[str]) -> list[Located]:
     return good
 
 
+def _read(row: Row, options: DataOptions) -> list[Example]:
+    """What a row has to train on: an example, a pair, or as many pairs as it has rejected answers.
+
+    Raises:
+        RowError: none of these.
+    """
+    rows = one_by_one(row)
+    if isinstance(options, SFTDataOptions):  # which learns the chosen answer, once
+        read = [read_example(rows[0], options)]
+    else:
+        read = [Example(each, among=f", answer {place}" if len(rows) > 1 else "") for place, each in enumerate(rows, 1)]
+    return [dataclasses.replace(each, row=known_shape(each.row, options.data_format)) for each in read]
+
+
 def _pair_of(read: Example, data_format: str, first: str, options: DataOptions, balance: Balance) -> Row:
     """The canonical row, with its scores and, of an example without a rejected answer, its kind.
 
@@ -117,10 +130,11 @@ def _pair_of(read: Example, data_format: str, first: str, options: DataOptions, 
     if first:
         check_format(read.row, data_format, first)
     scores, of_scores = scores_of(read.row, needed=options.min_score_margin is not None)
-    row = {name: read.row[name] for name in read.row if name not in of_scores}
+    numbers = {} if isinstance(options, SFTDataOptions) else numbers_of(read.row)
+    row = {name: read.row[name] for name in read.row if name not in (*of_scores, *numbers)}
     pair = to_canonical(row, data_format, balance)
-    balance.read.update(of_scores)
-    return {**pair, **scores, **({"kind": read.kind} if read.kind is not None else {})}
+    balance.read.update(of_scores, numbers)
+    return {**pair, **scores, **numbers, **({"kind": read.kind} if read.kind is not None else {})}
 
 
 def _far_apart(options: DataOptions, split: str, pairs: list[Row]) -> list[Row]:
@@ -204,6 +218,19 @@ def load_held_out(options: DataOptions) -> list[Row]:
 
     Where no source has a test split, all are measured whole, and a line on stderr says so.
     """
+    return unweighed(held_out_of(options))
+
+
+def of_set(options: DataOptions, name: str) -> DataOptions:
+    """The options with other data: of the same format and keys, unless they are those of a mixture's sources."""
+    kept = {each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
+    own = ("dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split")
+    kept = {name: value for name, value in kept.items() if name not in (*own, "val_ratio", "val_ratio_of", "data_seed")}
+    return type(options)(dataset_name=name, **kept)
+
+
+def held_out_of(options: DataOptions) -> list[Row]:
+    """`load_held_out`, for training, which evaluates by weights and margins."""
     if options.val_ratio:
         return load_splits(options)[1]
     sources = sources_of(options)
@@ -277,8 +304,9 @@ def _test_split(
 
 
 def _shuffled(pairs: list[Row], sources: Sequence[Source], seed: int) -> list[Row]:
-    """Pairs of a mixture in an order in which the first N are of all sources."""
-    return random.Random(seed).sample(pairs, len(pairs)) if len(sources) > 1 else pairs
+    """Pairs of a mixture in an order in which the first N are of all sources; those of a row stay together."""
+    rows = as_rows(pairs)
+    return flat(random.Random(seed).sample(rows, len(rows))) if len(sources) > 1 else pairs
 
 
 def split_by_prompt(pairs: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:

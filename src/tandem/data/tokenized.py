@@ -266,11 +266,11 @@ def tell_left_out(counts: Counter[str], total: int, what: str) -> None:
 
 
 def token_hash(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
-    """SHA-256 of the token ids, masks and labels of tokenized data, of one split after the other."""
+    """SHA-256 of the token ids, masks, labels and numbers of tokenized data, of one split after the other."""
     digest = hashlib.sha256()
     for name in sorted(splits):
         for row in splits[name]:
-            lists = [(column, row[column]) for column in sorted(row) if isinstance(row[column], list)]
+            lists = [(column, row[column]) for column in sorted(row) if isinstance(row[column], list | float | int)]
             digest.update(json.dumps([name, lists], separators=(",", ":")).encode())
     return digest.hexdigest()
 

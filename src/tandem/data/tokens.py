@@ -49,7 +49,7 @@ class Seen:
 
     def room(self, text: TextOptions) -> int:
         """Tokens of an answer that `max_length` leaves."""
-        return max(0, text.max_length - len(self.prompt_ids))
+        return max(0, text.limit - len(self.prompt_ids))
 
     def first_difference(self) -> int | None:
         """Index of the first token in which the answers differ; None if they are the same tokens."""

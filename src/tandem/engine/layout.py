@@ -6,15 +6,19 @@ gives equal prefixes equal hidden states. The layout therefore keeps one row of
 
     prefix, rest of chosen, rest of rejected   of pair 0, then of pair 1, ...
 
-with nothing padded. A token keeps the position it had in the grid. For attention, each grid row that still has tokens
-of its own is one sequence: its queries are the tokens it keeps, its keys are all its tokens. That is causal attention
-aligned at the bottom right, with as many queries as keys for chosen and fewer for rejected.
+with nothing padded. Pairs of one group, a prompt and its chosen answer with several rejected ones, share all of that:
+prefix, rest of chosen, rest of the first rejected, rest of the second, and so on; the chosen rows of the second and
+further pairs are read from the first one's. A token keeps the position it had in the grid. As attention, every grid
+row that still has tokens of its own is one sequence whose queries are its kept tokens and whose keys are all its
+tokens: bottom-right aligned causal attention with as many queries as keys for chosen, and fewer queries than keys for
+rejected.
 
 Everything here is index arithmetic on tensors: no model, no trl, no transformers.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -59,19 +63,22 @@ class PairLayout:
         shape: (2B, S) of the padded grid the layout was made from.
         segments: the N sequences, as slices of the packed row.
         n_scored: M.
-        indices: (3T + K + 2(N + 1) + 3M,) the tensors below, one after the other.
+        indices: (3T + K + 2(N + 1) + 3M,) the tensors below, one after the other; with copies 2B more.
+        has_copies: whether rows of the grid repeat others: they are not scored again.
     """
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
     n_scored: int
     indices: Tensor
+    has_copies: bool = False
 
     @functools.cached_property
     def _parts(self) -> tuple[Tensor, ...]:
         tokens, keys, scored = self.n_tokens, sum(each.k_length for each in self.segments), self.n_scored
         ends = len(self.segments) + 1
-        return self.indices.split([tokens, tokens, tokens, keys, ends, ends, scored, scored, scored])
+        rows = self.shape[0] if self.has_copies else 0
+        return self.indices.split([tokens, tokens, tokens, keys, ends, ends, scored, scored, scored, rows])
 
     @property
     def token_index(self) -> Tensor:
@@ -85,12 +92,12 @@ class PairLayout:
 
     @property
     def multiplicity(self) -> Tensor:
-        """(1, T) how many grid rows a token stands for, 1 or 2."""
+        """(1, T) how many grid rows a token stands for."""
         return self._parts[2][None]
 
     @property
     def key_index(self) -> Tensor:
-        """(K,) packed position of every key, sequence after sequence; none is there more than twice."""
+        """(K,) packed position of every key, sequence after sequence; without groups none more than twice."""
         return self._parts[3]
 
     @functools.cached_property
@@ -144,11 +151,18 @@ class PairLayout:
     def scatter(self, values: Tensor) -> Tensor:
         """Put (M,) per-token values into the (2B, S - 1) grid TRL reads, zero elsewhere. Keeps the gradient."""
         rows, columns = self.shape
-        grid = values.new_zeros(rows * (columns - 1))
-        return grid.scatter(0, self.score_slots, values).view(rows, columns - 1)
+        flat = values.new_zeros(rows * (columns - 1))
+        grid = flat.scatter(0, self.score_slots, values).view(rows, columns - 1)
+        return grid.index_select(0, self._parts[9].to(grid.device)) if self.has_copies else grid
 
 
-def lay_out_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, layout: Layout = "shared") -> PairLayout:
+def lay_out_pairs(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    layout: Layout = "shared",
+    groups: Sequence[int] | None = None,
+) -> PairLayout:
     """Lay out a batch of B pairs.
 
     Args:
@@ -158,6 +172,7 @@ def lay_out_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, lay
         layout: `shared` forwards a pair's common prefix once; `packed` keeps every row whole, so that its rows need not
             be pairs. A pair whose rows start at different columns, or with different tokens, shares nothing under
             either.
+        groups: B numbers; pairs with the same share what all of them begin with. None: each pair is alone.
 
     Returns:
         The layout, on the device of `input_ids`. Unless that is the host, this waits for the batch once.
@@ -167,47 +182,34 @@ def lay_out_pairs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, lay
     """
     shape, device = (input_ids.shape[0], input_ids.shape[1]), input_ids.device
     _check(*shape, layout)
-    input_ids, attention_mask, labels = _on_host(input_ids, attention_mask, labels)
-    rows, columns = input_ids.shape
-    pairs = rows // 2
-
-    # (B, 2, S): pair-major, so that flattening runs through chosen, rejected of one pair before the next
-    def by_pair(grid: Tensor) -> Tensor:
-        return grid.view(2, pairs, columns).transpose(0, 1)
-
-    mask = attention_mask != 0
-    ids, real = by_pair(input_ids), by_pair(mask)
-    column = torch.arange(columns)
-    starts, lengths = real.long().argmax(-1), real.sum(-1)
-    shared = _common_prefix(ids, real, starts, column) if layout == "shared" else torch.zeros_like(lengths[:, 0])
-
-    if (real != ((column >= starts[..., None]) & (column < (starts + lengths)[..., None]))).any():
-        raise ValueError("the attention mask of a row has a hole")
-    scored = _scored(labels, mask)
-    segments, kept_rows = _segments(lengths.flatten().tolist(), shared.tolist())
+    ids, mask, labels = _on_host(input_ids, attention_mask, labels)
+    rows = _Rows.of(ids, mask != 0, groups if layout == "shared" else None, shares=layout == "shared")
+    scored = _scored(labels, mask != 0)
+    segments, is_sequence = _segments(rows)
     if not segments:
         raise ValueError("the batch has no tokens")
+    source = rows.copied_from(labels) if groups is not None and layout == "shared" else None
+    if source is not None:
+        scored &= (source == torch.arange(len(source)))[:, None]
 
-    first = starts[:, :1]
-    in_prefix = (column >= first) & (column < first + shared[:, None])
-    keep, packed = _packed(real, in_prefix)
-    grid_index = by_pair(torch.arange(rows * columns).view(rows, columns))
-    attended = real & torch.tensor(kept_rows).view(pairs, 2, 1)
-    packed_of_grid = packed.transpose(0, 1).reshape(rows, columns)
-    twice = torch.stack([in_prefix, torch.zeros_like(in_prefix)], dim=1)
+    keep, places = rows.packed()
+    on_grid = torch.empty_like(places)
+    on_grid[rows.order] = places
+    attended = rows.real & torch.tensor(is_sequence)[:, None]
     targets = labels[:, 1:][scored]
-    indices = (
-        grid_index[keep],
-        column.expand_as(keep)[keep],
-        (1 + twice.long())[keep],
-        packed[attended],
+    indices = [
+        torch.arange(ids.numel()).view_as(ids)[rows.order][keep],
+        rows.column.expand_as(keep)[keep],
+        rows.multiplicity()[keep],
+        places[attended],
         _cumulative([segment.q_length for segment in segments]),
         _cumulative([segment.k_length for segment in segments]),
-        packed_of_grid[:, :-1][scored],
+        on_grid[:, :-1][scored],
         targets,
         scored.flatten().nonzero().squeeze(1),
-    )
-    return PairLayout(shape, segments, len(targets), torch.cat(indices)).to(device)
+    ]
+    indices += [] if source is None else [source]
+    return PairLayout(shape, segments, len(targets), torch.cat(indices), source is not None).to(device)
 
 
 def _check(rows: int, columns: int, layout: Layout) -> None:
@@ -235,12 +237,87 @@ def _on_host(*grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids, mask, labels
 
 
-def _common_prefix(ids: Tensor, real: Tensor, starts: Tensor, column: Tensor) -> Tensor:
-    """(B,) number of leading tokens that both rows of a pair have, at the same columns. Takes (B, 2, S) grids."""
-    before = column < starts.amax(-1)[:, None]
-    same = (ids[:, 0] == ids[:, 1]) & real.all(1)
-    length = (same | before).long().cumprod(-1).sum(-1) - starts[:, 0]
-    return torch.where((starts[:, 0] == starts[:, 1]) & real.any(-1).all(-1), length, 0)
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The 2B rows of a batch in the order in which they are packed: chosen, rejected of one pair before the next.
+
+    Attributes:
+        order: (2B,) row of the grid.
+        ids, real: (2B, S) tokens, and where there are any.
+        base: (2B,) the row that each shares its beginning with: an earlier one, or itself.
+        starts, lengths, shared: (2B,) column of the first token, number of tokens, and how many the base has too.
+    """
+
+    order: Tensor
+    ids: Tensor
+    real: Tensor
+    base: Tensor
+    starts: Tensor
+    lengths: Tensor
+    shared: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor, groups: Sequence[int] | None, *, shares: bool) -> "_Rows":
+        """Of a grid. Raises ValueError: a row has a hole."""
+        pairs = len(ids) // 2
+        order = torch.arange(2 * pairs).view(2, pairs).t().flatten()
+        base = torch.arange(2 * pairs)
+        if shares:
+            first: dict[int, int] = {}
+            labels = range(pairs) if groups is None else groups
+            base = 2 * torch.tensor([first.setdefault(label, pair) for pair, label in enumerate(labels)])
+            base = base.repeat_interleave(2)
+        ids, real = ids[order], mask[order]
+        column = torch.arange(ids.shape[1])
+        starts, lengths = real.long().argmax(-1), real.sum(-1)
+        if (real != ((column >= starts[:, None]) & (column < (starts + lengths)[:, None]))).any():
+            raise ValueError("the attention mask of a row has a hole")
+        return cls(order, ids, real, base, starts, lengths, _common_prefix(ids, real, starts, base))
+
+    @property
+    def column(self) -> Tensor:
+        """(S,)"""
+        return torch.arange(self.ids.shape[1])
+
+    @functools.cached_property
+    def in_prefix(self) -> Tensor:
+        """(2B, S) which tokens stand in the base already."""
+        start = self.starts[:, None]
+        return (self.column >= start) & (self.column < start + self.shared[:, None])
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """(2B, S) which tokens go into the packed row, and the place there of each real one, be it the base's."""
+        keep = self.real & ~self.in_prefix
+        places = (keep.flatten().cumsum(0) - 1).view_as(keep)
+        return keep, torch.where(self.in_prefix, places[self.base], places)
+
+    def multiplicity(self) -> Tensor:
+        """(2B, S) how many rows a token that is packed stands for."""
+        return torch.ones_like(self.ids).index_add(0, self.base, self.in_prefix.long())
+
+    def copied_from(self, labels: Tensor) -> Tensor | None:
+        """(2B,) for each row of the grid the one that its log-probs are read from; None where all are their own.
+
+        A chosen row is read from its group's first where it has the same tokens and the same labels, (2B, S).
+        """
+        own = torch.arange(len(self.base))
+        labels = labels[self.order]
+        whole = (self.shared == self.lengths) & (self.lengths == self.lengths[self.base])
+        copied = whole & (labels == labels[self.base]).all(-1) & (own % 2 == 0) & (self.base != own)
+        if not copied.any():
+            return None
+        source = torch.empty_like(own)
+        source[self.order] = self.order[torch.where(copied, self.base, own)]
+        return source
+
+
+def _common_prefix(ids: Tensor, real: Tensor, starts: Tensor, base: Tensor) -> Tensor:
+    """(2B,) number of leading tokens that each row and its base have, at the same columns; of a base itself 0."""
+    before = torch.arange(ids.shape[1]) < torch.maximum(starts, starts[base])[:, None]
+    same = (ids == ids[base]) & real & real[base]
+    length = (same | before).long().cumprod(-1).sum(-1) - starts
+    has_both = real.any(-1) & real[base].any(-1) & (starts == starts[base])
+    return torch.where(has_both & (base != torch.arange(len(base))), length, 0)
 
 
 def _scored(labels: Tensor, mask: Tensor) -> Tensor:
@@ -251,31 +328,19 @@ def _scored(labels: Tensor, mask: Tensor) -> Tensor:
     return scored
 
 
-def _packed(real: Tensor, in_prefix: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 2, S) which tokens go into the packed row, and the place there of each real one.
-
-    The rejected row's part of the prefix, (B, S), is dropped, and stands where chosen's is.
-    """
-    keep = real.clone()
-    keep[:, 1] &= ~in_prefix
-    places = (keep.flatten().cumsum(0) - 1).view_as(keep)
-    places[:, 1] = torch.where(in_prefix, places[:, 0], places[:, 1])
-    return keep, places
-
-
-def _segments(lengths: list[int], shared: list[int]) -> tuple[tuple[Segment, ...], list[bool]]:
-    """The sequences of the packed row, and for each row of the pair-major grid whether it became one."""
+def _segments(rows: _Rows) -> tuple[tuple[Segment, ...], list[bool]]:
+    """The sequences of the packed row, and for each of `rows` whether it became one."""
     segments: list[Segment] = []
+    begins: list[int] = []
     offset = 0
-    kept_rows = []
-    for pair, prefix in enumerate(shared):
-        chosen, rejected = lengths[2 * pair], lengths[2 * pair + 1] - prefix
-        branch = offset + chosen
-        of_pair = (Segment(offset, branch, offset, offset), Segment(branch, branch + rejected, offset, offset + prefix))
-        segments += [segment for segment in of_pair if segment.q_length]
-        kept_rows += [bool(segment.q_length) for segment in of_pair]
-        offset = branch + rejected
-    return tuple(segments), kept_rows
+    for length, prefix, base in zip(rows.lengths.tolist(), rows.shared.tolist(), rows.base.tolist(), strict=True):
+        begins.append(offset)
+        end = offset + length - prefix
+        prefix_start = begins[base] if prefix else offset
+        segments.append(Segment(offset, end, prefix_start, prefix_start + prefix))
+        offset = end
+    is_sequence = [bool(segment.q_length) for segment in segments]
+    return tuple(segment for segment in segments if segment.q_length), is_sequence
 
 
 def even_size(tokens: int, limit: int) -> int:

@@ -24,7 +24,8 @@ class Pairs:
         chosen_lengths, rejected_lengths: (B,) int64, tokens of each answer, at least 1.
         beta: β.
         options: all options of the objective: `label_smoothing`, `simpo_gamma` and the others.
-        weight, margin: (B,) float32, of the data's columns of that name; None where it has none.
+        weight: (B,) float32, what the value of each pair is multiplied by afterwards; None: 1.
+        margin: (B,) float32, of the data's column of that name; None: 0.
         group: (B,) int64, equal for pairs of one prompt with several rejected answers; None where there are none.
     """
 
@@ -45,6 +46,11 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
+def _beyond(logits: Tensor, pairs: Pairs) -> Tensor:
+    """What of a reward margin is more than the data's (ODPO, Amini et al. 2024, Eq. 8)."""
+    return logits if pairs.margin is None else logits - pairs.margin
+
+
 def mean_rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """β times the mean log-prob over the tokens of each answer (SimPO, Meng et al. 2024, Eq. 4), (B,) each."""
     return (
@@ -54,14 +60,21 @@ def mean_rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def simpo(pairs: Pairs) -> Tensor:
-    """−log σ(r(chosen) − r(rejected) − γ), r by `mean_rewards` (SimPO, Meng et al. 2024, Eq. 6), (B,)."""
+    """−log σ(r(chosen) − r(rejected) − γ), r by `mean_rewards` (SimPO, Meng et al. 2024, Eq. 6), (B,).
+
+    A pair's margin is added to γ.
+    """
     chosen, rejected = mean_rewards(pairs)
-    return _smoothed(chosen - rejected - pairs.options.simpo_gamma, pairs.options.label_smoothing)
+    return _smoothed(_beyond(chosen - rejected - pairs.options.simpo_gamma, pairs), pairs.options.label_smoothing)
 
 
 def cpo(pairs: Pairs) -> Tensor:
-    """−log σ(β log π(chosen) − β log π(rejected)) (CPO, Xu et al. 2024, Eq. 3; with `sft` it is the whole), (B,)."""
-    return _smoothed(pairs.beta * (pairs.chosen_logps - pairs.rejected_logps), pairs.options.label_smoothing)
+    """−log σ(β log π(chosen) − β log π(rejected)) (CPO, Xu et al. 2024, Eq. 3; with `sft` it is the whole), (B,).
+
+    A pair's margin is subtracted from the difference.
+    """
+    logits = pairs.beta * (pairs.chosen_logps - pairs.rejected_logps)
+    return _smoothed(_beyond(logits, pairs), pairs.options.label_smoothing)
 
 
 def _resolved(function: Callable[[Any], Any] | str) -> Callable[[Any], Any]:

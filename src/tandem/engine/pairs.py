@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+ROW = "row"
+"""Name, in a batch, of the places of its pairs' rows."""
+_TRAINED_BY = {"weight": 1.0, "margin": 0.0}  # columns of numbers, and the one that changes nothing
+
+
 def longest_row(pairs: "Dataset", max_length: int | None) -> int:
     """Tokens of the longest row that `PairCollator` makes of tokenized pairs, counted without reading a token."""
     table = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")[:]
@@ -27,10 +32,12 @@ def longest_row(pairs: "Dataset", max_length: int | None) -> int:
 class PairCollator:
     """Tokenized pairs (`data.tokenized.tokenize_pair`, with `pair_id`) → the batch that TRL 1.16's DPOTrainer takes.
 
-    Rows are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`,
-    `attention_mask`, `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where
-    the pairs have them; `pair_id`, a list; `pair_layout`, the engine's `PairLayout` of the batch, with a `layout` that
-    has one.
+    An example is a pair, or a list of those that are one row of the data (several rejected answers to a prompt). Rows
+    are chosen, then rejected; the end of what is longer than `max_length` is cut. Keys: `input_ids`, `attention_mask`,
+    `completion_mask`, (2B, S) int64; `ref_chosen_logps`, `ref_rejected_logps`, (B,) float32, where the pairs have them;
+    `pair_id`, a list; `weight`, (B,) float32, where any is not 1, and `margin`, where any is not 0; `row`, a list of B
+    places of the pairs' rows among `examples`, where any has several pairs; `pair_layout`, the engine's `PairLayout` of
+    the batch, with a `layout` that has one.
 
     Attributes:
         pad_token_id: what fills rows up on the right.
@@ -49,8 +56,11 @@ class PairCollator:
     size: int | None = None
     layout: Layout = "padded"
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        filled = [*examples, *[examples[0]] * ((self.size or 0) - len(examples))]
+    def __call__(self, examples: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
+        of_rows = [example if isinstance(example, list) else [example] for example in examples]
+        groups = [place for place, pairs in enumerate(of_rows) for _ in pairs]
+        pairs = [pair for of_row in of_rows for pair in of_row]
+        filled = [*pairs, *[pairs[0]] * ((self.size or 0) - len(pairs))]
         rows = [
             ((pair["prompt_ids"] + pair[f"{side}_ids"])[: self.max_length], completion_mask(pair, side))
             for side in ("chosen", "rejected")
@@ -60,12 +70,19 @@ class PairCollator:
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in filled[0]:
                 batch[name] = torch.tensor([pair[name] for pair in filled])
+        for name, usual in _TRAINED_BY.items():
+            if any(pair.get(name, usual) != usual for pair in filled):
+                batch[name] = torch.tensor([pair[name] for pair in filled], dtype=torch.float32)
+        if len(pairs) > len(of_rows):
+            batch[ROW] = groups
         if self.size is not None:
-            batch["pair_weights"] = (torch.arange(len(filled)) < len(examples)).float()
+            batch["pair_weights"] = (torch.arange(len(filled)) < len(pairs)).float()
         if self.layout != "padded":
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
             with contextlib.suppress(ValueError):  # the engine will say why it cannot serve this batch
-                batch[PAIR_LAYOUT] = lay_out_pairs(batch["input_ids"], batch["attention_mask"], labels, self.layout)
+                batch[PAIR_LAYOUT] = lay_out_pairs(
+                    batch["input_ids"], batch["attention_mask"], labels, self.layout, batch.get(ROW)
+                )
         return batch | {"pair_id": [pair.get("pair_id") for pair in filled]}
 
     def _width(self, longest: int) -> int:

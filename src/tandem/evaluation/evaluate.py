@@ -249,7 +249,7 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.reference_model), options)
     pairs = pairs[: options.max_eval_samples]
     tokenized = tokenize_rows(all_placed(pairs, lambda pair: render(pair, text.use_chat_template)), tokenizer)
-    kept = [index for index, pair in enumerate(tokenized) if len(pair["prompt_ids"]) < text.max_length]
+    kept = [index for index, pair in enumerate(tokenized) if len(pair["prompt_ids"]) < text.limit]
     if not kept:
         raise UserError(f"--max_length {text.max_length}: no held-out pair keeps any of its answers")
     fitting = [tokenized[index] for index in kept]
@@ -264,7 +264,7 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     held_out = HeldOut(
         logps,
         chosen_tokens=np.array(
-            [min(len(pair["chosen_ids"]), text.max_length - len(pair["prompt_ids"])) for pair in fitting], float
+            [min(len(pair["chosen_ids"]), text.limit - len(pair["prompt_ids"])) for pair in fitting], float
         ),
         length_difference=np.array([len(pair["chosen_ids"]) - len(pair["rejected_ids"]) for pair in fitting]),
         sources=np.array([pairs[index]["source"] for index in kept]),

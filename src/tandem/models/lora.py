@@ -50,6 +50,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         lora_bias=options.lora_bias,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
+        init_lora_weights=True if options.init_lora_weights == "true" else options.init_lora_weights,
         revision=_revision(base) if base is not None else None,
     )
     if targets == "all-linear" and model is not None:

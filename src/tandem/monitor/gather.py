@@ -26,6 +26,8 @@ class MicroBatch:
     """() float32: exact up to 16.7 million tokens in a micro-batch."""
     batch: Callable[[], Mapping[str, Any]] | None
     """The model's inputs, asked for only if an alarm saves them."""
+    rows: Sequence[int] | None = None
+    """The row of the data that each pair is of, from 0 on; None: each has its own."""
 
     @classmethod
     def of(
@@ -91,8 +93,8 @@ class Sampling:
     """How a run's pairs are dealt to its ranks.
 
     Attributes:
-        epoch_pairs: pairs of one epoch over all ranks, which is the length of the training set; None if it has none.
-            Tells padding of the last batch from pairs.
+        epoch_pairs: rows of one epoch over all ranks, a pair each or several, which is the length of the training set;
+            None if it has none. Tells padding of the last batch from pairs.
         ranks_per_batch: neighbouring ranks that get the same pairs (tensor parallelism).
         in_order: (epoch, its rows before a step, rows of the step) → the rows in the order of the sampler, where they
             are dealt in another.
@@ -105,7 +107,7 @@ class Sampling:
     def step(self, dealt: "Step", epoch: int, rows_before: int) -> "Step":
         """The pairs of a step of `epoch` in the sampler's order, each once; see `without_repeats`."""
         if self.in_order is not None:
-            dealt = dealt.select(self.in_order(epoch, rows_before, len(dealt.pair_ids)))
+            dealt = dealt.in_order(self.in_order(epoch, rows_before, dealt.n_rows))
         return without_repeats(dealt, rows_before, self.epoch_pairs)
 
 
@@ -121,6 +123,8 @@ class Share:
     """Per micro-batch."""
     tokens: int
     grad_norm: float | None
+    rows: list[Sequence[int] | None] = dataclasses.field(default_factory=list)
+    """Per micro-batch, see `MicroBatch`; empty: all are None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +136,17 @@ class Step:
     """(4, n), `ROWS`."""
     sources: list[tuple[int, int]]
     """(rank, micro-batch) of each pair."""
+    rows: list[int] = dataclasses.field(default_factory=list)
+    """The place of each pair's row of the data among those of the step; empty: each pair has its own."""
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            self.rows.extend(range(len(self.pair_ids)))
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows of the data the pairs are of."""
+        return max(self.rows, default=-1) + 1
 
     @property
     def margins(self) -> NDArray[np.float32]:
@@ -143,8 +158,20 @@ class Step:
         """(n,) whether a pair's margin and log-probs are all finite."""
         return np.logical_and.reduce(np.isfinite(self.values[:3]))
 
-    def select(self, rows: Sequence[int]) -> "Step":
-        return Step([self.pair_ids[i] for i in rows], self.values[:, rows], [self.sources[i] for i in rows])
+    def select(self, pairs: Sequence[int]) -> "Step":
+        """Some pairs; their rows keep their places."""
+        return Step(
+            [self.pair_ids[i] for i in pairs],
+            self.values[:, pairs],
+            [self.sources[i] for i in pairs],
+            [self.rows[i] for i in pairs],
+        )
+
+    def in_order(self, order: Sequence[int]) -> "Step":
+        """The same rows in another order: the places at which they are now."""
+        places = np.argsort(order)
+        moved = dataclasses.replace(self, rows=places[self.rows].tolist())
+        return moved.select(np.argsort(moved.rows, kind="stable").tolist())
 
 
 def to_host(micro_batches: Sequence[MicroBatch], grad_norm: float | torch.Tensor | None) -> Share:
@@ -169,6 +196,7 @@ def to_host(micro_batches: Sequence[MicroBatch], grad_norm: float | torch.Tensor
         losses=losses.tolist(),
         tokens=int(tokens.sum(dtype=np.float64)),
         grad_norm=grad_norm,
+        rows=[micro.rows for micro in micro_batches] if any(micro.rows for micro in micro_batches) else [],
     )
 
 
@@ -183,14 +211,18 @@ def assemble(shares: Sequence[Share]) -> Step:
     pair_ids: list[str] = []
     values: list[NDArray[np.float32]] = []
     sources: list[tuple[int, int]] = []
+    rows: list[int] = []
     for micro in range(max((len(share.pair_ids) for share in shares), default=0)):
         for rank, share in enumerate(shares):
             if micro < len(share.pair_ids):
                 pair_ids += share.pair_ids[micro]
                 values.append(share.values[micro])
                 sources += [(rank, micro)] * len(share.pair_ids[micro])
+                before = rows[-1] + 1 if rows else 0
+                own = share.rows[micro] if share.rows else None
+                rows += [before + row for row in own or range(len(share.pair_ids[micro]))]
     joined = np.concatenate(values, axis=1) if values else np.empty((len(ROWS), 0), np.float32)
-    return Step(pair_ids, joined, sources)
+    return Step(pair_ids, joined, sources, rows)
 
 
 def without_repeats(step: Step, rows_before: int, epoch_pairs: int | None) -> Step:
@@ -205,12 +237,12 @@ def without_repeats(step: Step, rows_before: int, epoch_pairs: int | None) -> St
         rows_before: rows of the same epoch in the steps before, padding and repeats included.
         epoch_pairs: rows in an epoch; None if unknown, which leaves the padding in but for repeats in the step.
     """
-    rows = np.arange(len(step.pair_ids))
+    pairs = np.arange(len(step.pair_ids))
     if epoch_pairs is not None:
-        rows = rows[rows + rows_before < epoch_pairs]
+        pairs = pairs[np.array(step.rows, np.int64) + rows_before < epoch_pairs]
     first: dict[str, int] = {}
-    for row in rows.tolist():
-        first.setdefault(step.pair_ids[row], row)
+    for pair in pairs.tolist():
+        first.setdefault(step.pair_ids[pair], pair)
     return step.select(list(first.values()))
 
 

@@ -132,7 +132,7 @@ class Monitor:
         if epoch != self._epoch:
             self._epoch, self._epoch_rows = epoch, 0
         step = self._sampling.step(dealt, epoch, self._epoch_rows)
-        self._epoch_rows += len(dealt.pair_ids)
+        self._epoch_rows += dealt.n_rows
         self._collected = step, share, grad_norm
         self._micro_batches, self._grad_norm = [], None
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from tandem.errors import UserError
@@ -25,6 +25,7 @@ class Loss:
         f_divergence: it goes with other divergences than reverse KL: those losses in which β·log Z(x) cancels.
         reference: `loss` where its formula has the reference, else `none`.
         weighted: `--use_weighting` can weigh its pairs: each has a value of its own, that TRL 1.16 can multiply.
+        margin: it takes a margin for each pair, by which β times the log-ratios must differ (ODPO, Amini et al. 2024).
         coupled: its value for a pair may depend on the others of the micro-batch; of a user's function it is taken to.
         on_gaudi: its formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16, or it is Tandem's.
         per_pair: (`tandem.engine.losses.Pairs`) → (B,), each pair's loss; or the text `module:function` that names it.
@@ -39,6 +40,7 @@ class Loss:
     f_divergence: bool = False
     reference: str = "loss"
     weighted: bool = True
+    margin: bool = False
     coupled: bool = False
     on_gaudi: bool = False
     per_pair: Callable[[Any], Any] | str | None = None
@@ -49,28 +51,31 @@ _OWN = "tandem.engine.losses"
 LOSSES = {
     loss.name: loss
     for loss in (
-        Loss("sigmoid", "Rafailov et al. 2023, Eq. 7", smoothed=True, f_divergence=True, on_gaudi=True),
+        Loss("sigmoid", "Rafailov et al. 2023, Eq. 7", margin=True, smoothed=True, f_divergence=True, on_gaudi=True),
         # TRL multiplies WPO's weights in place, which the gradients of relu and of an expanded value do not bear
-        Loss("hinge", "Zhao et al. 2023 (SLiC)", f_divergence=True, weighted=False, on_gaudi=True),
+        Loss("hinge", "Zhao et al. 2023 (SLiC)", margin=True, f_divergence=True, weighted=False, on_gaudi=True),
         Loss("ipo", "Azar et al. 2023, Eq. 17, in means over tokens", f_divergence=True, on_gaudi=True),
-        Loss("exo_pair", "Ji et al. 2024, Eq. 16", smoothed=True, f_divergence=True, on_gaudi=True),
+        Loss("exo_pair", "Ji et al. 2024, Eq. 16", margin=True, smoothed=True, f_divergence=True, on_gaudi=True),
         Loss("nca_pair", "Chen et al. 2024", on_gaudi=True),
-        Loss("robust", "Chowdhury et al. 2024, Eq. 11", smoothed=True, f_divergence=True, on_gaudi=True),
+        Loss("robust", "Chowdhury et al. 2024, Eq. 11", margin=True, smoothed=True, f_divergence=True, on_gaudi=True),
         Loss("bco_pair", "Jung et al. 2024"),
         Loss("sppo_hard", "Wu et al. 2024, Eq. 4.7", on_gaudi=True),
         Loss("aot", "Melnyk et al. 2024", smoothed=True, weighted=False, coupled=True),
         Loss("aot_unpaired", "Melnyk et al. 2024", smoothed=True, weighted=False, coupled=True),
         Loss("apo_zero", "D'Oosterlinck et al. 2024, Eq. 7"),
         Loss("apo_down", "D'Oosterlinck et al. 2024, Eq. 8"),
-        Loss("discopop", "Lu et al. 2024, Eq. 5", f_divergence=True),
+        Loss("discopop", "Lu et al. 2024, Eq. 5", margin=True, f_divergence=True),
         # A mean over the tokens of a micro-batch
         Loss("sft", "log-likelihood of chosen", f_divergence=True, reference="none", weighted=False, coupled=True),
         Loss("sigmoid_norm", "Rafailov et al. 2023, in means over tokens", f_divergence=True),
         Loss(
-            "simpo", "Meng et al. 2024, Eq. 6", smoothed=True, reference="none", on_gaudi=True,
+            "simpo", "Meng et al. 2024, Eq. 6", margin=True, smoothed=True, reference="none", on_gaudi=True,
             per_pair=f"{_OWN}:simpo", rewards=f"{_OWN}:mean_rewards",
         ),
-        Loss("cpo", "Xu et al. 2024, Eq. 3", smoothed=True, reference="none", on_gaudi=True, per_pair=f"{_OWN}:cpo"),
+        Loss(
+            "cpo", "Xu et al. 2024, Eq. 3", margin=True, smoothed=True, reference="none", on_gaudi=True,
+            per_pair=f"{_OWN}:cpo",
+        ),
     )
 }  # fmt: skip
 
@@ -124,6 +129,13 @@ class DPOOptions(Options):
     simpo_gamma: float = opt(
         0.5, "SimPO: γ, the margin that β times the means' difference should reach", low=0, needs="loss_type=simpo"
     )
+    sync_ref_model: bool = opt(False, "TR-DPO: move the reference towards the policy as it trains")
+    ref_model_mixup_alpha: float = opt(
+        0.6, "TR-DPO: α, the policy's share in the reference after a sync", above=0, high=1, needs="sync_ref_model"
+    )
+    ref_model_sync_steps: int = opt(
+        512, "TR-DPO: optimizer steps from one sync to the next", low=1, needs="sync_ref_model"
+    )
     disable_dropout: bool = opt(True, "set every dropout of policy and reference to zero", trl=True)
     reference_model: str | None = opt(None, "reference model folder or Hub name; unset: the policy before training")
 
@@ -155,8 +167,38 @@ class DPOOptions(Options):
         inert = [name for name in ("beta", "f_divergence_type", "ld_alpha", "reference_model") if name in changed(self)]
         if inert and set(self.loss_type) == {"sft"}:
             yield f"{flags(inert)} no effect with --loss_type sft, which has no reference"
+        if self.sync_ref_model and not self.needs_reference:
+            yield f"--sync_ref_model has no effect with {named}, which has no reference"
+        if self.sync_ref_model and self.reference_model:
+            yield "--sync_ref_model begins with the policy before training: leave --reference_model out"
         elif self.reference_model and not self.needs_reference:
             yield f"--reference_model has no effect with {named}, which has no reference"
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse columns that pairs are trained by, where the losses have no place for them.
+
+        Raises:
+            UserError: naming column and loss.
+        """
+        losses = [loss for loss, _ in self.losses]
+        if "margin" in columns:
+            without = [loss.name for loss in losses if not loss.margin and (loss.name != "sft" or len(losses) == 1)]
+            if without:
+                fitting = ", ".join(loss.name for loss in LOSSES.values() if loss.margin)
+                raise UserError(
+                    f"the data's column 'margin' goes with {fitting} and a Loss of your own that has margin=True, not "
+                    f"with --loss_type {' '.join(without)}; leave it out with --ignore_columns margin"
+                )
+            if self.f_divergence_type != "reverse_kl":
+                raise UserError(
+                    f"the data's column 'margin' does not go with --f_divergence_type {self.f_divergence_type}; leave "
+                    "it out with --ignore_columns margin"
+                )
+        if "weight" in columns and (coupled := [each.name for each in losses if each.name in ("aot", "aot_unpaired")]):
+            raise UserError(
+                f"the data's column 'weight' does not go with --loss_type {' '.join(coupled)}, which compares pairs "
+                "with each other; leave it out with --ignore_columns weight"
+            )
 
     @property
     def losses(self) -> list[tuple[Loss, float]]:

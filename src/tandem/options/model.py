@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,20 @@ class LoraOptions(Options):
     lora_bias: bool = opt(False, "a bias in the adapter's second matrix", needs="use_peft")
     use_rslora: bool = opt(False, "scale by alpha / √r: Kalajdzievski 2023", needs="use_peft")
     use_dora: bool = opt(False, "learn sizes of columns apart from directions: Liu et al. 2024", needs="use_peft")
+    init_lora_weights: str = opt(
+        "true",
+        "how the adapter begins: true and gaussian leave its second matrix at zero, orthogonal its product, pissa and "
+        "olora move the base's main directions into it",
+        choices=("true", "gaussian", "orthogonal", "pissa", "olora"),
+        needs="use_peft",
+    )
     load_in_4bit: bool = opt(False, "QLoRA: hold the base model in 4 bits (CUDA, extra: quantization)")
 
     def conflicts(self) -> Iterator[str]:
+        if self.load_in_4bit and self.init_lora_weights in ("pissa", "olora"):
+            yield f"--init_lora_weights {self.init_lora_weights} changes the base, which --load_in_4bit holds in 4 bits"
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            yield f"--init_lora_weights orthogonal needs an even --lora_r, not {self.lora_r}"
         if self.lora_layers_pattern and not self.lora_layers_to_transform:
             yield "--lora_layers_pattern has no effect without --lora_layers_to_transform"
         for name, value in (self.lora_rank_pattern or {}).items():
@@ -126,12 +138,19 @@ class TextOptions(Options):
     """Text to tokens."""
 
     use_chat_template: bool = opt(True, "render conversations with the tokenizer's chat template, else as transcripts")
-    max_length: int = opt(1024, "longest sequence in tokens; the answer's end is cut", low=2)
+    max_length: int | None = opt(
+        1024, "longest sequence in tokens; the answer's end is cut; none: whatever there is", low=2
+    )
     max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first", low=1)
 
     def conflicts(self) -> Iterator[str]:
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length > 1:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.limit > 1:
             yield f"--max_prompt_length must be below --max_length {self.max_length}, not {self.max_prompt_length}"
+
+    @property
+    def limit(self) -> int:
+        """`max_length` as a number: without one more than anything has."""
+        return sys.maxsize if self.max_length is None else self.max_length
 
 
 def check_folder(name: str, needed: str = "config.json") -> None:

@@ -17,6 +17,7 @@ from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.rules import Options
+from tandem.options.trackers import TRACKERS
 
 LAYOUTS = ("shared", "packed", "padded")
 SCHEDULES = (
@@ -104,6 +105,12 @@ class TrainOptions(Options):
     )
     logging_first_step: bool = opt(False, "log the first step as well", trl=True)
     eval_strategy: str = opt("no", "when to evaluate on the held-out pairs", choices=("no", "steps", "epoch"), trl=True)
+    eval_sets: list[str] = opt(
+        [],
+        "evaluate on these instead of the data's own held-out pairs, each by itself, as NAME=DATA: a file, a folder or "
+        "a Hub name; logged as eval_NAME_loss and so on",
+        needs="eval_strategy!=no",
+    )
     eval_steps: float | None = opt(
         None,
         "optimizer steps between evaluations, with --eval_strategy steps; below 1: a share of all steps",
@@ -146,7 +153,12 @@ class TrainOptions(Options):
     )
     resume_from_checkpoint: str = opt("auto", "auto: the last complete checkpoint; no: start over; or its folder")
     allow_changed: list[str] = opt([], "options that may differ from those of the run that is resumed")
-    report_to: list[str] = opt(["none"], "trackers", choices=("none", "wandb", "tensorboard", "trackio"), trl=True)
+    report_to: list[str] = opt(
+        ["none"],
+        "trackers; those beside wandb, tensorboard and trackio are transformers' own",
+        choices=("none", *TRACKERS),
+        trl=True,
+    )
     wandb_project: str | None = opt(
         None, "project of the run in wandb; unset: $WANDB_PROJECT, else tandem", needs="report_to=wandb"
     )
@@ -177,6 +189,7 @@ class TrainOptions(Options):
             yield "--bf16 and --fp16 exclude each other"
         if (self.eval_steps is not None) != (self.eval_strategy == "steps"):
             yield "--eval_steps and --eval_strategy steps need each other"
+        yield from self._conflicts_of_sets()
         if self.save_strategy == "best" and self.eval_strategy == "no":
             yield "--save_strategy best needs --eval_strategy"
         if self.load_best_model_at_end and self.save_strategy not in ("best", self.eval_strategy):
@@ -197,6 +210,9 @@ class TrainOptions(Options):
                 yield f"--{name} must be a whole number, or below 1 a share of all steps, not {steps}"
         if self.optim_args and not all(re.fullmatch(r"\s*\w+\s*=[^=]+", part) for part in self.optim_args.split(",")):
             yield f"--optim_args must be name=value,name=value, not {self.optim_args}"
+        for name in self.report_to:
+            if (package := TRACKERS.get(name)) and importlib.util.find_spec(package.partition(".")[0]) is None:
+                yield f"--report_to {name} needs the package {package}, which is not installed"
         if "none" in self.report_to and len(self.report_to) > 1:
             yield "--report_to none excludes other trackers"
         if "8bit" in self.optim and importlib.util.find_spec("bitsandbytes") is None:
@@ -207,6 +223,25 @@ class TrainOptions(Options):
                 yield f"--{name} {folder}: is a file"
         if self.mount_dir and Path(self.mount_dir).resolve().is_relative_to(Path(self.output_dir).resolve()):
             yield f"--mount_dir {self.mount_dir} is inside of --output_dir, which would mirror the mirror"
+
+    def _conflicts_of_sets(self) -> Iterator[str]:
+        names = [name for name, _ in self.named_sets]
+        for given, (name, source) in zip(self.eval_sets, self.named_sets, strict=True):
+            if not re.fullmatch(r"\w+", name) or not source:
+                yield f"--eval_sets {given}: must be NAME=DATA, NAME of letters, digits and _"
+        if len(set(names)) < len(names):
+            yield f"--eval_sets {' '.join(self.eval_sets)}: a name is there twice"
+        metric = str(self.metric_for_best_model or "").removeprefix("eval_")
+        if names and self.needs_best and not any(metric.startswith(f"{name}_") for name in names):
+            yield (
+                "--metric_for_best_model must be of one of --eval_sets, as "
+                f"{' or '.join(f'eval_{name}_loss' for name in names)}"
+            )
+
+    @property
+    def named_sets(self) -> list[tuple[str, str]]:
+        """Name and data of each set to evaluate on."""
+        return [(name, source) for name, _, source in (each.partition("=") for each in self.eval_sets)]
 
     @property
     def needs_best(self) -> bool:
@@ -254,7 +289,10 @@ class SFTOptions(TrainOptions):
         "packed", "examples forwarded one after the other without padding (packed), or as TRL (padded)",
         choices=("packed", "padded"),
     )  # fmt: skip
-    packing: bool = opt(False, "put examples together into rows of --max_length tokens, of which none sees another")
+    packing: bool = opt(
+        False, "put examples together into rows of --max_length tokens, of which none sees another",
+        needs="max_length!=none",
+    )  # fmt: skip
     packing_strategy: Literal["bfd", "bfd_split"] = opt(
         "bfd",
         "best fit; what is longer than --max_length is cut (bfd), or goes on in another row (bfd_split)",
@@ -329,6 +367,8 @@ def check_training(model: ModelOptions, lora: LoraOptions, train: TrainOptions, 
         problems.append("--load_in_4bit needs --use_peft or an adapter: 4-bit weights cannot be trained themselves")
     if model.model_revision is not None and Path(model.model_name_or_path).is_dir():
         problems.append(f"--model_revision has no effect: {model.model_name_or_path} is a folder")
+    if train.tp_size > 1 and lora.init_lora_weights in ("pissa", "olora"):
+        problems.append(f"--init_lora_weights {lora.init_lora_weights} needs whole weights, which --tp_size cuts")
     if train.fp16 and not _accelerator_for(train):
         problems.append("--fp16 needs an accelerator: use --bf16, or neither, on the CPU")
     if train.bf16 and not train.use_cpu:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from tandem.data.formats import as_messages, prompt_id
 from tandem.data.options import DataOptions
+from tandem.data.several import as_rows, to_row
 from tandem.data.sources import load_training
 from tandem.errors import UserError, script_main
 from tandem.rounds.records import read_prompt_ids
 from tandem.runs import write_atomic
-
-_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 
 def without_held_out(pairs: str, held_out: Path, out: Path) -> str:
@@ -29,7 +28,7 @@ def without_held_out(pairs: str, held_out: Path, out: Path) -> str:
     kept = [row for row in rows if prompt_id(as_messages(row["prompt"])) not in shut]
     if not kept:
         raise UserError(f"OFFLINE_PAIRS {pairs}: all of its prompts are held out")
-    lines = (json.dumps({name: row[name] for name in _COLUMNS if name in row}) + "\n" for row in kept)
+    lines = (json.dumps(to_row(row)) + "\n" for row in as_rows(kept))
     write_atomic(out, "".join(lines))
     return f"{len(kept)} pairs of {pairs}; {len(rows) - len(kept)} left out, whose prompts are held out"
 

@@ -1,11 +1,13 @@
 """The order of a run's pairs: the sampler's, with the pairs of each step dealt evenly over the processes."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 
 from tandem.devices import has_hpu
@@ -15,6 +17,7 @@ from tandem.engine.lengths import PairLengths
 from tandem.errors import UserError
 from tandem.options.losses import DPOOptions
 from tandem.options.training import TrainOptions
+from tandem.training.groups import Groups
 from tandem.training.option_sets import DPOOptionSet
 
 _REMEMBERED = 1024  # by how many steps data loaders may be ahead of the training
@@ -29,6 +32,18 @@ def pair_costs(lengths: PairLengths, config: Any, layout: Layout) -> Ints:
     if layout == "padded":
         return np.maximum(lengths.chosen, lengths.rejected)
     return Cost.of(config).total(lengths.tokens(layout), lengths.scored, lengths.keys(layout))
+
+
+def row_costs(data: Dataset | Groups, max_length: int | None, config: Any, layout: Layout) -> Ints:
+    """(n,) what each row costs: a pair, or all pairs of a prompt with several rejected answers."""
+    if not isinstance(data, Groups):
+        return pair_costs(PairLengths.of(data, max_length), config, layout)
+    lengths = PairLengths.of(data.pairs, max_length)
+    costs = pair_costs(lengths, config, layout)
+    if layout == "shared":  # the chosen answer is forwarded for the first alone
+        chosen = dataclasses.replace(lengths, rejected=lengths.prompt, shared=lengths.prompt)
+        costs = costs - np.where(data.is_first, 0, pair_costs(chosen, config, layout))
+    return data.sums(costs)
 
 
 def why_undealt(train: TrainOptions, dpo: DPOOptions | None, config: Any) -> str | None:

@@ -29,7 +29,7 @@ def tokenize_examples(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase",
     Raises:
         UserError: the template's fault with a row, or no example left.
     """
-    longest = None if run.train.packing_strategy == "bfd_split" else run.text.max_length
+    longest = None if run.train.packing_strategy == "bfd_split" else run.text.limit
     counts: Counter[str] = Counter()
 
     def example(row: Row) -> Example:
@@ -44,7 +44,7 @@ def tokenize_examples(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase",
     cut = [{name: ids[:longest] for name, ids in example.items()} for example in examples]
     why = "--max_length keeps none of their answer"
     return Dataset.from_list(
-        kept(cut, lambda example: bool(_trained(example)), what="example", why=why, max_length=run.text.max_length)
+        kept(cut, lambda example: bool(_trained(example)), what="example", why=why, max_length=run.text.limit)
     )
 
 

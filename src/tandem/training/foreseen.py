@@ -5,6 +5,7 @@ The layout is found as the run finds it, by a probe: on a model of a few layers 
 
 import contextlib
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -142,7 +143,8 @@ def build(
 
 def _adapter(options: ModelOptions, lora: LoraOptions, model: Any) -> Any:
     if not is_adapter(options.model_name_or_path):
-        return lora_config(lora, model=model)
+        plain = dataclasses.replace(lora, init_lora_weights="true") if lora.use_peft else lora  # no values, no start
+        return lora_config(plain, model=model)
     from peft import PeftConfig
 
     existing = PeftConfig.from_pretrained(options.model_name_or_path)

@@ -3,12 +3,14 @@
 Light to import: the scripts parse these before anything loads.
 """
 
+import functools
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tandem.data.options import DataOptions, SFTDataOptions
-from tandem.data.sources import check_sources, may_hold_out
+from tandem.data.sources import check_sources, may_hold_out, of_set
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
 from tandem.options.fields import names_of, refuse
@@ -96,11 +98,13 @@ def check_there(run: SFTOptionSet | DPOOptionSet) -> None:
     name, reference = run.model.model_name_or_path, run.dpo.reference_model if isinstance(run, DPOOptionSet) else None
     tokenizer = run.model.tokenizer_name_or_path or name
     problems: dict[str, None] = {}
+    data = [run.data, *(of_set(run.data, source) for _, source in run.train.named_sets)]
+    checks: list[Callable[[], None]] = [functools.partial(check_sources, each) for each in data]
     for look in (
         lambda: None if is_adapter(tokenizer) else check_folder(tokenizer, "tokenizer_config.json"),
         lambda: check_models([name] if tokenizer != name or not problems else []),
         lambda: check_models([reference] if reference else []),
-        lambda: check_sources(run.data),
+        *checks,
     ):
         try:
             look()
@@ -121,5 +125,8 @@ def _check_cache(engine: EngineOptions | None, dpo: DPOOptions | None) -> None:
 
 
 def _check_held_out(train: TrainOptions, data: DataOptions) -> None:
-    if train.eval_strategy != "no" and not may_hold_out(data):
+    if train.eval_sets:
+        if data.val_ratio:
+            raise UserError("--val_ratio has no effect with --eval_sets, which are evaluated on instead")
+    elif train.eval_strategy != "no" and not may_hold_out(data):
         raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")

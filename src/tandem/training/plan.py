@@ -26,6 +26,7 @@ from tandem.options.training import PlanOptions, check_training
 from tandem.training import foreseen
 from tandem.training.foreseen import build
 from tandem.training.gpu import economies
+from tandem.training.groups import Groups, pairs_of
 from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.rehearsal import Rehearsal, Usage
@@ -89,7 +90,7 @@ class Plan:
 
     run: SFTOptionSet | DPOOptionSet
     hardware: Hardware
-    data: Dataset
+    data: Dataset | Groups
     libraries: int
     layouts: dict[Layout, LayoutReport] = dataclasses.field(default_factory=dict)
 
@@ -108,7 +109,7 @@ class Plan:
         )
         if self.asked not in self.layouts:
             longest = max(max(rows) for rows, _ in schedule.lengths)
-            row = self.data[0]
+            row = pairs_of(self.data[0])[0]
             ids = torch.tensor([token for name, ids in row.items() if name.endswith("_ids") for token in ids])
             self.layouts[self.asked] = foreseen.layout(self.run.model, self.asked, ids, longest)
         found = self.layouts[self.asked].layout
@@ -185,6 +186,9 @@ class Plan:
             usages.append(step.count_step(later_largest, micro_batches=micro_batches, has_state=True))
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             usages.append(self.reference_usage(step))
+        if _syncs_reference(self.run):
+            for usage in usages:
+                usage["reference"] += size(step.model, trained=True)
         return usages
 
     def reference_usage(self, step: Rehearsal) -> Usage:
@@ -300,6 +304,8 @@ class Plan:
         micro_batches = (
             sum(map(len, batches)) / self.hardware.processes * self.schedule.unevenness(self.schedule.as_dealt)
         )
+        if _syncs_reference(self.run):  # a forward in each micro-batch after the first sync
+            step += forward
         line = f"time: {_duration(step * micro_batches)} of training"
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.needs_reference:
             of_reference = len(self.data) / self.run.train.per_device_train_batch_size / self.hardware.processes
@@ -347,8 +353,14 @@ def moments_by_values(plan: Plan) -> list[Usage]:
     ]
 
 
-def size(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def _syncs_reference(run: SFTOptionSet | DPOOptionSet) -> bool:
+    return isinstance(run, DPOOptionSet) and run.dpo.sync_ref_model
+
+
+def size(model: nn.Module, *, trained: bool = False) -> int:
+    """Bytes of the parameters, or of those that are trained alone."""
+    parameters = [each for each in model.parameters() if each.requires_grad or not trained]
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _duration(seconds: float) -> str:

@@ -40,8 +40,11 @@ class Batch:
     plan: PairLayout | None
 
     @classmethod
-    def of(cls, rows: list[tuple[list[int], int]], layout: Layout) -> Self:
-        """Rows of token ids, each with the length of its prompt; in pairs, all chosen rows come before the rejected."""
+    def of(cls, rows: list[tuple[list[int], int]], layout: Layout, groups: list[int] | None = None) -> Self:
+        """Rows of token ids, each with the length of its prompt; in pairs, all chosen rows come before the rejected.
+
+        `groups`: see `lay_out_pairs`.
+        """
         input_ids, mask, labels = (
             pad_sequence(tensors, batch_first=True, padding_value=padding)
             for tensors, padding in (
@@ -50,7 +53,7 @@ class Batch:
                 ([torch.tensor([IGNORED_LABEL] * prompt + ids[prompt:]) for ids, prompt in rows], IGNORED_LABEL),
             )
         )
-        plan = None if layout == "padded" else lay_out_pairs(input_ids, mask, labels, layout)
+        plan = None if layout == "padded" else lay_out_pairs(input_ids, mask, labels, layout, groups)
         return cls(input_ids, mask, labels, plan)
 
     def log_probs(self, model: Any) -> Tensor:

@@ -12,10 +12,11 @@ from datasets import Dataset
 from tandem.data.tokenized import SIDES, common_length
 from tandem.engine.balance import Dealing, Ints, Waits, evenly, parts_within
 from tandem.engine.layout import Layout
-from tandem.engine.lengths import PairLengths, row_lengths
+from tandem.engine.lengths import row_lengths
 from tandem.engine.pairs import unpacked
-from tandem.training.dealing import Order, pair_costs, why_undealt
+from tandem.training.dealing import Order, row_costs, why_undealt
 from tandem.training.examples import untrained
+from tandem.training.groups import Groups, pairs_of
 from tandem.training.hardware import Hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.rehearsal import Batch
@@ -33,7 +34,7 @@ class Schedule:
 
     run: SFTOptionSet | DPOOptionSet
     hardware: Hardware
-    data: Dataset
+    data: Dataset | Groups
     config: Any
     layout: Layout
 
@@ -110,7 +111,7 @@ class Schedule:
         """(n,) what each pair or row takes."""
         if isinstance(self.run, SFTOptionSet):
             return row_lengths(self.data, self.run.text.max_length)
-        return pair_costs(PairLengths.of(self.data, self.run.text.max_length), self.config, self.layout)
+        return row_costs(self.data, self.run.text.max_length, self.config, self.layout)
 
     def unevenness(self, batches: list[list[list[int]]]) -> float:
         """The time of steps as a multiple of what it would be if all processes had equally much to do."""
@@ -131,15 +132,22 @@ class Schedule:
 
     @functools.cached_property
     def lengths(self) -> list[tuple[list[int], int]]:
-        """For each pair the lengths of its rows in tokens, and of the beginning that they share."""
-        longest, found = self.run.text.max_length, []
+        """For each pair or row of pairs the lengths of its sequences in tokens, and how much of them others have."""
+        longest, found = self.run.text.limit, []
+        row: Any
         for row in self.data:
             if isinstance(self.run, SFTOptionSet):
                 found.append(([min(len(example["input_ids"]), longest) for example in unpacked([row])], 0))
                 continue
-            prompt, answers = len(row["prompt_ids"]), [row[f"{side}_ids"] for side in SIDES]
-            rows = [min(prompt + len(answer), longest) for answer in answers]
-            found.append((rows, min(prompt + common_length(*answers), *rows)))
+            rows: list[int] = []
+            shared = 0
+            for pair in pairs_of(row):
+                prompt, answers = len(pair["prompt_ids"]), [pair[f"{side}_ids"] for side in SIDES]
+                both = [min(prompt + len(answer), longest) for answer in answers]
+                # The chosen answer of a row's first pair is that of its others
+                shared += min(prompt + common_length(*answers), *both) + (both[0] if rows else 0)
+                rows += both
+            found.append((rows, shared))
         return found
 
     def tokens(self, batch: Iterable[int]) -> int:
@@ -151,14 +159,19 @@ class Schedule:
         return sum(rows) - (sum(shared for _, shared in lengths) if self.layout == "shared" else 0)
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        data = [self.data[index] for index in indices]
+        data: list[Any] = [self.data[index] for index in indices]
         if isinstance(self.run, SFTOptionSet):
             rows = [(example["input_ids"], untrained(example)) for example in unpacked(data)]
+            groups = None
         else:
+            pairs = [(place, pair) for place, row in enumerate(data) for pair in pairs_of(row)]
             rows = [
-                (pair["prompt_ids"] + pair[f"{side}_ids"], len(pair["prompt_ids"])) for side in SIDES for pair in data
+                (pair["prompt_ids"] + pair[f"{side}_ids"], len(pair["prompt_ids"]))
+                for side in SIDES
+                for _, pair in pairs
             ]
-        return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout)
+            groups = [place for place, _ in pairs]
+        return Batch.of([(ids[: self.run.text.max_length], prompt) for ids, prompt in rows], self.layout, groups)
 
     def largest_reference(self) -> Batch:
         """Of the pass that scores the reference before training: pairs of like length together, the longest first."""

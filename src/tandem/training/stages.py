@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from tandem import ranks
 from tandem.data.formats import TEXT, Row
 from tandem.data.rendering import keywords_of
-from tandem.data.sources import load_splits, load_training
+from tandem.data.several import first_rows, trained_by
+from tandem.data.sources import held_out_of, load_splits, load_training, of_set
 from tandem.data.texts import render, trim_prompt
 from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
 from tandem.devices import fast_bf16, has_accelerator
@@ -33,13 +34,14 @@ from tandem.options.training import TrainOptions, check_training
 from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
 from tandem.training.examples import packed, tokenize_examples
+from tandem.training.groups import GROUP, Groups, by_row
 from tandem.training.held import held_fine
 from tandem.training.kept import kept, warn_of_endless
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.session import open_session
 from tandem.training.settings import as_begun, day_of, run_in, usual
 from tandem.training.trainers import select
-from tandem.training.trainers.build import Build
+from tandem.training.trainers.build import EVAL, Build
 from tandem.training.trainers.topology import check_launch
 
 
@@ -78,7 +80,12 @@ def run_dpo(run: DPOOptionSet) -> None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
         rendered = read_splits(run, tokenizer)
-        splits = {name: tokenized_pairs(rows, tokenizer, run.text.max_length) for name, rows in rendered.items()}
+        splits = {name: tokenized_pairs(rows, tokenizer, run.text.limit) for name, rows in rendered.items()}
+        run.dpo.check_columns(splits["train_dataset"].column_names)
+        if run.engine.token_budget is not None and any(GROUP in each.column_names for each in splits.values()):
+            raise UserError(
+                "--token_budget does not go with lists of 'rejected' answers, which stay in one micro-batch"
+            )
         if run.dpo.reference_model:
             check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
         session.processes = builders.start_processes(arguments)
@@ -90,12 +97,12 @@ def run_dpo(run: DPOOptionSet) -> None:
         session.train(builders.dpo_trainer(Build(run, policy, tokenizer, arguments, splits, logs, reference)))
 
 
-def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The tokenized pairs that a run trains on; of SFT its examples, several in a row where it packs them."""
+def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset | Groups:
+    """The tokenized pairs that a run trains on, in their rows; of SFT its examples, several in a row if it packs."""
     rows = read_splits(run, tokenizer)["train_dataset"]
     if isinstance(run, SFTOptionSet):
         return packed(tokenize_examples(rows, tokenizer, run), run)
-    return tokenized_pairs(rows, tokenizer, run.text.max_length)
+    return by_row(tokenized_pairs(rows, tokenizer, run.text.limit))
 
 
 def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
@@ -111,7 +118,7 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
     tokenizer = load_tokenizer(run.model, day=day_of(run_in(run.train.output_dir, usual(*run))))
     splits = {
-        name: tokenized_pairs(rows[part::parts], tokenizer, run.text.max_length)
+        name: tokenized_pairs(rows[part::parts], tokenizer, run.text.limit)
         for name, rows in read_splits(run, tokenizer).items()
         if rows[part::parts]
     }
@@ -167,7 +174,7 @@ def _policy(
 def _check_fits(
     run: SFTOptionSet | DPOOptionSet, policy: Any, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]
 ) -> None:
-    limit, largest, longest = run.text.max_length, 0, 0
+    limit, largest, longest = run.text.limit, 0, 0
     for rows in splits.values():
         names = [name for name in rows.column_names if name.endswith("_ids")]
         columns = dict(zip(names, rows.select_columns(names).with_format("arrow")[:].columns, strict=True))
@@ -240,19 +247,25 @@ def _check_schedule(train: TrainOptions) -> None:
 
 
 def read_splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
-    """Rendered training pairs and, where the run evaluates, held-out pairs, under the trainer's argument names.
+    """Rendered training pairs and, where the run evaluates, held-out pairs, by the names of `Build.splits`.
 
     Raises:
         UserError: an evaluation without held-out pairs, or no pair left to train on.
     """
     data, text, train = run.data, run.text, run.train
-    pairs, held_out = load_splits(data) if train.eval_strategy != "no" else (load_training(data), [])
-    if train.eval_strategy != "no" and not held_out:
-        raise UserError("--eval_strategy needs held-out pairs: a test split, or --val_ratio")
+    evaluated: dict[str, list[Row]] = {}
+    if train.eval_strategy == "no" or train.eval_sets:
+        pairs = load_training(data)
+        for name, source in train.named_sets:
+            evaluated[f"{EVAL}{name}"] = held_out_of(of_set(data, source))
+    else:
+        pairs, evaluated["eval_dataset"] = load_splits(data)
+        if not evaluated["eval_dataset"]:
+            raise UserError("--eval_strategy needs held-out pairs: a test split, --val_ratio, or --eval_sets")
     limit = 32 if train.debug else train.max_train_samples
-    splits = {"train_dataset": render_rows(pairs[:limit], text, tokenizer)}
-    if held_out:
-        splits["eval_dataset"] = render_rows(held_out[: train.max_eval_samples], text, tokenizer)
+    splits = {"train_dataset": render_rows(first_rows(pairs, limit), text, tokenizer)}
+    for name, held_out in evaluated.items():
+        splits[name] = render_rows(first_rows(held_out, train.max_eval_samples), text, tokenizer)
     return splits
 
 
@@ -278,7 +291,10 @@ def tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_len
         UserError: none is left.
     """
     tokenized = tokenize_rows(rows, tokenizer)
-    pairs: list[Row] = [pair | {"pair_id": row["pair_id"]} for pair, row in zip(tokenized, rows, strict=True)]
+    columns = {"pair_id": [row["pair_id"] for row in rows], **trained_by(rows)}
+    pairs: list[Row] = [
+        pair | {name: values[place] for name, values in columns.items()} for place, pair in enumerate(tokenized)
+    ]
     warn_of_endless(((pair["chosen_ids"], pair["rejected_ids"]) for pair in tokenized), tokenizer, "pair")
     same = sum(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs)
     if same:

@@ -53,7 +53,14 @@ def history(cls: type, model: Path, data: Path, folder: Path, **changes: Any) ->
     if cls is TandemDPOTrainer:
         engine = EngineOptions(ref_cache=str(folder / "cache"))
         collator = PairCollator(pad_token_id=tokenizer.pad_token_id, max_length=arguments.get("max_length", 1024))
-        ours = {"engine": engine, "monitor": MonitorOptions(), "logs_dir": folder / "logs", "data_collator": collator}
+        dpo = arguments.pop("dpo", None)
+        ours = {
+            "dpo": dpo,
+            "engine": engine,
+            "monitor": MonitorOptions(),
+            "logs_dir": folder / "logs",
+            "data_collator": collator,
+        }
         arguments["precompute_ref_log_probs"] = True
     else:
         dataset = dataset.remove_columns("pair_id")

@@ -1,5 +1,6 @@
 """The base of all of Tandem's trainers, on TRL and on optimum-habana: transformers' hooks, answered by parts."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class TandemTrainer(Trainer):
     def restore_counters(self, counters: dict[str, Any]) -> None:
         """Go on from what a checkpoint has kept."""
         raise NotImplementedError
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what a trainer of this kind goes on from besides weights, optimizer and counters; one process."""
 
     def renew_card(self) -> None:
         """Write the model's card again where a checkpoint has brought one: a kill may have torn it."""

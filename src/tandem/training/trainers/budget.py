@@ -45,8 +45,9 @@ class _Kept:
 class _Keeping(PairCollator):
     """A collator that leaves the pairs as they are."""
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {_EXAMPLES: _Kept(examples), "pair_id": [pair.get("pair_id") for pair in examples]}
+    def __call__(self, examples: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
+        pairs = [example for example in examples if not isinstance(example, list)]  # `run_dpo` refuses lists of them
+        return {_EXAMPLES: _Kept(pairs), "pair_id": [pair.get("pair_id") for pair in pairs]}
 
 
 class TokenBudget:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+EVAL = "eval_dataset."
+"""Begins the name of a split that is evaluated on beside others."""
+
 R = TypeVar("R", SFTOptionSet, DPOOptionSet)
 
 
@@ -23,8 +26,8 @@ class Build(Generic[R]):
         policy: the model to be trained, whole or with the adapter that is trained on.
         tokenizer: its tokenizer.
         arguments: those of transformers' TrainingArguments.
-        splits: by the trainer's argument names: `train_dataset`, and `eval_dataset` where the run evaluates. Tokenized
-            examples (SFT) or pairs (DPO).
+        splits: `train_dataset`, and where the run evaluates `eval_dataset`, or `EVAL` and the name of each of several.
+            Tokenized examples (SFT) or pairs (DPO).
         logs_dir: folder of a DPO run's logs.
         reference: of a DPO run; None: it is the policy as it is now.
     """
@@ -36,6 +39,13 @@ class Build(Generic[R]):
     splits: "dict[str, Dataset]"
     logs_dir: Path = Path()
     reference: "PreTrainedModel | None" = None
+
+    @property
+    def datasets(self) -> dict[str, Any]:
+        """The splits by the trainer's argument names; several to evaluate on are a dict."""
+        named = {name.removeprefix(EVAL): each for name, each in self.splits.items() if name.startswith(EVAL)}
+        whole = {name: each for name, each in self.splits.items() if not name.startswith(EVAL)}
+        return whole | ({"eval_dataset": named} if named else {})
 
 
 class Builders(Protocol):

@@ -99,6 +99,8 @@ class EarlyStop(TrainerCallback):
     ) -> None:
         name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         values = [log[name] for log in state.log_history if name in log]
+        if not values:  # of several sets, another is evaluated first
+            return
         best = (max if args.greater_is_better else min)(values)
         since = len(values) - 1 - values.index(best)
         if since >= self._patience:

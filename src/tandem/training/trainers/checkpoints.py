@@ -64,6 +64,11 @@ def _is_cut_off(checkpoint: Path) -> bool:
     return MANIFEST not in names and (not names or bool(names & {RUN, COUNTERS}))
 
 
+def _is_evaluation(metric: str) -> bool:
+    """Whether it is the loss of held-out data, of one set or of several."""
+    return metric.startswith("eval_") and metric.endswith("_loss")
+
+
 class CheckpointState:
     """The checkpoints of a trainer, each of which counts once its manifest, written last, is there.
 
@@ -90,6 +95,7 @@ class CheckpointState:
             run = Path(args.output_dir) / RUN
             if run.exists():
                 write_atomic(folder / RUN, run.read_bytes())
+            self._trainer.save_beside(folder)
         # Older checkpoints may go only when this one is complete, so Trainer must not rotate by itself
         limit, args.save_total_limit = args.save_total_limit, None
         try:
@@ -135,9 +141,8 @@ class CheckpointState:
         evaluated."""
         state, control = self._trainer.state, self._trainer.control
         control.should_save = False
-        control.should_evaluate &= not any(
-            "eval_loss" in log and log["step"] == state.global_step for log in state.log_history
-        )
+        steps = [log["step"] for log in state.log_history if any(map(_is_evaluation, log))]
+        control.should_evaluate &= state.global_step not in steps
 
 
 class LossSums:

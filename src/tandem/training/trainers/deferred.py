@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 
 class Promise:
@@ -54,10 +55,14 @@ def mean_of(values: Sequence[Any]) -> Promise:
 
 
 class DeferredGather:
-    """An accelerator whose gathers wait for `collect`; all else is the accelerator's own."""
+    """An accelerator whose gathers wait for `collect`; all else is the accelerator's own.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    Args:
+        is_even: whether all ranks promise tensors of the same sizes.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, is_even: bool = True) -> None:
+        self._accelerator, self._is_even = accelerator, is_even
         self._local: list[torch.Tensor] = []
         self._gathered: list[torch.Tensor] = []
 
@@ -87,17 +92,26 @@ class DeferredGather:
         wide = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         sizes = [tensor.numel() for tensor in self._local]
         flat = torch.cat([tensor.reshape(-1).to(wide) for tensor in self._local])
+        self._local = []
+        if not self._is_even:
+            shares = gather_object([(sizes, flat.cpu())])
+            of_ranks = [part.split(rank_sizes) for rank_sizes, part in shares]
+            self._gathered = [torch.cat(parts) for parts in zip(*of_ranks, strict=True)]
+            return
         ranks = self._accelerator.gather(flat).view(-1, flat.numel()).cpu()
         self._gathered = [part.reshape(-1) for part in ranks.split(sizes, dim=1)]
-        self._local = []
 
 
 class DeferredMetrics:
-    """The metrics and the token count of a TRL trainer, gathered when they are resolved."""
+    """The metrics and the token count of a TRL trainer, gathered when they are resolved.
 
-    def __init__(self, trainer: Any) -> None:
+    Args:
+        is_even: see `DeferredGather`.
+    """
+
+    def __init__(self, trainer: Any, *, is_even: bool = True) -> None:
         self._trainer = trainer
-        self._gather = DeferredGather(trainer.accelerator)
+        self._gather = DeferredGather(trainer.accelerator, is_even=is_even)
         self._token_counts: list[Promise] = []
 
     @contextlib.contextmanager

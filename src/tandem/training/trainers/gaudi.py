@@ -36,7 +36,13 @@ from tandem.runs import write_json
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers.base import TandemTrainer
 from tandem.training.trainers.build import Build
-from tandem.training.trainers.gaudi_settings import gaudi_config, model_flags, training_arguments
+from tandem.training.trainers.gaudi_settings import (
+    gaudi_config,
+    model_flags,
+    refuse_columns,
+    row_length,
+    training_arguments,
+)
 from tandem.training.trainers.monitored import MonitorFeed
 from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 
@@ -340,7 +346,7 @@ def start_processes(arguments: Mapping[str, Any]) -> None:
 
 def sft_trainer(build: Build[SFTOptionSet]) -> TandemGaudiSFTTrainer:
     """See `build.Builders`."""
-    run, max_length = build.run, build.run.text.max_length
+    run, max_length = build.run, row_length(build.run.text)
     return TandemGaudiSFTTrainer(
         model=build.policy,
         args=GaudiSFTConfig(
@@ -356,9 +362,10 @@ def sft_trainer(build: Build[SFTOptionSet]) -> TandemGaudiSFTTrainer:
 
 def dpo_trainer(build: Build[DPOOptionSet]) -> TandemGaudiDPOTrainer:
     """See `build.Builders`."""
-    run, max_length = build.run, build.run.text.max_length
+    run, max_length = build.run, row_length(build.run.text)
     if run.engine.token_budget is not None:
         raise UserError("--token_budget is not there on Gaudi, where all batches have one shape")
+    refuse_columns([name for pairs in build.splits.values() for name in pairs.column_names])
     logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", max_length)
     # A graph recorded with the adapter on could be replayed for the reference
     shared = build.reference is None and (run.lora.use_peft or isinstance(build.policy, PeftModel))

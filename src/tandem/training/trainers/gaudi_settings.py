@@ -1,11 +1,11 @@
 """What a run's options become on Intel Gaudi, and which of them have no meaning there. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tandem.errors import UserError
 from tandem.options.losses import LOSSES, DPOOptions
-from tandem.options.model import LoraOptions, ModelOptions
+from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import GaudiOptions, SFTOptions, TrainOptions
 
 
@@ -24,10 +24,14 @@ def check_gaudi(
         problems.append(f"--optim {train.optim} needs CUDA")
     if lora.load_in_4bit:
         problems.append("--load_in_4bit needs CUDA")
+    if lora.init_lora_weights not in ("true", "gaussian"):
+        problems.append(f"--init_lora_weights {lora.init_lora_weights} is not there on Gaudi")
     if train.tp_size > 1:
         problems.append("--tp_size is not there on Gaudi")
     if train.balance_ranks is not None:
         problems.append("--balance_ranks is not there on Gaudi, where all batches have one shape")
+    if train.eval_sets:
+        problems.append("--eval_sets is not there on Gaudi: it evaluates on one")
     if train.router_aux_loss_coef is not None:
         problems.append("--router_aux_loss_coef is not there on Gaudi: the model's own counts")
     if isinstance(train, SFTOptions):
@@ -45,10 +49,40 @@ def check_gaudi(
             problems.append(f"--loss_type {' '.join(missing)} is not there on Gaudi; {there} are")
         if dpo.f_divergence_type != "reverse_kl":
             problems.append(f"--f_divergence_type {dpo.f_divergence_type} is not there on Gaudi")
+        if dpo.sync_ref_model:
+            problems.append("--sync_ref_model is not there on Gaudi")
         if dpo.use_weighting:
             problems.append("--use_weighting is not there on Gaudi")
     if problems:
         raise UserError("; ".join(problems))
+
+
+def refuse_columns(columns: Collection[str]) -> None:
+    """Refuse what pairs are trained by beside their tokens.
+
+    Raises:
+        UserError: naming it.
+    """
+    names = {
+        "weight": "the data's column 'weight'",
+        "margin": "the data's column 'margin'",
+        "group": "'rejected' lists",
+    }
+    for name, told in names.items():
+        if name in columns:
+            way_out = "give a row for each rejected answer" if name == "group" else f"--ignore_columns {name}"
+            raise UserError(f"{told}: not there on Gaudi; {way_out}")
+
+
+def row_length(text: TextOptions) -> int:
+    """How long every row is.
+
+    Raises:
+        UserError: nobody has said.
+    """
+    if text.max_length is None:
+        raise UserError("--max_length none is not there on Gaudi, where every row is as long as it says")
+    return text.max_length
 
 
 def training_arguments(arguments: Mapping[str, Any], *, lazy: bool, graphs: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from tandem.engine.layout import IGNORED_LABEL, PAIR_LAYOUT
+from tandem.engine.pairs import ROW
 
 
 class WeightedMeans:
@@ -166,15 +167,16 @@ class PairRows:
     """Of TRL's DPOTrainer."""
 
     def count(self, inputs: Mapping[str, Any]) -> int:
-        return len(inputs["pair_id"])
+        return inputs[ROW][-1] + 1 if ROW in inputs else len(inputs["pair_id"])
 
     def first(self, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-        pairs = self.count(inputs)
+        pairs = len(inputs["pair_id"])
+        count = sum(row < rows for row in inputs.get(ROW, range(pairs)))
 
         def some(value: Any) -> Any:
             if len(value) == pairs:
-                return value[:rows]
-            return torch.cat([value[:rows], value[pairs : pairs + rows]])
+                return value[:count]
+            return torch.cat([value[:count], value[pairs : pairs + count]])
 
         return {name: some(value) for name, value in inputs.items() if name != PAIR_LAYOUT}
 
@@ -185,8 +187,9 @@ class PairRows:
             "mean_token_accuracy": chosen,
             "logits/chosen": chosen,
             "logits/rejected": rejected,
+            "loss": self.count(inputs),  # a row's is the sum of its pairs'
         }
-        return weights, self.count(inputs)
+        return weights, len(inputs["pair_id"])
 
 
 class ExampleRows:

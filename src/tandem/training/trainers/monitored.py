@@ -1,6 +1,6 @@
 """A trainer's monitor, and what it is fed with: every pair of every micro-batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,20 @@ class MonitorFeed:
         trainer.add_callback(MonitorCallback(trainer))
 
     def add(
-        self, pair_ids: list[str], inputs: dict[str, Any], logps: Logps, loss: torch.Tensor, rewards: Logps | None
+        self,
+        pair_ids: list[str],
+        inputs: dict[str, Any],
+        logps: Logps,
+        loss: torch.Tensor,
+        rewards: Logps | None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Add a micro-batch.
 
         Args:
             logps: the policy's, detached.
             rewards: where they are not β times the log-ratios: margins are then their difference over β.
+            rows: of the pairs, where a row of the data has several.
         """
         chosen_ratio = logps[0] - inputs["ref_chosen_logps"]
         rejected_ratio = logps[1] - inputs["ref_rejected_logps"]
@@ -66,6 +73,7 @@ class MonitorFeed:
             kl=0.25 * (chosen_ratio**2 + rejected_ratio**2) if self._scored else None,
             batch=lambda: inputs,
         )
+        micro_batch.rows = rows
         trainer.monitor.add(micro_batch)
         if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and trainer.accelerator.sync_gradients:
             trainer.monitor.collect(int(trainer.state.epoch or 0))  # its backward steps the optimizer as well

@@ -1,6 +1,5 @@
 """TRL's trainers on CPU, CUDA and MPS, with Tandem's engine, reference cache and monitor in their places."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -17,9 +16,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from tandem.devices import has_hpu
 from tandem.engine.balance import Ints
 from tandem.engine.forward import pair_engine
-from tandem.engine.layout import IGNORED_LABEL, Layout
-from tandem.engine.lengths import PairLengths, row_lengths
-from tandem.engine.losses import Pairs, pair_losses, rewards
+from tandem.engine.layout import IGNORED_LABEL, PAIR_LAYOUT, Layout
+from tandem.engine.lengths import row_lengths
 from tandem.engine.modes import disable_dropout
 from tandem.engine.pairs import ExampleCollator, PairCollator, longest_row, sequence_logps
 from tandem.engine.ref_cache import RefCache, Source
@@ -32,22 +30,26 @@ from tandem.options.fields import handed_on
 from tandem.options.losses import DPOOptions
 from tandem.options.model import is_adapter
 from tandem.options.training import EngineOptions
-from tandem.training.dealing import check_budget, pair_costs, why_undealt
+from tandem.training.dealing import check_budget, row_costs, why_undealt
 from tandem.training.examples import packed
+from tandem.training.groups import GROUP, Groups, by_row
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
 from tandem.training.trainers import topology
 from tandem.training.trainers.budget import TokenBudget
 from tandem.training.trainers.build import Build
+from tandem.training.trainers.checkpoints import steps_done
 from tandem.training.trainers.deferred import DeferredMetrics
 from tandem.training.trainers.held_out import ExampleRows, PairRows
 from tandem.training.trainers.monitored import MonitorFeed
+from tandem.training.trainers.objective import Objective
 from tandem.training.trainers.on_trl import OnTRL
 from tandem.training.trainers.reference import starts_as_its_base, without_trls_copy
 from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 from tandem.training.trainers.sharding import ShardedScorer, policy_is_reference
+from tandem.training.trainers.synced import SyncCallback, synced_reference
 
 
-class TandemDPOTrainer(OnTRL, DPOTrainer):
+class TandemDPOTrainer(Objective, OnTRL, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -84,7 +86,7 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
         cache = RefCache(engine.ref_cache) if self._dpo.needs_reference else None
         self._given, added = ref_model, keywords.get("peft_config")
         self.reference = ShardedScorer(self, cache, self._logps, given=ref_model, added=added, source=reference_source)
-        splits = [keywords[name] for name in ("train_dataset", "eval_dataset") if keywords.get(name) is not None]
+        splits = [keywords["train_dataset"], *_sets(keywords.get("eval_dataset")).values()]
         # Laid out where batches are made, so that no step waits for it
         keywords["data_collator"] = dataclasses.replace(keywords["data_collator"], layout=engine.layout)
         longest = max(longest_row(pairs, keywords["data_collator"].max_length) for pairs in splits)
@@ -99,7 +101,10 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
         self._score_reference()
         if self.args.disable_dropout:
             disable_dropout(self.model)
-        self._deferred = DeferredMetrics(self)
+        self._deferred = DeferredMetrics(self, is_even=not isinstance(self.train_dataset, Groups))
+        self._synced = synced_reference(self.model, self._dpo, self.topology)
+        if self._synced is not None:
+            self.add_callback(SyncCallback(self._synced))
         self.feed = MonitorFeed(
             self,
             monitor,
@@ -116,14 +121,17 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
         else:
             whose = self.reference.name or "the policy before training"
             reference = f"{whose}, sharded like the policy; its log-probs come from {cache.path}"
+            if self._dpo.sync_ref_model:
+                alpha, steps = self._dpo.ref_model_mixup_alpha, self._dpo.ref_model_sync_steps
+                reference += f" until step {steps}; after every {steps} steps {alpha:g} of it is the policy"
         return {"reference": reference, "layout": self._layout} | super().table_rows() | self.budget.table_row()
 
     def is_padded(self) -> bool:
         return self._layout == "padded"
 
     def costs(self) -> Ints:
-        lengths = PairLengths.of(self.train_dataset, self.data_collator.max_length)
-        return pair_costs(lengths, self.model.config.get_text_config(), self._layout)
+        config = self.model.config.get_text_config()
+        return row_costs(self.train_dataset, self.data_collator.max_length, config, self._layout)
 
     # Reference
 
@@ -139,10 +147,13 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
         args = self.args
         args.precompute_ref_log_probs = self.precompute_ref_logps = True  # the loss reads the columns
         size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
-        if self.eval_dataset is not None:
-            size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
-            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", size)
+        self.train_dataset = by_row(self._precompute_ref_logps(self.train_dataset, "train", size))
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        sets = {
+            name: by_row(self._precompute_ref_logps(each, name or "eval", size))
+            for name, each in _sets(self.eval_dataset).items()
+        }
+        self.eval_dataset = sets if isinstance(self.eval_dataset, dict) else sets.get("")
         self.ref_model = self._given = None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -152,6 +163,8 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
         ids, mask = inputs["input_ids"], inputs["completion_mask"]
         labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
         text = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "labels": labels}
+        if inputs.get(PAIR_LAYOUT) is not None:
+            text[PAIR_LAYOUT] = inputs[PAIR_LAYOUT]
         per_token = model(**text, use_cache=False, fused_lm_head=True).log_probs
         chosen, rejected = sequence_logps(per_token, mask[:, 1:], self.ld_alpha).chunk(2)
         return chosen, rejected
@@ -161,7 +174,7 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        ours = ("pair_id", "chosen_mask", "rejected_mask")
+        ours = ("pair_id", "chosen_mask", "rejected_mask", "weight", "margin", GROUP)
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ours]))
 
     # Batches within the budget
@@ -179,73 +192,7 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
         operations: int = super().floating_point_ops(self.budget.as_padded(inputs))
         return operations
 
-    # Loss and metrics
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        inputs = dict(inputs)
-        pair_ids = inputs.pop("pair_id")
-        training = self.model.training
-        if not training and not self._dpo.own_losses:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-        per_token: list[torch.Tensor] = []
-
-        def policy(*args: Any, **kwargs: Any) -> Any:
-            output = model(*args, **kwargs)
-            per_token.append(output.log_probs)
-            return output
-
-        with self._deferred.put_off() if training else contextlib.nullcontext():
-            loss = super().compute_loss(policy, inputs, num_items_in_batch=num_items_in_batch)
-            pairs = self._pairs(per_token[0], inputs)
-            loss, logged = self._with_own_losses(loss, pairs)
-        if training:
-            logps = pairs.chosen_logps.detach(), pairs.rejected_logps.detach()
-            self.feed.add(pair_ids, inputs, logps, loss, logged)
-        return loss
-
-    def _pairs(self, per_token: torch.Tensor, inputs: Mapping[str, Any]) -> Pairs:
-        """What a loss is given, from the policy's (2B, S − 1) log-probs of tokens in nats."""
-        mask = inputs["completion_mask"][:, 1:]
-        chosen, rejected = sequence_logps(per_token, mask, self.ld_alpha).chunk(2)
-        chosen_lengths, rejected_lengths = mask.sum(1).clamp(min=1).chunk(2)
-        scored = self.reference.cache is not None
-        return Pairs(
-            chosen,
-            rejected,
-            ref_chosen_logps=inputs["ref_chosen_logps"] if scored else None,
-            ref_rejected_logps=inputs["ref_rejected_logps"] if scored else None,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            beta=self.beta,
-            options=self._dpo,
-        )
-
-    def _with_own_losses(
-        self, loss: Any, pairs: Pairs
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """TRL's `loss` and those it lacks; and the rewards of the first loss, where they are not those TRL logs."""
-        for own, weight in self._dpo.own_losses:
-            loss = loss + weight * pair_losses(own, pairs).mean()
-        first = self._dpo.losses[0][0]
-        if first.rewards is None:
-            return loss, None
-        chosen, rejected = rewards(first, pairs)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, values in {
-            "chosen": chosen,
-            "rejected": rejected,
-            "accuracies": (chosen > rejected).float(),
-            "margins": chosen - rejected,
-        }.items():
-            metrics[f"rewards/{name}"][-1] = self.accelerator.gather(values).mean().item()
-        return loss, (chosen, rejected)
+    # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -263,6 +210,22 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
     def counters(self) -> dict[str, Any]:
         self._deferred.resolve()
         return super().counters()
+
+    def save_beside(self, folder: Path) -> None:
+        if self._synced is not None:
+            self._synced.save(folder)
+
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
+        if self._synced is not None and resume_from_checkpoint:
+            self._synced.load(Path(resume_from_checkpoint), steps_done(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
+
+def _sets(evaluated: Any) -> dict[str, Dataset]:
+    """What a trainer evaluates on, by name; one alone has none."""
+    if evaluated is None:
+        return {}
+    return evaluated if isinstance(evaluated, dict) else {"": evaluated}
 
 
 class TandemSFTTrainer(OnTRL, SFTTrainer):
@@ -293,8 +256,8 @@ def sft_trainer(build: Build[SFTOptionSet]) -> TandemSFTTrainer:
     run, max_length = build.run, build.run.text.max_length
     layout: Layout = "padded" if has_hpu() else run.train.layout
     longest = max(len(ids) for examples in build.splits.values() for ids in examples["input_ids"])
-    splits = build.splits | {"train_dataset": packed(build.splits["train_dataset"], run)}
-    with pair_engine(layout=layout, longest=min(longest, max_length)):
+    splits = build.datasets | {"train_dataset": packed(build.splits["train_dataset"], run)}
+    with pair_engine(layout=layout, longest=min(longest, run.text.limit)):
         trainer = TandemSFTTrainer(
             model=build.policy,
             args=SFTConfig(
@@ -309,7 +272,7 @@ def sft_trainer(build: Build[SFTOptionSet]) -> TandemSFTTrainer:
             **splits,
         )
     if not has_hpu():  # TRL's collator leaves it to a kernel to keep the examples of a row apart
-        trainer.data_collator = ExampleCollator(build.tokenizer.pad_token_id, max_length, layout=layout)
+        trainer.data_collator = ExampleCollator(build.tokenizer.pad_token_id, run.text.limit, layout=layout)
     return trainer
 
 
@@ -317,7 +280,8 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
     """See `build.Builders`."""
     run, max_length = build.run, build.run.text.max_length
     dpo, engine = run.dpo, run.engine
-    check_budget(run, build.policy.config.get_text_config())
+    if engine.token_budget is not None:
+        check_budget(run, build.policy.config.get_text_config())
     loss_types, loss_weights = dpo.trl_losses
     if has_hpu():  # which compiles anew for every shape
         engine = dataclasses.replace(engine, layout="padded")
@@ -340,7 +304,7 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
         reference_source=reference_source(run),
         data_collator=PairCollator(build.tokenizer.pad_token_id, max_length, static=has_hpu()),
         undealt=functools.partial(why_undealt, run.train, dpo),
-        **build.splits,
+        **build.datasets,
     )
 
 
