@@ -15,6 +15,7 @@ from tests.crash.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("cc")
+TRAININGS = ("dpo", "dpo_anew", "sft")
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.platform != "linux", reason="the shim needs Linux and a C compiler"
 )
@@ -49,6 +50,13 @@ def test_a_merge_over_another_is_whole_or_absent(shim: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", sorted(SCENARIOS.keys() - TRAININGS))
 def test_every_call(shim: Path, tmp_path: Path, scenario: str):
     ended_everywhere(shim, tmp_path, scenario)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", TRAININGS)
+def test_some_calls_of_a_training(shim: Path, tmp_path: Path, scenario: str):
+    """A training after each of its hundreds of calls takes an hour: `python -m tests.crash.forks` does it in parts."""
+    ended_everywhere(shim, tmp_path, scenario, "--every", "29")

@@ -1,5 +1,10 @@
-"""kill -9 and lost machines, over all stages of both pipelines: the same bytes in the end."""
+"""kill -9 and lost machines, over all stages of both pipelines: the same bytes in the end.
 
+A campaign takes the better part of an hour. One that `python -m tests.pipelines.campaign` has begun in the folder
+$CAMPAIGN/PIPELINE is gone on with.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,8 @@ from tests.pipelines.campaign import PIPELINES
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "kills", "losses"), [("all_stages", 40, 10), ("rounds", 20, 0)])
 def test_nothing_of_kills_and_losses_is_to_be_seen(tmp_path: Path, pipeline: str, kills: int, losses: int):
-    with PIPELINES[pipeline](tmp_path) as campaign:
+    folder = Path(os.environ["CAMPAIGN"]) / pipeline if "CAMPAIGN" in os.environ else tmp_path
+    with PIPELINES[pipeline](folder) as campaign:
         campaign.straight()
         assert campaign.go_on(kills, losses, until=float("inf"))
         assert campaign.state["faults"] == []
