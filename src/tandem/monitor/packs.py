@@ -8,6 +8,7 @@ The first 10,000 steps keep their files, and so does the thousand that is being 
 and a place in a pack, the file is right: a pack is whole before a file of it is removed.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -57,7 +58,7 @@ def packs(folder: Path) -> list[Path]:
 
 def steps_in(pack: Path) -> list[int]:
     """The steps whose arrays are in a pack."""
-    return sorted(map(_step, _arrays(pack)))
+    return sorted(map(_step, _names(pack)))
 
 
 def files(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -110,11 +111,10 @@ def cut_after(folder: Path, step: int) -> None:
         if first > step:
             pack.unlink()
         elif last > step:
-            arrays = _arrays(pack)
-            kept = {name: content for name, content in arrays.items() if _step(name) <= step}
+            kept = {name: content for name, content in _arrays(pack).items() if _step(name) <= step}
             if not kept:
                 pack.unlink()
-            elif len(kept) < len(arrays):
+            elif len(kept) < len(_names(pack)):
                 _write(pack, kept)
     _remove([file for number, file in files(folder) if number > step])
 
@@ -122,7 +122,7 @@ def cut_after(folder: Path, step: int) -> None:
 def drop_files(packed: Collection[Path], copy: Path) -> None:
     """In a copy of the margins folder of the packs: remove the files that are in one of them, and that the original
     has no more."""
-    originals = {name: pack.parent / name for pack in packed for name in _arrays(pack)}
+    originals = {name: pack.parent / name for pack in packed for name in _names(pack)}
     _remove([file for _, file in files(copy) if (own := originals.get(_name(file))) and not own.exists()])
 
 
@@ -151,21 +151,36 @@ def _name(file: Path) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
-def _arrays(pack: Path) -> dict[str, bytes]:
-    """The content of each file in a pack, by name; none if there is no pack.
+@contextlib.contextmanager
+def _opened(pack: Path) -> Iterator[zipfile.ZipFile]:
+    """The pack for reading.
 
     Raises:
         UserError: it is no whole ZIP file.
     """
-    if not pack.exists():
-        return {}
     try:
         with zipfile.ZipFile(pack) as packed:
-            return {name: packed.read(name) for name in packed.namelist() if _ARRAY.fullmatch(name)}
+            yield packed
     except zipfile.BadZipFile as error:
         raise UserError(
             f"{pack}: not the margins that a run has packed ({error}): remove it, or put it back"
         ) from error
+
+
+def _names(pack: Path) -> list[str]:
+    """The names of the arrays in a pack; none if there is no pack."""
+    if not pack.exists():
+        return []
+    with _opened(pack) as packed:
+        return [name for name in packed.namelist() if _ARRAY.fullmatch(name)]
+
+
+def _arrays(pack: Path) -> dict[str, bytes]:
+    """The content of each array's file in a pack, by name; none if there is no pack."""
+    if not pack.exists():
+        return {}
+    with _opened(pack) as packed:
+        return {name: packed.read(name) for name in _names(pack)}
 
 
 def _write(pack: Path, arrays: dict[str, bytes]) -> None:
