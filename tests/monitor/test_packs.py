@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_content_of_one_that_was_never_stopped(
     write(folder, range(1, 1 + killed_at), again=0.5)
     MarginsLog(folder).truncate_after(kept)
     assert len(content(folder)) == kept
-    assert len(list(packs.files(folder))) == kept - sum(len(packs.steps_in(pack)) for pack in packs.packs(folder))
+    assert len(list(packs.files(folder))) == kept - sum(len(np.load(pack).files) for pack in packs.packs(folder))
     write(folder, range(kept + 1, 18))
     for array in content(folder).values():
         step = int(array[1][0].removeprefix("pair "))

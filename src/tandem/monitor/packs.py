@@ -56,11 +56,6 @@ def packs(folder: Path) -> list[Path]:
     return sorted(found, key=_bounds)
 
 
-def steps_in(pack: Path) -> list[int]:
-    """The steps whose arrays are in a pack."""
-    return sorted(map(_step, _names(pack)))
-
-
 def files(folder: Path) -> Iterator[tuple[int, Path]]:
     """Each array that is a file, with its step. A folder is listed once, and no file is looked at."""
     for epoch in folder.glob("epoch_*"):
