@@ -117,6 +117,6 @@ def test_the_check_and_the_start_of_a_run_say_so(
 ):
     data = tiny.save_pairs(tmp_path / "pairs.jsonl", tiny.hh_rows(4))
     script("check_data").main(["--dataset_name", str(data), "--tokenizer_name_or_path", str(base)])
-    said = "the chat template ends answers with <|im_end|>, the tokenizer's end of sequence is </s>"
+    said = r"the chat template ends answers with <\|im_end\|>, the tokenizer's end of sequence is </s>"  # in a table
     assert said in capsys.readouterr().out
     assert "answers end with  </s> or <|im_end|>" in (trained / "train.log").read_text()

@@ -157,7 +157,7 @@ def test_a_reference_that_is_another_model_is_told_before_anything_is_trained(
     model: Path, tmp_path: Path, first_loss: Step, monkeypatch: pytest.MonkeyPatch
 ):
     adapter = save_kind(tmp_path / "adapter", model, "lora")
-    monkeypatch.setattr("tandem.training.trainers.trl.fingerprint", lambda *_, **__: "one for all")
+    monkeypatch.setattr("tandem.training.trainers.reference_scorer.fingerprint", lambda *_, **__: "one for all")
     first_loss(adapter)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 2 * weight for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
@@ -175,7 +175,7 @@ def test_weights_are_hashed_once_as_long_as_their_files_stay(
         hashed.append(fingerprint(*arguments, **keywords))
         return hashed[-1]
 
-    monkeypatch.setattr("tandem.training.trainers.trl.fingerprint", hash_of)
+    monkeypatch.setattr("tandem.training.trainers.reference_scorer.fingerprint", hash_of)
     monkeypatch.setattr(ref_cache, "STARTED", time.time() + 3600)
     own = tmp_path / "own"
     shutil.copytree(model, own)
