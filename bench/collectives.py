@@ -130,8 +130,8 @@ def predicted(engine: str, lora: bool, sizes: dict[str, int], adapter: int, batc
     held = sizes["total"] + (adapter if lora else 0)
     layers = sizes["layers"] + (adapter if lora else 0)
     again = layers + sizes["embedding"]  # resharded after the forward
-    # The tail stays gathered between the batches of the reference; under PEFT it is read as a DTensor, each time
-    once = held if lora else held - sizes["tail"] * (1 - 1 / batches)
+    # The tail stays gathered between the batches of the reference
+    once = held - sizes["tail"] * (1 - 1 / batches)
     return {
         "ddp": {"gathered": 0, "reduced": trained, "reference": 0},
         "fsdp": {"gathered": held + again, "reduced": trained, "reference": once},

@@ -4,8 +4,10 @@
     python -m bench.loading --processes 4 --layers 4 --flags="--use_peft true"
 
 Real runs of dpo.py with accelerate_configs/fsdp.yaml on the CPU. The sum of the ranks' PSS (/proc/PID/smaps_rollup) is
-sampled from just before the weights are loaded, and what it then was is taken off. Prints one line of JSON: the peak
-before the model is sharded, and through its sharding, in copies of the model as it is trained.
+sampled from just before the weights are loaded, and what it then was is taken off. Prints one line of JSON, in copies
+of the model as it is trained: the peak while the weights are read (`loading`), what is held once they are (`loaded`),
+and the peak of sharding (`sharding`). `_anon` is what the processes have for themselves; the rest are pages of the
+files that are read, which the kernel takes back when it needs them.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import torch
 from tests import tiny
 from tests.distributed import launches, run_script
 
-PHASES = ("loading", "sharding")
+PHASES = ("loading", "loaded", "sharding")
 _PAUSE = 0.05  # seconds between two samples
 
 
@@ -94,6 +96,7 @@ def worker(report: str, argv: list[str]) -> None:
         if memory.phase != "loading":
             return shard(accelerator, model)
         size = sum(own.numel() * own.element_size() for own in model.parameters())
+        memory.enter("loaded")
         memory.enter("sharding")
         result = shard(accelerator, model)
         memory.enter("end")

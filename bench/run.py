@@ -4,6 +4,7 @@
     python bench/run.py --settings full_hh_8 --repeats 3
     python bench/run.py --device cuda                         # random-weight Llamas of 1B and 8B in bfloat16
     python bench/run.py --device cuda --short                 # the main ratios alone, in about five minutes
+    python bench/run.py --short                               # the same with a tiny model: whether the mode runs
 
 Prints ratios of medians as a Markdown table, and beside each the ratio that arithmetic alone allows.
 """
@@ -11,11 +12,12 @@ Prints ratios of medians as a Markdown table, and beside each the ratio that ari
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,11 @@ SHORT = {
         pairs=64,
     ),
 }
+# On the CPU, as a rehearsal whose figures mean nothing
+TINY = {
+    name: replace(setting, flags=re.sub(r"--device cuda --random \w+", "--random tiny", setting.flags), pairs=16)
+    for name, setting in SHORT.items()
+}
 COLUMNS = (
     "setting|base pairs/s|Tandem pairs/s|ratio|FLOPs allow|CPU s|peak memory|of matmul rate (base)|monitor|loss diff"
 )
@@ -139,15 +146,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     names = f"cpu: {', '.join(CPU)}; cuda: {', '.join(CUDA)}"
     parser.add_argument("--settings", nargs="+", choices=[*CPU, *CUDA, *SHORT], metavar="NAME", help=names)
-    parser.add_argument("--short", action="store_true", help="with --device cuda: the main ratios, each run once")
+    parser.add_argument("--short", action="store_true", help="the main ratios, once each; on the CPU a rehearsal")
     parser.add_argument("--repeats", type=int, help="runs of each side; unset: 2, with --short 1")
     parser.add_argument("--model", default=None, help="model folder; unset: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, help="file of pairs for every setting; unset: each has its own")
     parser.add_argument("--raw", type=Path, help="file for one JSON line a run")
     options = parser.parse_args()
-    if options.short and (options.device != "cuda" or options.settings):
-        parser.error("--short goes with --device cuda, and has settings of its own")
-    settings = CUDA | SHORT if options.device == "cuda" else CPU
+    if options.short and options.settings:
+        parser.error("--short has settings of its own")
+    short = SHORT if options.device == "cuda" else TINY
+    settings = CUDA | SHORT if options.device == "cuda" else CPU | (TINY if options.short else {})
     if options.data and not options.data.exists():
         parser.error(f"--data {options.data}: no such file")
     unknown = set(options.settings or ()) - set(settings)
@@ -158,7 +166,7 @@ def main() -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "SmolLM2-135M-Instruct"
         subprocess.run([sys.executable, "-m", "tandem.demo", str(folder)], check=True)
         model = str(folder)
-    chosen = options.settings or list(SHORT if options.short else CUDA if options.device == "cuda" else ())
+    chosen = options.settings or list(short if options.short else CUDA if options.device == "cuda" else ())
     chosen = chosen or default_settings()
     for file in {settings[name].data for name in chosen if not (options.data or settings[name].data).exists()}:
         print(f"{file} is not here: the sample set, whose pairs are shorter, stands in for it\n")

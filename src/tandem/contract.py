@@ -195,6 +195,7 @@ MAIN = Contract(
             takes=("gate_logits", "num_experts", "top_k", "attention_mask"),
         ),
         Borrowed("accelerate.utils.fsdp_utils", "fsdp2_prepare_model", _SHARDING, _TWO_PROCESSES),
+        Borrowed("accelerate.utils.fsdp_utils", "_find_final_norm", _SHARDING, _TWO_PROCESSES, takes=("model",)),
         Borrowed("peft.tuners.lora.layer", "_get_in_out_features", "models.load", _TWO_PROCESSES),
         Borrowed(
             "peft.utils.transformers_weight_conversion",

@@ -18,6 +18,20 @@ def has_hpu() -> bool:
     return hpu is not None and bool(hpu.is_available())
 
 
+def has_cuda() -> bool:
+    """Whether there is a GPU that torch calls CUDA: NVIDIA's, or AMD's under ROCm."""
+    return torch.cuda.is_available()
+
+
+def fix_segments() -> None:
+    """Have processes to come take GPU memory in segments of fixed size, where `tandem` has asked for growing ones.
+
+    CUDA's older way to share memory between processes (`cudaIpcGetMemHandle`) takes no others.
+    """
+    if os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True":
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+
+
 def has_mps() -> bool:
     """Whether there is an Apple GPU."""
     return torch.backends.mps.is_available()

@@ -3,6 +3,7 @@
 `gpu` makes accelerate take gloo processes on the CPU for GPU processes, since it shards over nothing else.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -20,6 +21,7 @@ def take_cpu_for_gpu() -> None:
     from accelerate.utils import DistributedType
     from transformers import training_args
 
+    import tandem.models.load
     import tandem.training.stages
 
     def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
@@ -30,6 +32,11 @@ def take_cpu_for_gpu() -> None:
     tandem.training.stages.has_accelerator = lambda: True
     torch.accelerator.device_count = lambda: 64
     torch.Tensor.pin_memory = lambda self: self  # of offloaded weights, for a device to come
+    tandem.models.load.has_cuda = lambda: True
+    if importlib.util.find_spec("bitsandbytes"):
+        from bitsandbytes.nn import modules
+
+        modules.has_avx512bf16 = lambda: False  # with it, a forward without gradients leaves weights that have none
 
 
 if __name__ == "__main__":

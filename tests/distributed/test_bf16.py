@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from tests import wide
-from tests.distributed.launches import ROOT, run, steps
+from tests import tiny, wide
+from tests.distributed.launches import ROOT, log_history, run, steps
 
 STEPS = 3
 PROCESSES = 2
@@ -85,3 +85,56 @@ def test_the_recipes_of_large_models_train_sharded_as_alone(script, request, tin
 
 def test_lora_with_accumulation_trains_sharded_as_alone(script, request, tiny_data, tmp_path):
     train(script, request, tiny_data, tmp_path, "lora")
+
+
+def same_until(cut: int, row: dict[str, str]) -> dict[str, str]:
+    """The row with answers that differ beyond `cut` tokens alone: what is left of both is the same."""
+    prompt = row["chosen"].rpartition("Assistant:")[0] + "Assistant:"
+    answer = " well" * cut
+    return {"chosen": f"{prompt}{answer} yes", "rejected": f"{prompt}{answer} no"}
+
+
+@pytest.mark.slow
+def test_uneven_steps_evaluation_and_one_checkpoint(script, llama, tmp_path):
+    """Seven pairs in steps of four, of whose rejected answers two have no token of their own: a micro-batch is a pair,
+    so the process that has it forwards none."""
+    rows = tiny.hh_rows(10)
+    rows[1], rows[4] = (same_until(64, rows[index]) for index in (1, 4))
+    (tmp_path / "data").mkdir()
+    tiny.save_pairs(tmp_path / "data" / "train.jsonl", rows[:7])
+    tiny.save_pairs(tmp_path / "data" / "test.jsonl", rows[7:])
+    own = {
+        "model_name_or_path": llama,
+        "dataset_name": tmp_path / "data",
+        "max_prompt_length": 48,
+        "max_length": 64,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 1,
+    }
+    runs = []
+    for name, changes in {"lora": {}, "full": FULL}.items():
+        for processes in (1, PROCESSES):
+            folder = tmp_path / f"{name}-{processes}"
+            places = {"output_dir": folder, "ref_cache": f"{folder}-cache"}
+            command = recipe("llama3_70b", "dpo", processes, **own, **changes, **places)
+            if processes == 1:
+                script("dpo").main([*command[1:], "--use_cpu", "true"])
+            else:
+                runs.append(command)
+    said = run("fsdp", PROCESSES, *runs)
+    assert "layout padded" not in said and "padded forward" not in said
+    for name in ("lora", "full"):
+        one, two = (tmp_path / f"{name}-{processes}" for processes in (1, PROCESSES))
+        ours, theirs = steps(two), steps(one)
+        assert len(ours) == 4
+        # Two processes fill a short step up with one of the epoch's first pairs, which counts in its mean
+        for mine, other, nats in zip(ours, theirs, (5e-3, 5e-3, 5e-3, 5e-2), strict=True):
+            assert mine["loss"] == pytest.approx(other["loss"], abs=nats)
+        ours, theirs = ([entry for entry in log_history(each) if "eval_loss" in entry] for each in (two, one))
+        assert len(ours) == 2
+        assert [entry["eval_loss"] for entry in ours] == pytest.approx([e["eval_loss"] for e in theirs], abs=2e-2)
+        assert [each.name for each in two.glob("checkpoint-*")] == ["checkpoint-4"]

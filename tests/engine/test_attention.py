@@ -239,6 +239,10 @@ HALF, SINGLE, CUDA = torch.bfloat16, torch.float32, torch.device("cuda", 0)
         ((9, 0), HALF, (264, 264), "heads of 264"),
         ((9, 0), HALF, (192, 128), "differ"),
         ((9, 0), SINGLE, (64, 64), "float32"),
+        ((8, 6), HALF, (208, 208), "no backward for heads of 208"),
+        ((12, 0), HALF, (224, 224), "no backward for heads of 224"),
+        ((8, 9), HALF, (256, 256), ""),
+        ((9, 0), HALF, (208, 208), ""),
     ],
 )
 def test_what_reaches_the_flash_kernel(monkeypatch, capability, dtype, dims, reason):
@@ -249,6 +253,15 @@ def test_what_reaches_the_flash_kernel(monkeypatch, capability, dtype, dims, rea
     assert kernels.sdpa_groups_heads(CUDA, dtype, dims, masked=False) == (not reason)
     assert not kernels.sdpa_groups_heads(CUDA, dtype, dims, masked=True)
     assert kernels.sdpa_groups_heads(torch.device("cpu"), dtype, dims, masked=True)
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_dropout_over_the_largest_heads_needs_a_large_card(monkeypatch):
+    for capability, reason in (((8, 6), "heads of 256 with dropout"), ((8, 0), "")):
+        kernels.capability.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert reason in kernels.without_flash(CUDA, HALF, (256, 256), dropout=True)
+        assert bool(reason) == bool(kernels.without_flash(CUDA, HALF, (256, 256), dropout=True))
 
 
 def test_expanded_heads_attend_as_grouped_ones(monkeypatch, plan, states):
@@ -275,16 +288,6 @@ def test_the_probe_remembers_by_kernel_and_card(monkeypatch):
             monkeypatch.setattr(kernels, "flash_attn_varlen", lambda found=package: found)
             described |= {kernels.description(CUDA, dtype) for dtype in (HALF, SINGLE)}
     assert len(described) == 8
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_step_through_varlen_on_tensors_without_values(plan, states, window):
-    """torch's kernel takes what it is given here, as far as shapes and types tell, and gives all gradients."""
-    query, key, value = (torch.empty(state.shape, dtype=HALF, device="meta", requires_grad=True) for state in states)
-    output = PairAttention(plan, "varlen")(query, key, value, window=window)
-    assert output.shape == (1, plan.n_tokens, HEADS, DIM) and output.dtype == HALF
-    output.sum().backward()
-    assert all(state.grad.shape == state.shape for state in (query, key, value))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

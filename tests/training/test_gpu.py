@@ -9,6 +9,7 @@ import torch
 
 import tandem
 from tandem.data.options import DataOptions
+from tandem.devices import fix_segments
 from tandem.errors import UserError
 from tandem.monitor.options import MonitorOptions
 from tandem.options.losses import DPOOptions
@@ -87,6 +88,15 @@ def test_memory_in_segments_that_grow(monkeypatch: pytest.MonkeyPatch, before: d
     runpy.run_path(str(tandem.__file__))
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
+def test_an_engine_of_several_gpus_gets_segments_that_can_be_shared(monkeypatch: pytest.MonkeyPatch):
+    """vLLM's processes import tandem again, which leaves what is set."""
+    for before, after in (("expandable_segments:True", "expandable_segments:False"), ("backend:native",) * 2):
+        monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": before})
+        fix_segments()
+        runpy.run_path(str(tandem.__file__))
+        assert os.environ["PYTORCH_ALLOC_CONF"] == after
 
 
 def test_eight_bit_optimizers_are_refused_over_sharded_weights(monkeypatch: pytest.MonkeyPatch):

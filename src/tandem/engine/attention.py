@@ -188,7 +188,8 @@ def _choose_backend(query: Tensor, value: Tensor, rule: AttentionRule) -> Backen
     loop: Backend = "dense" if rule.softcap is not None or rule.sinks is not None else "sdpa"
     if not query.is_cuda:
         return loop
-    reason = kernels.without_flash(query.device, query.dtype, (query.shape[-1], value.shape[-1]))
+    dims = (query.shape[-1], value.shape[-1])
+    reason = kernels.without_flash(query.device, query.dtype, dims, dropout=rule.dropout > 0)
     if rule.sinks is not None:
         reason = reason or "it has attention sinks"
     if (rule.softcap is not None or rule.dropout > 0) and kernels.flash_attn_varlen() is None:

@@ -22,6 +22,10 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
 _CAPABILITY = (8, 0)  # Ampere
+# GeForce and workstation cards from Ampere on, whose shared memory is too small for the backward of the largest heads
+# (torch, sdp_utils.cpp: check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120)
+_SMALL_CARDS = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
+_LARGE_HEADS, _LARGEST_HEADS = 192, 224
 
 
 @functools.cache
@@ -60,8 +64,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def without_flash(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, int]) -> str:
-    """Why no flash kernel attends in `dtype` with heads of these sizes (query's, value's) there; empty if one does."""
+def without_flash(
+    device: torch.device, dtype: torch.dtype, head_dims: tuple[int, int], *, dropout: bool = False
+) -> str:
+    """Why no flash kernel attends in `dtype` with heads of these sizes (query's, value's) there, with a backward; empty
+    if one does."""
     query, value = head_dims
     if device.type != "cuda":
         return f"the device is {device.type}"
@@ -74,6 +81,10 @@ def without_flash(device: torch.device, dtype: torch.dtype, head_dims: tuple[int
     if capability(device) < _CAPABILITY:
         major, minor = capability(device)
         return f"the GPU has compute capability {major}.{minor}, and flash attention begins with 8.0 (Ampere)"
+    if query > _LARGE_HEADS and (query <= _LARGEST_HEADS or dropout):
+        small = any(first <= capability(device) <= last for first, last in _SMALL_CARDS)
+        if small:
+            return f"flash attention has no backward for heads of {query}{' with dropout' * dropout} on this GPU"
     return ""
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from tandem import contract, ranks
 from tandem.data.adapt import adapt_template
 from tandem.data.texts import PLAIN_TEMPLATE, ensure_chat_template
-from tandem.devices import gpu_without_bf16
+from tandem.devices import gpu_without_bf16, has_cuda
 from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
@@ -340,8 +340,10 @@ def _four_bits() -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise UserError(f"--load_in_4bit needs bitsandbytes: {contract.extra('quantization')}") from None
-    if not torch.cuda.is_available():
-        raise UserError("--load_in_4bit needs a CUDA device")
+    # On CPUs with AVX512-BF16, bitsandbytes 0.50 packs weights at their first forward without gradients: the scales are
+    # bfloat16 from then on, and no gradient goes through (`_convert_weight_packed_for_cpu`)
+    if not has_cuda():
+        raise UserError("--load_in_4bit needs a CUDA device: leave it out here, which trains the adapter all the same")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

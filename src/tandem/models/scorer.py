@@ -1,6 +1,7 @@
 """Log-probabilities of pairs under a model, and samples from it, for evaluate, generate and compare."""
 
 import contextlib
+import ctypes
 import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def load_scorer(
 ) -> "Scorer":
     """The model or adapter `name`, its weights held as `dtype`, ready to score and sample."""
     habana.prepare()
-    gc.collect()  # frees an earlier model: the engine's forward and the model refer to each other
+    _release_memory()
     source = ModelOptions(model_name_or_path=name, dtype=dtype)
     return Scorer(
         load_model(source, sharded=ranks.is_sharded()),
@@ -198,6 +199,14 @@ class Scorer:
             **keywords,
         )
         return [until_end(answer, self.ends) for answer in output[:, ids.shape[1] :].tolist()]
+
+
+def _release_memory() -> None:
+    """Free a model that was here before, which its engine's forward refers to and is referred to by, and give the
+    kernel back what glibc's heap keeps of it."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _device() -> torch.device:

@@ -238,7 +238,11 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "activation_offloading": _not_there("--gradient_checkpointing is what saves activations"),
     "load_in_8bit": _not_there("--load_in_4bit"),
     "bnb_4bit_quant_type": _always("nf4", "--load_in_4bit is NF4"),
-    "bnb_4bit_quant_storage": Counterpart(always=("uint8", "none"), told="weights in 4 bits are stored as uint8"),
+    "bnb_4bit_quant_storage": Counterpart(
+        always=("uint8", "none"),
+        told="weights in 4 bits are stored as uint8, which FSDP leaves whole on each process; stored as floating-point "
+        "numbers, FSDP 2 would shard them, and could change bits of those that are not numbers",
+    ),
 }
 
 

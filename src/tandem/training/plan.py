@@ -23,7 +23,7 @@ from tandem.monitor.memory import GIB, read_memory
 from tandem.options.fields import flags_of
 from tandem.options.model import is_adapter
 from tandem.options.training import PlanOptions, check_training
-from tandem.training import foreseen
+from tandem.training import cuda_memory, foreseen
 from tandem.training.foreseen import build
 from tandem.training.gpu import economies
 from tandem.training.groups import Groups, pairs_of
@@ -54,6 +54,7 @@ class Peak:
     gradients: int
     optimizer: int
     activations: int
+    kernels: int
     allocator: int
     libraries: int
 
@@ -204,7 +205,8 @@ class Plan:
         def share(part: str) -> int:
             kind = "weights" if part == "reference" else part
             size = usage[part] - (self.saved_by_4_bits if part == "weights" else 0)
-            return size // (self.hardware.processes if kind in self.hardware.sharded else 1)
+            whole = _in_4_bits(self) if part == "weights" else 0  # which nothing shards
+            return whole + (size - whole) // (self.hardware.processes if kind in self.hardware.sharded else 1)
 
         activations = usage["activations"]
         if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
@@ -216,29 +218,22 @@ class Plan:
             gradients=share("gradients") * (2 if self.hardware.copies_gradients else 1),
             optimizer=share("optimizer"),
             activations=activations,
+            kernels=kernels(self),
             allocator=int(usage["activations"] * (self.heap - 1)),
             libraries=self.libraries,
         )
 
     @property
     def heap(self) -> float:
-        """Memory that the allocator holds for activations, as a multiple of their size; 1 on an accelerator."""
+        """Memory that the allocator holds for activations, over their size."""
         if self.hardware.device != "cpu":
-            return 1.0
+            return cuda_memory.FRAGMENTATION
         return _HEAP_LORA if self.trains_adapter else _HEAP_ALL
 
     @property
     def saved_by_4_bits(self) -> int:
         """Bytes that 4 bits save in the linear layers."""
-        if not self.run.lora.load_in_4bit:
-            return 0
-        head = self.model.get_output_embeddings().weight
-        linear = {
-            id(module.weight): module.weight
-            for module in self.model.modules()
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight is not head
-        }
-        return int(sum(weight.numel() * (weight.element_size() - _NF4_BYTES) for weight in linear.values()))
+        return sum(weight.numel() * weight.element_size() for weight in _quantized(self)) - _in_4_bits(self)
 
     # Time
 
@@ -361,6 +356,34 @@ def size(model: nn.Module, *, trained: bool = False) -> int:
     """Bytes of the parameters, or of those that are trained alone."""
     parameters = [each for each in model.parameters() if each.requires_grad or not trained]
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def kernels(plan: Plan) -> int:
+    """Bytes that CUDA's kernels take for the largest batch and the CPU's do not; see `cuda_memory`."""
+    if plan.hardware.device != "cuda":
+        return 0
+    computed = plan.rehearse(plan.model).autocast or plan.model.dtype
+    batch = plan.schedule.largest(itertools.chain(*plan.schedule.batches))
+    own = cuda_memory.of_batch(plan.model.config.get_text_config(), batch, computed.itemsize)
+    return own + cuda_memory.nccl_buffers(plan.hardware.processes)
+
+
+def _in_4_bits(plan: Plan) -> int:
+    """Bytes of the weights that are held in 4 bits."""
+    return int(sum(weight.numel() * _NF4_BYTES for weight in _quantized(plan)))
+
+
+def _quantized(plan: Plan) -> list[torch.Tensor]:
+    """The weights that are held in 4 bits: of the linear layers, but for the head."""
+    if not plan.run.lora.load_in_4bit:
+        return []
+    head = plan.model.get_output_embeddings().weight
+    linear = {
+        id(module.weight): module.weight
+        for module in plan.model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight is not head
+    }
+    return list(linear.values())
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from tandem.answers.backends.base import Answer, Draw, encode, read_answer, weights_dtype
 from tandem.answers.backends.options import GenerationOptions
 from tandem.data.formats import Message, prompt_id
+from tandem.devices import fix_segments
 from tandem.errors import UserError, first_line
 from tandem.model_folder import adapter_config
 from tandem.models.ends import end_ids
@@ -62,6 +63,8 @@ class VllmBackend:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         options, keywords = self._options, {}
+        if options.tensor_parallel_size > 1:  # whose processes share memory: vLLM's issue 42609
+            fix_segments()
         place = _place(base, revision)
         alike = [name for name in self._adapters if _place(base_of_adapter(name), revision_of_base(name)) == place]
         if ranks := [_rank(adapter) for adapter in alike]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.utils.data import Sampler
 
 from tandem.data.turn_end import named
@@ -27,6 +26,7 @@ from tandem.training.trainers.sharding import (
     learning_rate,
     save_without_weights,
     saves_shards,
+    shard,
     shard_by_layer,
     trained,
 )
@@ -100,7 +100,7 @@ class OnTRL(TandemTrainer):
         if self.is_fsdp_enabled:
             # Before there is an optimizer: accelerate finds its weights' shards by their addresses, and weights on meta
             # have none
-            fsdp2_prepare_model(self.accelerator, self.model)
+            shard(self.accelerator, self.model)
         prepared = super()._prepare_for_training(*arguments, **keywords)
         if self.topology.engine == "tp_fsdp":
             average_cut_adapter(self.model, self.accelerator)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import fsdp_utils
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
@@ -20,6 +21,7 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 from tandem.engine.pairs import PairCollator
 from tandem.errors import UserError
 from tandem.models.reached import beside_text, expert_parameters
+from tandem.training.held import upcast_trained
 from tandem.training.trainers.budget import TokenBudget
 from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 
@@ -125,12 +127,44 @@ def exact_sums(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy | No
     return MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
 
 
+def shard(accelerator: Accelerator, model: Any) -> Any:
+    """accelerate's sharding by FSDP version 2, the head in one unit with a module that the forward calls.
+
+    Of a head only the weights are read. As a unit of its own it would be gathered by whoever reads it, and torch takes
+    the gradient of what `DTensor.full_tensor` gathers for the same on all processes: each would train its part of the
+    head on its own pairs alone. accelerate 1.15 pairs the head with a norm, which it finds neither under an adapter nor
+    in a model of several modalities.
+    """
+    if accelerator.mixed_precision != "no" and not isinstance(model, FSDPModule):
+        upcast_trained(model)  # as accelerate does, but where weights are in 4 bits
+    find = fsdp_utils._find_final_norm
+    fsdp_utils._find_final_norm = called_with_head
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        fsdp_utils._find_final_norm = find
+
+
+def called_with_head(model: Any) -> nn.Module | None:
+    """The module in whose unit the head goes: the decoder's final norm, or without one the decoder itself.
+
+    A tied head goes with the embedding; then it is None where there is no norm.
+    """
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = whole.get_decoder()
+    norms = [module for module in decoder.children() if "norm" in type(module).__name__.lower()]
+    if norms:
+        return norms[-1]
+    head, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
+    return None if head is None or head.weight is embedding.weight else decoder
+
+
 def gather_once(model: nn.Module) -> None:
     """Gather the weights of every unit of FSDP version 2 for a moment, before training.
 
-    A unit that the forward never calls is never gathered, such as a head of which only the weights are read, or a
-    vision tower when the input is text. torch 2.13 allocates a weight's gathered form on the first gather, and without
-    it (`FSDPParam._unsharded_param`) fails in the backward of a micro-batch that does not synchronise gradients.
+    A unit that the forward never calls is never gathered, such as a vision tower when the input is text. torch 2.13
+    allocates a weight's gathered form on the first gather, and without it (`FSDPParam._unsharded_param`) fails in the
+    backward of a micro-batch that does not synchronise gradients.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -194,7 +228,7 @@ def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> PreTrained
     policy_layers = plugin.transformer_cls_names_to_wrap
     plugin.transformer_cls_names_to_wrap = layer_classes(model)
     try:
-        return fsdp2_prepare_model(accelerator, model.requires_grad_(False)).eval()
+        return shard(accelerator, model.requires_grad_(False)).eval()
     finally:
         plugin.transformer_cls_names_to_wrap = policy_layers
 
@@ -218,15 +252,19 @@ def scoring(model: Any, accelerator: Accelerator) -> Iterator[Any]:
     """A model not trained yet, or a reference, ready to be forwarded without gradients on all processes.
 
     Under FSDP the policy is sharded here, before its optimizer is there, and stays so for training. Afterwards nothing
-    that was gathered is kept: weights that a checkpoint brings must not meet a gathered copy of older ones.
+    that was gathered is kept: weights that a checkpoint brings must not meet a gathered copy of older ones. And what is
+    trained is as before: PEFT, which switches an adapter off and on, says so to the gathered weights alone.
     """
     state = accelerator.state
     if getattr(state, "deepspeed_plugin", None) is not None and not hasattr(model, "zero_optimization_stage"):
         yield prepare_deepspeed(model, accelerator)
         return
     if getattr(state, "fsdp_plugin", None) is not None:
-        model = fsdp2_prepare_model(accelerator, model)
+        model = shard(accelerator, model)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     yield model
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    for parameter, is_trained in before:
+        parameter.requires_grad_(is_trained)
