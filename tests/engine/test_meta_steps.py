@@ -43,7 +43,7 @@ def test_all_that_is_trained_gets_a_gradient(
         return kernel(query, key, value, cu_seq_q, cu_seq_k, *sizes, **options)
 
     monkeypatch.setattr(kernels, "torch_varlen", watched)
-    monkeypatch.setattr(attention, "_choose_backend", lambda *_: "varlen")
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: "varlen")
     monkeypatch.setattr(logprobs, "TRITON_DEVICES", ("meta",))
     monkeypatch.setattr(logprobs, "triton_fault", lambda _: "")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device

@@ -102,7 +102,7 @@ class PairAttention:
 
         backend = self.backend
         if backend == "auto":
-            backend = _choose_backend(query, value, asked)
+            backend = choose_backend(query, value, asked)
         if backend == "varlen":
             if asked.sinks is not None:
                 raise UnsupportedAttention("the varlen backend has no attention sinks")
@@ -184,7 +184,7 @@ class PairAttention:
         return kernels.torch_varlen(*arguments, scale=rule.scale, window_size=window_size, grouped=grouped)[None]
 
 
-def _choose_backend(query: Tensor, value: Tensor, rule: AttentionRule) -> Backend:
+def choose_backend(query: Tensor, value: Tensor, rule: AttentionRule) -> Backend:
     loop: Backend = "dense" if rule.softcap is not None or rule.sinks is not None else "sdpa"
     if not query.is_cuda:
         return loop

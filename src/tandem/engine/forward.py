@@ -55,7 +55,7 @@ def add_pair_forward(
     add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
     padded_forward = model.forward
     choice = LayoutChoice(model, **asked)
-    engine = _PairEngine(model, padded_forward, choice, temperature, cast_lm_head_to_fp32, outputs)
+    engine = PairEngine(model, padded_forward, choice, temperature, cast_lm_head_to_fp32, outputs)
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
@@ -101,7 +101,7 @@ def forward_laid_out(
         input_ids, labels: (2B, S) int64, as in `add_pair_forward`.
         outputs: as in `add_pair_forward`.
     """
-    engine = _PairEngine(model, model.forward, LayoutChoice(model), 1.0, False, outputs)
+    engine = PairEngine(model, model.forward, LayoutChoice(model), 1.0, False, outputs)
     return engine.forward(model, places, input_ids=input_ids, labels=labels)
 
 
@@ -109,7 +109,7 @@ class _Unserved(Exception):
     """The engine cannot serve this batch, and the padded forward takes it; the message says why."""
 
 
-class _PairEngine:
+class PairEngine:
     """The pair forward of one model.
 
     Args:

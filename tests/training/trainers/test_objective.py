@@ -148,14 +148,14 @@ def test_equals_a_sum_over_answers_forwarded_alone(
 def test_two_rejected_answers_share_one_prompt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What the backbone is given: prompt and chosen once, then of each rejected answer what chosen has not."""
     counted: list[int] = []
-    real = forward._PairEngine.forward
+    real = forward.PairEngine.forward
 
     def count(self: Any, model: Any, places: Any, **keywords: Any) -> Any:
         if model.training:
             counted.append(places.n_tokens)
         return real(self, model, places, **keywords)
 
-    monkeypatch.setattr(forward._PairEngine, "forward", count)
+    monkeypatch.setattr(forward.PairEngine, "forward", count)
     row = {"prompt": "p" * 10, "chosen": "abc", "rejected": ["abde", "xy"]}  # a token a character, and the end
     run = run_of(model, [row], tmp_path / "out", {}, per_device_train_batch_size=1, max_steps=1)
     run_dpo(run)
