@@ -62,6 +62,14 @@ def save_model(
     return folder
 
 
+def uneven_rows(count: int) -> list[dict[str, str]]:
+    """`hh_rows` whose chosen answers are up to 82 words longer, each another number of them."""
+    rows = hh_rows(count)
+    for index, row in enumerate(rows):
+        row["chosen"] += " far" * (index * index % 83)
+    return rows
+
+
 def hh_rows(count: int, start: int = 0) -> list[dict[str, str]]:
     """HH transcripts of a few words, each prompt different."""
     rows = []

@@ -16,10 +16,7 @@ PAIRS = 21  # five and a quarter rounds of two processes with two pairs
 @pytest.fixture(scope="module")
 def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of 20 to 300 tokens."""
-    rows = tiny.hh_rows(PAIRS)
-    for index, row in enumerate(rows):
-        row["chosen"] += " far" * (index * index % 83)
-    return tiny.save_pairs(tmp_path_factory.mktemp("uneven") / "pairs.jsonl", rows)
+    return tiny.save_pairs(tmp_path_factory.mktemp("uneven") / "pairs.jsonl", tiny.uneven_rows(PAIRS))
 
 
 def flags(model: Path, data: Path, folder: Path, more: str = "") -> list[str]:

@@ -135,10 +135,8 @@ def test_the_run_forwards_as_many_tokens_as_planned(
 
 
 def test_processes_are_planned_as_they_are_dealt(plan: Callable[..., Plan], tmp_path: Path):
-    rows = tiny.hh_rows(32)
-    for index, row in enumerate(rows):
-        row["chosen"] += " far" * (index * index % 83)
-    data = ["--dataset_name", str(tiny.save_pairs(tmp_path / "uneven.jsonl", rows)), "--num_train_epochs", "2"]
+    file = tiny.save_pairs(tmp_path / "uneven.jsonl", tiny.uneven_rows(32))
+    data = ["--dataset_name", str(file), "--num_train_epochs", "2"]
     two = dataclasses.replace(ALONE, processes=2)
     even = plan(DPOOptionSet, *data, hardware=two)
     order = Order(32, 42, Dealing(2, 1, 4), even.schedule.costs)

@@ -65,10 +65,7 @@ def test_joined_micro_batches_are_the_whole():
 @pytest.fixture(scope="module")
 def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of 50 to 400 tokens."""
-    rows = tiny.hh_rows(PAIRS)
-    for index, row in enumerate(rows):
-        row["chosen"] += " far" * (index * index % 83)
-    return tiny.save_pairs(tmp_path_factory.mktemp("uneven") / "pairs.jsonl", rows)
+    return tiny.save_pairs(tmp_path_factory.mktemp("uneven") / "pairs.jsonl", tiny.uneven_rows(PAIRS))
 
 
 Run = Callable[..., Path]
