@@ -125,7 +125,7 @@ def refuse_unusable(options: JudgeOptions, calls: Iterable[Call], log: VerdictLo
     status, reason, count = ends[0]
     mend = {
         "incomplete": f"raise --max_output_tokens, now {options.max_output_tokens}",
-        "error": "see what its server says",
+        "error": f"raise --timeout, now {options.timeout:g}" if "Timeout" in reason else "see what its server says",
         "refusal": "take another --judge_model",
     }.get(status, "take another --judge_model, or a server that enforces JSON schemas")
     raise UserError(

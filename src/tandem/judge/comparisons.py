@@ -1,19 +1,32 @@
 """What is compared: two files of answers, or one against the data's own."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
+from tandem.data.files import read_rows
 from tandem.data.held_out import CHOSEN, chosen_answers
+from tandem.data.messages import read_turns
 from tandem.data.non_answers import non_answer, spoken
+from tandem.data.rows import Row, RowError, TrackedRow, kind_of
 from tandem.errors import UserError
-from tandem.judge.log import read_log
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Comparison
 
 
+class Answers(NamedTuple):
+    """One side's answers."""
+
+    file: Path
+    label: str
+    rows: Mapping[str, Mapping[str, Any]]  # by prompt id, in the file's order: prompt_id, messages, text and more
+
+
 def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) -> list[Comparison]:
-    """The answers of both generation files, joined by prompt; a prompt that occurs twice counts once.
+    """The answers of both generation files, joined by prompt; a prompt that occurs twice counts once, which is said.
 
     Answers are what is said once reasoning is taken away; which of them are none is noted.
 
@@ -21,12 +34,13 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
     people chose in the held-out `pairs`.
 
     Raises:
-        UserError: a file is missing or damaged, or the sides answer different prompts.
+        UserError: a file is missing, a row of it cannot be read, or the sides answer different prompts.
     """
     file_1, file_2 = options.generation_files
     if options.run_dir is not None and options.against == CHOSEN:
-        return _against_chosen(file_2, options.policy, chosen_answers(pairs))
-    return paired(file_1, file_2, *map(label_of, (file_1, file_2)))
+        return _against_chosen(read_answers(file_2, options.policy), chosen_answers(pairs))
+    one, other = (read_answers(file, label_of(file)) for file in (file_1, file_2))
+    return paired(one, other, list(one.rows))
 
 
 def label_of(file: Path) -> str:
@@ -34,47 +48,81 @@ def label_of(file: Path) -> str:
     return file.name.split(".")[0].removeprefix("generations_")
 
 
-def paired(file_1: Path, file_2: Path, label_1: str, label_2: str) -> list[Comparison]:
-    """The answers of two generation files, joined by prompt.
+def paired(one: Answers, other: Answers, keys: Sequence[str]) -> list[Comparison]:
+    """The answers of two sides to the prompts `keys`, which are among both.
 
     Raises:
-        UserError: a file is missing or damaged, or they answer different prompts.
+        UserError: they answer different prompts.
     """
-    rows_1, rows_2 = _generations(file_1), _generations(file_2)
-    if differing := rows_1.keys() ^ rows_2.keys():
-        raise UserError(f"{file_1} and {file_2}: {len(differing)} prompts are in one only; generate both on the same")
-    return [
-        Comparison(
-            key,
-            row["messages"],
-            spoken(row["text"]),
-            spoken(rows_2[key]["text"]),
-            label_1,
-            label_2,
-            non_answer(row),
-            non_answer(rows_2[key]),
+    if differing := one.rows.keys() ^ other.rows.keys():
+        raise UserError(f"{_both(one, other)}: {len(differing)} prompts are in one only; generate both on the same")
+    return [_pair(one, other, key) for key in keys]
+
+
+def _pair(one: Answers, other: Answers, key: str) -> Comparison:
+    row_1, row_2 = one.rows[key], other.rows[key]
+    if row_1["messages"] != row_2["messages"]:
+        raise UserError(f"{_both(one, other)}: prompt {key} has other messages in each; generate both on the same")
+    return Comparison(
+        key,
+        row_1["messages"],
+        spoken(row_1["text"]),
+        spoken(row_2["text"]),
+        one.label,
+        other.label,
+        non_answer(row_1),
+        non_answer(row_2),
+    )
+
+
+def _both(one: Answers, other: Answers) -> str:
+    return f"{one.file} and {other.file}"
+
+
+def _against_chosen(answers: Answers, chosen: Mapping[str, str]) -> list[Comparison]:
+    if missing := answers.rows.keys() - chosen.keys():
+        raise UserError(
+            f"{answers.file}: {len(missing)} prompts are none of the held-out pairs; name those they are from"
         )
-        for key, row in rows_1.items()
-    ]
-
-
-def _against_chosen(file: Path, label: str, chosen: Mapping[str, str]) -> list[Comparison]:
-    rows = _generations(file)
-    if missing := rows.keys() - chosen.keys():
-        raise UserError(f"{file}: {len(missing)} prompts are none of the held-out pairs; name those they are from")
     return [
-        Comparison(key, row["messages"], chosen[key], spoken(row["text"]), CHOSEN, label, None, non_answer(row))
-        for key, row in rows.items()
+        Comparison(key, row["messages"], chosen[key], spoken(row["text"]), CHOSEN, answers.label, None, non_answer(row))
+        for key, row in answers.rows.items()
     ]
 
 
-def _generations(file: Path) -> dict[str, dict[str, Any]]:
+def read_answers(file: Path, label: str) -> Answers:
+    """A file of answers, which may be another program's, and end without a newline.
+
+    Raises:
+        UserError: there is no such file, or a row of it is no answer.
+    """
     if not file.is_file():
-        raise UserError(f"{file}: no such file; generate answers first")
-    rows: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(read_log(file), start=1):
-        for field, kind in (("prompt_id", str), ("messages", list), ("text", str)):
-            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
-                raise UserError(f"{file} line {number}: {field} is missing or not a {kind.__name__}")
-        rows.setdefault(row["prompt_id"], row)
-    return rows
+        others = sorted(map(label_of, file.parent.glob("generations_*.jsonl")))
+        there = f"; there are answers of {', '.join(others)}" if others else ""
+        raise UserError(f"{file}: no such file; generate answers first{there}")
+    rows: dict[str, Mapping[str, Any]] = {}
+    again = 0
+    for number, row in read_rows(file):
+        answer = _answer(row, f"{file} row {number}")
+        again += answer["prompt_id"] in rows
+        rows.setdefault(answer["prompt_id"], answer)
+    if again:
+        first = "the first answer to each is taken"
+        tqdm.write(f"{file}: {again} rows answer prompts that an earlier row answers; {first}", file=sys.stderr)
+    return Answers(file, label, rows)
+
+
+def _answer(row: Row | RowError, where: str) -> Mapping[str, Any]:
+    if isinstance(row, RowError):
+        raise UserError(f"{where}: {row}")
+    for field, kind in (("prompt_id", str), ("messages", list), ("text", str)):
+        if not isinstance(row.get(field), kind):
+            wanted = "a list of messages" if kind is list else "text"
+            found = f"must be {wanted}, not {kind_of(row[field])}" if field in row else f"is missing: {wanted}"
+            raise UserError(f"{where}: field {field!r} {found}")
+    if not row["messages"]:
+        return row
+    try:
+        return row | {"messages": read_turns(TrackedRow(row), "messages")}
+    except RowError as problem:
+        raise UserError(f"{where}: {problem}") from None

@@ -12,7 +12,7 @@ from tandem import ranks
 from tandem.errors import UserError
 from tandem.intervals import Array, Estimate, bootstrap, estimate, mean
 from tandem.judge import bradley_terry, calibration, conclusions, statistics, summary
-from tandem.judge.comparisons import paired
+from tandem.judge.comparisons import paired, read_answers
 from tandem.judge.options import JudgeOptions
 from tandem.judge.rank_options import RankOptions
 from tandem.judge.requests import Comparison
@@ -31,15 +31,15 @@ class Said(NamedTuple):
 
 
 def all_pairs(options: RankOptions) -> list[Comparison]:
-    """Every pair of models on every prompt.
+    """Every pair of models on every prompt, or on the first of the first file.
 
     Raises:
-        UserError: a file is missing or damaged, or two answer different prompts.
+        UserError: a file is missing, a row of it cannot be read, or two answer different prompts.
     """
-    found = []
-    for (label_1, file_1), (label_2, file_2) in itertools.combinations(options.files, 2):
-        found += paired(file_1, file_2, label_1, label_2)[: options.max_prompts]
-    return found
+    sides = [read_answers(file, label) for label, file in options.files]
+    # Files of one run differ in their order: a backend writes answers down as they get ready
+    keys = list(sides[0].rows)[: options.max_prompts]
+    return [pair for one, other in itertools.combinations(sides, 2) for pair in paired(one, other, keys)]
 
 
 def rank(options: RankOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:

@@ -32,6 +32,24 @@ def _let_stand(response: Any) -> None:
         response.headers["x-should-retry"] = "false"  # the package's word for it
 
 
+# What the words of a failed connection mean, by a part of them
+_MEANINGS = {
+    "WRONG_VERSION_NUMBER": "; the server may speak http:// and no https://",
+    "RECORD_LAYER_FAILURE": "; the server may speak http:// and no https://",
+    "CERTIFICATE_VERIFY_FAILED": "; $SSL_CERT_FILE names a file with the certificate of one's own authority",
+}
+
+
+def _why_unconnected(error: openai.APIError) -> str:
+    """What stands behind the package's "Connection error.", in brackets; empty for other errors."""
+    cause = error.__cause__
+    unconnected = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+    if not unconnected or cause is None or not str(cause):
+        return ""
+    said = " ".join(str(cause).split())[:200]
+    return f" ({said}{next((meaning for words, meaning in _MEANINGS.items() if words in said), '')})"
+
+
 class _Client:
     """What both clients know of their server."""
 
@@ -59,7 +77,8 @@ class _Client:
     def say(self, error: openai.APIError) -> str:
         """An error for people, without the key."""
         status = f" {error.status_code}" if isinstance(error, openai.APIStatusError) else ""
-        return self.scrub(f"{type(error).__name__}{status}: {' '.join(error.message.split())[:300]}")
+        told = f"{type(error).__name__}{status}: {' '.join(error.message.split())[:300]}"
+        return self.scrub(told + _why_unconnected(error))
 
     def fatal(self, error: openai.APIError, model: str) -> UserError | None:
         """What to end with after an error that every further request would meet as well; else None."""

@@ -42,11 +42,16 @@ class ServerBackend:
             if self._failed_in_a_row >= ERRORS_IN_A_ROW:
                 raise UserError(
                     f"--base_url {self._client.url}: {ERRORS_IN_A_ROW} requests in a row failed, the last with "
-                    f"{self._client.say(error)}; verdicts so far are kept, run the same command again to go on"
+                    f"{self._client.say(error)}{_mend(error)}; verdicts so far are kept, run the same command again to "
+                    "go on"
                 ) from None
             return Reply(error=self._client.say(error))
         self._failed_in_a_row = 0
         return Reply(body)
+
+
+def _mend(error: openai.APIError) -> str:
+    return "; raise --timeout if the server is slow" if isinstance(error, openai.APITimeoutError) else ""
 
 
 def client_of(options: JudgeOptions, known: Mapping[str, Any] | None, on_429: Any) -> AsyncClient:
@@ -91,7 +96,7 @@ async def enforces_schema(client: AsyncClient, judge: Judge) -> tuple[bool | Non
             raise fatal from None
         refused = client.say(error)
     except openai.APIError as error:
-        raise UserError(f"{where} does not answer: {client.say(error)}") from None
+        raise UserError(f"{where} does not answer: {client.say(error)}{_mend(error)}") from None
     # It may be the schema that it does not take
     try:
         return False, [refused, await client.ask(dataclasses.replace(request, schema=None))]

@@ -69,7 +69,8 @@
   find("annotator").value = state.annotator;
   find("annotator").addEventListener("input", (event) => { state.annotator = event.target.value; keep(); });
   document.addEventListener("keydown", (event) => {
-    if (event.target === find("annotator") || event.ctrlKey || event.metaKey || event.altKey) return;
+    // A key that is held down must not label one pair after another
+    if (event.repeat || event.target === find("annotator") || event.ctrlKey || event.metaKey || event.altKey) return;
     const verdict = { a: "A", b: "B", n: "tie" }[event.key.toLowerCase()];
     if (verdict) choose(verdict);
   });
