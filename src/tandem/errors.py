@@ -1,5 +1,7 @@
 """The three ways a run ends that are not bugs, and the exit code of each."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -7,6 +9,11 @@ from typing import NoReturn
 from tandem.credentials import hide
 
 _LONGEST_LINE = 1000
+# What a place can be that a user has named: full, read-only, forbidden, a file where a folder is wanted, or the reverse
+_OF_THE_PLACE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 class TandemExit(Exception):
@@ -53,14 +60,25 @@ def first_line(error: BaseException) -> str:
 
 
 def script_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(argv)` and turn a `TandemExit` into one line on stderr and its exit code."""
+    """Run `main(argv)` and turn a `TandemExit` into one line on stderr and its exit code.
+
+    So is an error of the operating system about a place that cannot be read or written.
+    """
     try:
         if sys.platform == "win32":
             raise UserError("Tandem does not run on Windows; use WSL 2 (docs/troubleshooting.md)")
         main(sys.argv[1:])
     except TandemExit as stop:
-        print(f"{type(stop).__name__}: {one_line(str(stop))}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        _end(stop)
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE or not isinstance(error.filename, str | bytes):
+            raise
+        _end(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; put that right, or name another place"))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _end(stop: TandemExit) -> NoReturn:
+    print(f"{type(stop).__name__}: {one_line(str(stop))}", file=sys.stderr)
+    sys.exit(stop.exit_code)

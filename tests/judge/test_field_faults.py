@@ -205,6 +205,15 @@ def test_nobody_listens(tmp_path):
     assert not (tmp_path / "judge").exists()
 
 
+def test_a_failed_connection_says_why(tmp_path):
+    """The openai package's own words are "Connection error." """
+    server = FaultServer()
+    with server.serving() as url, pytest.raises(UserError, match="the server may speak http:// and no https://"):
+        judge(options(url.replace("http:", "https:"), str(tmp_path / "judge"), max_attempts=1), comparisons(4), [])
+    with pytest.raises(UserError, match=r"http://127.0.0..1:8/v1 does not answer \(.*\): start the server, or see the"):
+        judge(options("http://127.0.0..1:8/v1", str(tmp_path / "judge")), comparisons(4), [])
+
+
 @pytest.mark.parametrize(
     "error",
     [  # of one prompt, amid successes

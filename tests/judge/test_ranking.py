@@ -76,6 +76,16 @@ def test_three_models_are_ranked_by_their_verdicts(tmp_path, server):
     assert judged(server) == count and list(two["together"]["models"]) == ["sft", "dpo"]
 
 
+def test_the_first_prompts_are_the_same_for_every_pair(tmp_path):
+    """Backends write answers down as they get ready, each model's in an order of its own."""
+    files = write(tmp_path, 9)
+    for number, file in enumerate(map(Path, files)):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[number * 3 :] + lines[: number * 3]))
+    pairs = all_pairs(options("http://localhost:1", files, tmp_path, max_prompts=3))
+    assert [pair.prompt_id for pair in pairs] == ["p0", "p1", "p2"] * 3
+
+
 def said(outcomes, answers=("one", "two")):
     """What a judge says of base and dpo, prompt by prompt."""
     pairs = [Comparison(str(index), [], *answers, "base", "dpo") for index in range(len(outcomes))]
