@@ -81,7 +81,7 @@ TRUTH = np.array([-0.4, 0.0, 0.4])
 
 
 def coverage(runs, accuracy=1.0, prompts=60):
-    """How often the intervals hold what endless verdicts of a judge that is right so often would give.
+    """How often each interval holds what endless verdicts of a judge that is right so often would give, and its width.
 
     Such verdicts are a mixture of the Bradley-Terry model with a coin's; each prompt also has strengths of its own, so
     that verdicts on one prompt go together.
@@ -98,24 +98,25 @@ def coverage(runs, accuracy=1.0, prompts=60):
     many = TRUTH + rng.normal(0, 1, (200_000, 3))
     mean = np.tile(chances(many).reshape(-1, len(pairs)).mean(0), prompts)
     wanted = [found["value"] for found in fit(first, second, mean, units, NAMES).values()]
-    held = []
+    held, widths = [], []
     for _ in range(runs):
         chance = chances(TRUTH + rng.normal(0, 1, (prompts, 3)))
         scores = (rng.random((2, len(chance))) < chance).mean(0)  # the mean of both orders
         found = fit(first, second, scores, units, NAMES).values()
         held.append([one["low"] <= value <= one["high"] for one, value in zip(found, wanted, strict=True)])
-    return np.mean(held, axis=0)
+        widths.append([one["high"] - one["low"] for one in found])
+    return np.mean(held, axis=0), np.mean(widths, axis=0)
 
 
 def test_intervals_hold_the_truth():
-    assert (coverage(150) > 0.90).all()
+    assert (coverage(150)[0] > 0.90).all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accuracy", [0.6, 0.75, 0.9])
 def test_intervals_hold_the_truth_in_ten_thousand_runs(accuracy):
-    held = coverage(10_000, accuracy)
-    print(accuracy, held)
+    held, width = coverage(10_000, accuracy)
+    print(accuracy, held, width)
     assert (held >= 0.935).all()
 
 
