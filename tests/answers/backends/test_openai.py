@@ -332,19 +332,34 @@ def test_what_a_server_may_leave_out(server: Server, tmp_path: Path):
     assert {record["text"] for record in ask(server, tmp_path / "b")} == {""}
 
 
+PROGRAM = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from tandem.errors import script_main
+from tests.answers.backends.test_openai import PROMPTS, GenerationOptions, SamplingOptions, generate
+engine = GenerationOptions(backend="openai", base_url=sys.argv[1], batch_size=3)
+folder = pathlib.Path(sys.argv[2])
+script_main(lambda argv: generate({{"dpo": "adapter"}}, PROMPTS, SamplingOptions(max_new_tokens=9), engine, folder))
+"""
+
+
+def test_ctrl_c_waits_for_no_server_that_hangs(server: Server, tmp_path: Path):
+    server.wait = 30.0
+    argv = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path)]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    while len(server.bodies) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in said and "Exception" not in said
+
+
 def test_kill_and_go_on(server: Server, tmp_path: Path):
     """kill -9 in a real process: answers on disk are not asked for again, and the end is that of an undisturbed run."""
     server.wait = 0.2
-    code = (
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import pathlib\n"
-        "from tests.answers.backends.test_openai import PROMPTS, GenerationOptions, SamplingOptions, generate\n"
-        "engine = GenerationOptions(backend='openai', base_url=sys.argv[1], batch_size=3)\n"
-        "sampling = SamplingOptions(max_new_tokens=9)\n"
-        "generate({'dpo': 'adapter'}, PROMPTS, sampling, engine, pathlib.Path(sys.argv[2]))"
-    )
     path = tmp_path / "generations_dpo.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)], env=os.environ)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, server.url, str(tmp_path)], env=os.environ)
     while len(read_jsonl(path)) < 4:
         assert process.poll() is None
         time.sleep(0.02)

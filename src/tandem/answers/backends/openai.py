@@ -1,9 +1,10 @@
 """Answers of any server with OpenAI's interface: vLLM, `transformers serve`, a proxy, OpenAI itself."""
 
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 
 import openai
 from tqdm import tqdm
@@ -168,23 +169,39 @@ class OpenAIBackend:
             asked: what is left to be asked; the caller may empty it, and gets what is under way
             seed_of: from a prompt's id and the number of the draw
         """
-        running: dict[Future[Answer], Draw] = {}
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        left, ready = SimpleQueue[Draw | None](), SimpleQueue[tuple[Draw, Answer | Exception]]()
+        running = 0
+        for _ in range(self._concurrency):
+            # Daemons, since Ctrl-C must not wait for a server that hangs
+            threading.Thread(target=self._work, args=(prompts, seed_of, left, ready), daemon=True).start()
+        try:
+            while asked or running:
+                while asked and running < self._concurrency:
+                    left.put(asked.popleft())
+                    running += 1
+                draw, answer = ready.get()
+                running -= 1
+                if not isinstance(answer, Answer | Refused | Failed | UserError):
+                    raise answer
+                yield draw, answer
+        finally:
+            for _ in range(self._concurrency):
+                left.put(None)
+
+    def _work(
+        self,
+        prompts: Sequence[list[Message]],
+        seed_of: Callable[[str, int], int],
+        left: SimpleQueue[Draw | None],
+        ready: SimpleQueue[tuple[Draw, Answer | Exception]],
+    ) -> None:
+        """Ask for draws until there is None, one at a time."""
+        while (draw := left.get()) is not None:
+            index, number = draw
             try:
-                while asked or running:
-                    while asked and len(running) < self._concurrency:
-                        index, number = asked.popleft()
-                        seed = seed_of(prompt_id(prompts[index]), number)
-                        running[pool.submit(self._request, prompts[index], seed)] = index, number
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        draw = running.pop(future)
-                        try:
-                            answer: Answer | Failure = future.result()
-                        except (Refused, Failed, UserError) as error:
-                            answer = error
-                        yield draw, answer
-            finally:
-                pool.shutdown(cancel_futures=True)
+                ready.put((draw, self._request(prompts[index], seed_of(prompt_id(prompts[index]), number))))
+            except Exception as error:
+                ready.put((draw, error))
 
     def _refuses_all(self, count: int, said: str) -> UserError:
         prompts = "prompt" if count == 1 else f"{count} prompts, one after another"
