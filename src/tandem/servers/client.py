@@ -36,7 +36,7 @@ def _let_stand(response: Any) -> None:
 _MEANINGS = {
     "WRONG_VERSION_NUMBER": "; the server may speak http:// and no https://",
     "RECORD_LAYER_FAILURE": "; the server may speak http:// and no https://",
-    "CERTIFICATE_VERIFY_FAILED": "; $SSL_CERT_FILE names a file with the certificate of one's own authority",
+    "CERTIFICATE_VERIFY_FAILED": "; a certificate of your own authority is trusted if $SSL_CERT_FILE names its file",
 }
 
 
