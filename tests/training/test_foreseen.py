@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tandem.engine import own_logits
 from tandem.errors import UserError
-from tandem.models.load import load_tokenizer
+from tandem.models.load import load_model, load_tokenizer
 from tandem.options.model import ModelOptions
 from tandem.options.parsing import parse
 from tandem.training import foreseen
@@ -74,6 +74,19 @@ def test_fewer_layers(name: str, layers: int, kept: int):
     assert foreseen.depth(config) == kept
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["mllama", "qwen2_5_vl", "llama", "gemma3"])
+def test_the_class_is_the_one_that_a_run_loads(name: str, tmp_path: Path):
+    """The class that the configuration names, though no table of causal language models has it."""
+    folder = families.save(name, tmp_path / name)
+    options = ModelOptions(str(folder))
+    loaded = load_model(options)
+    planned = foreseen.model_of(foreseen.config_of(options), options, "meta")
+    assert type(planned) is type(loaded)
+    assert {own: each.shape for own, each in planned.named_parameters()} == {
+        own: each.shape for own, each in loaded.named_parameters()
+    }
 
 
 def test_as_many_layers_as_have_all_kinds():

@@ -3,6 +3,7 @@
 import contextlib
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from tandem.options.model import LoraOptions
 
 # Functions of PEFT that an adapter is made in; a forward through one goes through others
 _MAKING = ("get_peft_model", "inject_adapter")
-_OF_MODELS = ("/transformers/models/", "/transformers/integrations/", "/transformers/cache_utils")
+_OF_MODELS = ("/transformers/models/", "/transformers_modules/", "/transformers/integrations/", "/transformers/cache_utils")
+_OF_ADAPTERS = "/peft/tuners/"
 _OF_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 
 
@@ -132,7 +134,8 @@ def adapter_told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_told(name: str) -> Iterator[None]:
-    """Turn what fails within transformers' code of a model into one line: it cannot be trained as it is there.
+    """Turn what fails within transformers' code of a model, or PEFT's of an adapter on it, into one line: it cannot be
+    trained as it is there.
 
     Raises:
         UserError: in its place.
@@ -140,12 +143,35 @@ def forward_told(name: str) -> Iterator[None]:
     try:
         yield
     except _OF_PEFT as error:
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-        where = own[-1].filename if own else ""
-        if isinstance(error, torch.OutOfMemoryError) or not any(part in where for part in _OF_MODELS):
+        frames = [
+            (frame, line)
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if "/torch/" not in frame.f_code.co_filename
+        ]
+        if isinstance(error, torch.OutOfMemoryError) or not frames:
             raise
-        place = f"{'/'.join(where.split('/')[-2:])}:{own[-1].lineno}"
-        raise UserError(f"{name}: its own code fails on this data ({place}): {first_line(error)}") from error
+        frame, line = frames[-1]
+        where = frame.f_code.co_filename
+        place = f"{'/'.join(where.split('/')[-2:])}:{line}"
+        if any(part in where for part in _OF_MODELS):
+            raise UserError(f"{name}: its own code fails on this data ({place}): {first_line(error)}") from error
+        if _OF_ADAPTERS not in where:
+            raise
+        layer = _adapted_layer([frame for frame, _ in frames])
+        raise UserError(
+            f"{name}: PEFT's adapter on {layer} fails ({place}): {first_line(error)}; leave that layer out: "
+            "--lora_exclude_modules"
+        ) from error
+
+
+def _adapted_layer(frames: Sequence[FrameType]) -> str:
+    """Name and type of the layer whose adapter the last of these frames is in."""
+    modules = [own for frame in frames if isinstance(own := frame.f_locals.get("self"), nn.Module)]
+    if not modules:
+        return "a layer"
+    whole, layer = modules[0], modules[-1]
+    name = next((name for name, each in whole.named_modules() if each is layer and name), "a layer")
+    return f"{name} ({type(getattr(layer, 'base_layer', layer)).__name__})"
 
 
 def check_checkpointing(asked: bool | None, model: Any) -> bool:

@@ -1,11 +1,14 @@
 """The adapter that a run gives its policy."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tandem.models.load import commit_of
+from tandem.models.own_forward import own_forwards
 from tandem.models.reached import beside_text, routers
 from tandem.options.model import LoraOptions, ModelOptions
 
@@ -19,7 +22,8 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
     Args:
         base: options of the model that is adapted; the adapter remembers which revision of it.
         model: the model itself. Of it, `all-linear` means what text reaches (an adapter of a tower for images or sound
-            would never get a gradient) but no router: what chooses experts stays as it was trained.
+            would never get a gradient) but no router, since what chooses experts stays as it was trained, and no layer
+            that is linear by its type alone. `--lora_exclude_modules` leaves out more.
     """
     if not options.use_peft:
         return None
@@ -30,8 +34,8 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         names[0] if len(names) == 1 else names or None
         for names in (options.lora_target_modules, options.lora_exclude_modules)
     )
-    if targets == "all-linear" and excluded is None and model is not None:
-        excluded = [*_beside_text(model), *_of_mamba(model), *routers(model)] or None
+    if targets == "all-linear" and model is not None:
+        excluded = _both(excluded, [*_beside_text(model), *_of_mamba(model), *routers(model), *own_forwards(model)])
     if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
         targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
     config = LoraConfig(
@@ -56,6 +60,30 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
     if targets == "all-linear" and model is not None:
         _settle_experts(config, options, model)
     return config
+
+
+def left_out(model: Any) -> list[str]:
+    """The ends of the names, and how many, of the layers that an adapter left out for their forward (`own_forwards`).
+
+    Args:
+        model: a `PeftModel`.
+    """
+    excluded = model.peft_config[model.active_adapter].exclude_modules or ()
+    base = model.get_base_model()
+    chosen = set(own_forwards(base)).difference(routers(base))
+    if isinstance(excluded, str):
+        found = [name for name in chosen if re.fullmatch(excluded, name)]
+    else:
+        found = [name for name in chosen if name in excluded]
+    ends = Counter(name.rpartition(".")[2] for name in found)
+    return [f"{end} ({number})" for end, number in sorted(ends.items())]
+
+
+def _both(asked: str | list[str] | None, names: list[str]) -> str | list[str] | None:
+    """What is left out as asked, a regex or the ends of names, and these layers too."""
+    if isinstance(asked, str):
+        return "|".join([f"(?:{asked})", *map(re.escape, names)]) if names else asked
+    return [*(asked or ()), *dict.fromkeys(names)] or None
 
 
 def _settle_experts(config: Any, options: LoraOptions, model: Any) -> None:

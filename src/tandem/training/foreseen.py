@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,14 +97,26 @@ def model_of(config: Any, options: ModelOptions, device: str) -> Any:
     Raises:
         UserError: transformers has no causal language model of this configuration.
     """
+    named = _named_class(config)
     try:
         with torch.device(device):
+            if named is not None:
+                return named._from_config(config, dtype=config.dtype)
             return AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype, trust_remote_code=options.trust_remote_code
             )
     except _FAULTS as error:
         name = options.model_name_or_path
         raise UserError(f"{name}: cannot be built as a causal language model: {first_line(error)}") from error
+
+
+def _named_class(config: Any) -> Any:
+    """The class of transformers that a configuration names, as TRL 1.16 loads a model: of models of several modalities,
+    and of the text part of some, no table of causal language models has one. None where it names no such class."""
+    names = getattr(config, "architectures", None) or ("",)
+    named = getattr(transformers, names[0], None)
+    own = getattr(named, "config_class", None)
+    return named if own is not None and isinstance(config, own) else None
 
 
 def build(

@@ -20,6 +20,7 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 
 from tandem.engine.pairs import PairCollator
 from tandem.errors import UserError
+from tandem.models.lora import left_out
 from tandem.models.reached import beside_text, expert_parameters
 from tandem.training.held import upcast_trained
 from tandem.training.trainers.budget import TokenBudget
@@ -88,6 +89,8 @@ def trained(model: Any) -> str:
     adapted = Counter(name.rpartition(".")[2] for name in names)
     parts = ", ".join(f"{name} ({number})" for name, number in sorted(adapted.items()))
     line = f"{line}, the adapter's: {parts}" if parts else line
+    if others := left_out(model):
+        line += f"; not {', '.join(others)}, whose forward is no linear layer's"
     experts = expert_parameters(model.get_base_model())
     if experts and not getattr(tuner, "targeted_parameter_names", ()):
         line += f"; no expert has one: --lora_target_parameters {' '.join(experts)}"
