@@ -167,13 +167,15 @@ def _small(kind: Any, vocabulary: int, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(name: str, folder: Path, dtype: str = "float32") -> Path:
-    """A model folder of a type, with the tokenizer of `tests.tiny`."""
+    """A model folder of a type, with the tokenizer of `tests.tiny`; of images and text too, if it is in no table of
+    causal language models."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     text = tiny.tokenizer()
-    model = AutoModelForCausalLM.from_config(config(name, len(text)), dtype=getattr(torch, dtype))
+    kind = AutoModelForCausalLM if name in names() else AutoModelForImageTextToText
+    model = kind.from_config(config(name, len(text)), dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     text.save_pretrained(folder)
     return folder

@@ -231,7 +231,6 @@ def test_the_cheapest_change_is_the_first_that_fits(plan: Callable[..., Plan]):
     flags = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
     assert shared.remedy(half.peak.total).startswith(f"the cheapest change that fits is {flags} (")
     assert figures.remedy(half.peak.total).startswith(f"the cheapest change that fits is --layout shared {flags} (")
-    assert "are not enough" in figures.remedy(1000)
 
 
 def test_checkpoints_leave_the_heap_its_holes(plan: Callable[..., Plan]):

@@ -15,7 +15,12 @@ from tandem.options.model import LoraOptions
 
 # Functions of PEFT that an adapter is made in; a forward through one goes through others
 _MAKING = ("get_peft_model", "inject_adapter")
-_OF_MODELS = ("/transformers/models/", "/transformers_modules/", "/transformers/integrations/", "/transformers/cache_utils")
+_OF_MODELS = (
+    "/transformers/models/",
+    "/transformers_modules/",
+    "/transformers/integrations/",
+    "/transformers/cache_utils",
+)
 _OF_ADAPTERS = "/peft/tuners/"
 _OF_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 

@@ -39,10 +39,10 @@ def _is_quantized(layer: nn.Linear) -> bool:
 
 def _is_product(layer: nn.Linear) -> bool:
     """Whether it maps random inputs by random weights as nn.Linear does; its own weights may be elsewhere."""
-    draws = torch.Generator().manual_seed(0)
-    weight = torch.randn(layer.out_features, layer.in_features, generator=draws)
-    bias = None if layer.bias is None else torch.randn(layer.out_features, generator=draws)
-    inputs = torch.randn(2, 3, layer.in_features, generator=draws)
+    draws = torch.Generator("cpu").manual_seed(0)
+    weight = torch.randn(layer.out_features, layer.in_features, generator=draws, device="cpu")
+    bias = None if layer.bias is None else torch.randn(layer.out_features, generator=draws, device="cpu")
+    inputs = torch.randn(2, 3, layer.in_features, generator=draws, device="cpu")
     twin = copy.copy(layer)
     twin._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     try:
