@@ -1,4 +1,4 @@
-"""Have a judge compare the answers of two models, after trying the judge itself on labelled pairs."""
+"""Have a judge compare the answers of two models; the judge itself is tested on labelled pairs first."""
 
 from tandem.commands.judge import main
 from tandem.errors import script_main

@@ -1,4 +1,4 @@
-"""Rank several models by the verdicts of one judge or more on every pair of them."""
+"""Rank several models by the verdicts of one or more judges on every pair of models."""
 
 from tandem.commands.rank import main
 from tandem.errors import script_main

@@ -1,4 +1,4 @@
-"""Write report.html, the one page on a run that a person opens at its end."""
+"""Write report.html, the page to open when a run has ended."""
 
 from tandem.commands.report import main
 from tandem.errors import script_main

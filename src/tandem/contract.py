@@ -1,10 +1,10 @@
 """What Tandem borrows from inside other packages: private names, and overridden or replaced ones that nobody promises.
 
-One record a name: where it is used, and the test that exercises it. `check` looks each of them up before training, and
-the packages' versions, which were the ones that all tests ran with. There are two environments, the main one
-(requirements.txt) and Intel Gaudi's (requirements-gaudi.txt); the versions that Tandem works with stand here alone.
+One record a name: where it is used, and the test that exercises it. Before training, `check` looks each name up and
+compares the packages' versions with those that all tests ran with. There are two environments, the main one
+(requirements.txt) and Intel Gaudi's (requirements-gaudi.txt); the ranges of versions stand here and nowhere else.
 
-Imports nothing heavy by itself; `check` imports what it looks into.
+Importing this module imports nothing heavy; `check` imports what it looks into.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ class Borrowed:
 
     Attributes:
         owner: the module or class that has it, dotted; its first part is the package.
-        name: the name. What an object gets only when it is made (`_tr_loss`) is looked for in the owner's methods.
+        name: the name. One that only instances have (`_tr_loss`) is looked for in the code of the owner's methods.
         used_in: the module of tandem.
         test: the test that fails where it means something else.
-        takes: the parameters it must have, in this order, and no others; None: not looked at.
+        takes: its parameters, which must be these, in this order; None: not compared.
         fields: fields that this dataclass must have.
         instead_of: the public way, and why it does not do.
     """
@@ -69,7 +69,7 @@ class Borrowed:
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """An environment: the versions its tests ran with, and what is borrowed there."""
+    """What is borrowed in one environment, and the versions of its packages that the tests ran with."""
 
     name: str
     versions: dict[str, str]
@@ -172,7 +172,7 @@ MAIN = Contract(
             "_attn_implementation",
             "engine.attention",
             "tests/engine/test_attention.py",
-            # It goes through all modules, which each layer's call of its own function could not pay either
+            # It also walks all modules, too slow for a layer that switches to its own function and back on every call
             instead_of="set_attn_implementation looks for a kernel on the Hub under any name that has `flash` in it",
         ),
         Borrowed(
@@ -279,19 +279,19 @@ GAUDI = Contract(
 
 
 def installed() -> Contract:
-    """The contract of the environment that runs."""
+    """The contract of the environment that this process runs in."""
     found = importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.habana")
     return GAUDI if found else MAIN
 
 
 def problems() -> list[str]:
-    """Everything that the installed packages lack, a line each; a package of another version is one."""
+    """Everything that is wrong with the installed packages, a line each: names they lack, and untested versions."""
     return [*_of_versions(installed()), *_of_names(installed())]
 
 
 @functools.cache
 def check() -> None:
-    """Look up all that is borrowed, before anything is loaded.
+    """Look up all borrowed names, before a run loads anything.
 
     Raises:
         UserError: naming the package, the versions that Tandem works with, and what is missing.
@@ -306,7 +306,7 @@ def check() -> None:
 
 
 def extra(name: str) -> str:
-    """The command that installs an optional part of Tandem: into a checkout, or beside an installed wheel."""
+    """The command that installs an optional part of Tandem: in a checkout, or for an installed wheel."""
     root = Path(__file__).parents[2]
     return (
         f"pip install -e '.[{name}]'"
@@ -316,7 +316,7 @@ def extra(name: str) -> str:
 
 
 def _of_versions(contract: Contract) -> Iterator[str]:
-    from packaging.specifiers import SpecifierSet  # a tenth of a second, which a wrong command line need not wait for
+    from packaging.specifiers import SpecifierSet  # takes 0.1 s, which the answer to a wrong command line saves
 
     for package, versions in contract.versions.items():
         try:

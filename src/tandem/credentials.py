@@ -1,4 +1,5 @@
-"""Keys, tokens and passwords: known by their variables and by their looks, and hidden wherever text leaves a run."""
+"""Keys, tokens and passwords, recognised by the name of their variable or by their form, and hidden in all that a run
+prints or writes."""
 
 import json
 import os
@@ -7,17 +8,17 @@ from typing import Any
 
 # AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_KEY, PGPASSWORD, MYSQL_PWD; not TOKENIZERS_PARALLELISM or AWS_ACCESS_KEY_ID
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASS|PWD|PASSPHRASE|CREDENTIALS?|SAS)$|PASSWORD$|PASSWD$")
-# A folder and its parts are no secrets, and every message would lose them
+# A variable that holds a path (…_KEY=/home/me/key.pem) is no secret: hiding it would blot out paths in every message
 _IS_PATH = re.compile(r"[./~]")
 _SHORTEST = 8  # characters; a shorter value is a placeholder, and could be part of any word
-_NO_WORD = 16  # letters; a shorter key of letters alone is a word, which a reply may hold
-_FORM = ("type", "object", "role", "status", "finish_reason", "reason")  # of a reply, whose words the interface sets
+_NO_WORD = 16  # letters; a shorter key made of letters alone is taken for a word, which a reply may well contain
+_FORM = ("type", "object", "role", "status", "finish_reason", "reason")  # fields whose values the interface defines
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[oprsu]_[A-Za-z0-9]{30,})")
 _USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 
 def hide(text: str) -> str:
-    """`text` with [hidden] in the place of everything that is a key, a token, or the user and password of a URL."""
+    """`text` with every key and token, and the user and password of every URL, replaced by [hidden]."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _VARIABLE.search(name) and not _is_path(value):
             text = text.replace(value, "[hidden]")
@@ -25,17 +26,17 @@ def hide(text: str) -> str:
 
 
 def hide_key(reply: str, key: str | None) -> str:
-    """A server's reply with [key] in the place of the key it was asked with, should it repeat that in a text.
+    """A server's reply with the key of the request, should the server repeat it in a text, replaced by [key].
 
-    The form of the reply stays: names of fields and the interface's own words are not touched, and no placeholder that
-    a local server is given for a key (`x`, `token`, `assistant`) is looked for.
+    The form of the reply stays: names of fields and the interface's own words are not touched. Placeholders that people
+    give a local server as its key (`x`, `token`, `assistant`) are not replaced.
     """
     if not key or len(key) < _SHORTEST or (key.isalpha() and len(key) < _NO_WORD) or key not in reply:
         return reply
     whole = re.compile(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])")
     try:
         return json.dumps(_without(json.loads(reply), whole), ensure_ascii=False)
-    except ValueError:  # no JSON, such as an error's page
+    except ValueError:  # no JSON, such as an error page in HTML
         return whole.sub("[key]", reply)
 
 
@@ -54,7 +55,7 @@ def _is_path(value: str) -> bool:
 
 
 def names_secret(variable: str) -> bool:
-    """Whether the environment variable of this name holds a key or token."""
+    """Whether an environment variable of this name holds a key or token."""
     return _VARIABLE.search(variable) is not None
 
 

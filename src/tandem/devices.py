@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-# Of NVIDIA's drivers, the first whose versions run programs of a CUDA release (CUDA's release notes, table 3)
+# For each major CUDA release, the oldest driver of NVIDIA's that runs its programs (CUDA's release notes, table 3)
 _OLDEST_DRIVER = {12: 525, 13: 580}
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def has_hpu() -> bool:
     """Whether there is an Intel Gaudi."""
-    hpu = getattr(torch, "hpu", None)  # put there by Intel's plugin
+    hpu = getattr(torch, "hpu", None)  # Intel's plugin adds it
     return hpu is not None and bool(hpu.is_available())
 
 
@@ -24,9 +24,9 @@ def has_cuda() -> bool:
 
 
 def fix_segments() -> None:
-    """Have processes to come take GPU memory in segments of fixed size, where `tandem` has asked for growing ones.
+    """Have processes started from here on take GPU memory in segments of fixed size, where `tandem` set growing ones.
 
-    CUDA's older way to share memory between processes (`cudaIpcGetMemHandle`) takes no others.
+    CUDA's older way to share memory between processes (`cudaIpcGetMemHandle`) works with fixed segments only.
     """
     if os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True":
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
@@ -49,7 +49,7 @@ def fast_bf16() -> bool:
 
 
 def gpu_without_bf16() -> str | None:
-    """Name of this process's CUDA GPU if it is of before Ampere (a T4): torch emulates bfloat16 there, slowly."""
+    """Name of this process's CUDA GPU if it is older than Ampere (a T4): torch emulates bfloat16 there, slowly."""
     if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
         return None
     return torch.cuda.get_device_name()
@@ -61,12 +61,12 @@ def has_accelerator() -> bool:
 
 
 def device_count() -> int:
-    """How many accelerators this machine has. Gaudi's are counted by Intel's plugin, which torch may not ask."""
+    """How many accelerators this machine has. Intel's plugin counts Gaudis: torch.accelerator may not know of them."""
     return int(torch.hpu.device_count()) if has_hpu() else torch.accelerator.device_count()  # type: ignore[attr-defined]
 
 
 def why_no_gpu() -> str:
-    """Why torch sees no CUDA device here, in words that say what to do; the likeliest reasons in turn."""
+    """Why torch sees no CUDA device here, and what to do; the causes are looked for one after the other."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install one that is (pytorch.org/get-started)"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -85,8 +85,8 @@ def why_no_gpu() -> str:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory that `device` has, in use or not; of the CPU and of GPUs that share its memory, what this process
-    may have: a container's limit counts."""
+    """Bytes of memory that `device` has, in use or not. For the CPU, and GPUs that share its memory, it is what this
+    process may use: the machine's memory or a container's limit, whichever is smaller."""
     if device.type in ("cuda", "xpu"):
         return int(torch.accelerator.get_memory_info(device)[1])
     import psutil

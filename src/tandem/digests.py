@@ -1,4 +1,4 @@
-"""What models and data are, by the hashes of their content: neither a copy nor a new date makes them others."""
+"""Digests of models and data by their content: a copy, or a file with a new date, keeps its digest."""
 
 import contextlib
 import json
@@ -13,14 +13,14 @@ _BLOCK = 1 << 24
 
 
 def manifest_digest(folder: str | Path) -> str | None:
-    """Of what the model in `folder` is made of, by its manifest alone; None where it has no whole one."""
+    """The digest of the model in `folder`, from its manifest alone; None where the folder is not complete."""
     if not is_complete(folder):
         return None
     return sha256_json({name: digest for name, digest in contents(folder).items() if name not in _BESIDE_THE_MODEL})
 
 
 def model_digest(folder: str | Path) -> str | None:
-    """Of the model or adapter in `folder`: by its manifest, or where it has none by reading it. None for a Hub name."""
+    """The digest of the model or adapter in `folder`, from its manifest, else from its files. None for a Hub name."""
     if not Path(folder).is_dir():
         return None
     return manifest_digest(folder) or sha256_json({file.name: _hash(file) for file in model_files(folder)})
@@ -35,12 +35,13 @@ def _hash(file: Path) -> str:
 
 
 class Hashes:
-    """Hashes of files, each read once as long as it is the same file.
+    """Hashes of files, kept so that an unchanged file is read once.
 
-    The kernel sets a file's change time: one that is put in the place of another is read, whatever its size and date.
+    A file counts as unchanged by its inode, size, date and change time. The last is set by the kernel alone, so that a
+    replaced file is read again even where its size and date are the old file's.
 
     Args:
-        file: where they are kept.
+        file: where the hashes are kept.
     """
 
     def __init__(self, file: Path) -> None:
@@ -59,7 +60,7 @@ class Hashes:
         return self._known[path][1]
 
     def of_folder(self, folder: Path) -> str:
-        """Of all files in a folder and its folders, but hidden ones and training checkpoints."""
+        """The digest of all files in a folder and below it, without hidden ones and training checkpoints."""
         found = {}
         for file in sorted(folder.rglob("*")):
             place = file.relative_to(folder)
@@ -69,6 +70,6 @@ class Hashes:
         return sha256_json(found)
 
     def save(self) -> None:
-        """Keep what was read."""
+        """Write the hashes to their file, if there are new ones."""
         if self._known != self._before:
             write_atomic(self._file, json.dumps(self._known, indent=0) + "\n")

@@ -43,7 +43,8 @@ class Preempted(TandemExit):
 def one_line(text: str) -> str:
     """`text` as one line of at most 1,000 characters, without keys and passwords.
 
-    What a file or a library put into it is shown, and cannot act on a terminal or imitate further lines.
+    Control characters, which a hostile file can get into a message, are shown escaped: they cannot steer the terminal
+    or fake further lines.
     """
     line = " ".join(hide(text).split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
@@ -51,9 +52,9 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of another package's says, which may be many lines long; where that one only
-    introduces the next (`Error(s) in loading state_dict for …:`), both."""
-    if isinstance(error, KeyError):  # which says the key alone
+    """The first line of another package's error message, which may be many lines long; the second one too where the
+    first only introduces it (`Error(s) in loading state_dict for …:`)."""
+    if isinstance(error, KeyError):  # its message is the key alone
         return f"there is no {error}"
     lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,6 +1,7 @@
 """Numbers with their intervals, as results.json and judge_summary.json hold them. Arithmetic only.
 
-An estimate is a dict of `value`, `low`, `high` (95% interval) and `n`; what cannot be had is None, with `why`.
+An estimate is a dict of `value`, `low`, `high` (95% interval) and `n`. A value or interval that cannot be computed is
+None, and `why` says the reason.
 """
 
 import warnings
@@ -30,7 +31,7 @@ def estimate(value: float | None, low: float | None, high: float | None, n: int,
 
 
 def wilson(successes: float, n: int, why_none: str) -> Estimate:
-    """Share with its Wilson score interval; halves may be counted as half a success."""
+    """A share with its Wilson score interval. `successes` need not be whole: a tie counts as half a success."""
     if n == 0:
         return estimate(None, None, None, 0, why_none)
     from statsmodels.stats.proportion import proportion_confint
@@ -42,12 +43,12 @@ def wilson(successes: float, n: int, why_none: str) -> Estimate:
 def bootstrap(statistic: Callable[..., Any], samples: Sequence[Array], seed: int) -> Estimate:
     """`statistic` of paired `samples`, (n,) each, with its BCa bootstrap interval (Efron 1987).
 
-    Units that are all alike have no interval: resampling them says nothing. Where BCa is undefined, as for some nearly
-    constant samples, it is the percentile interval.
+    Samples whose values are all equal get no interval: resampling them says nothing. Where BCa is undefined, as for
+    some nearly constant samples, the interval is the percentile interval.
 
     Args:
-        statistic: of the samples and `axis`, along which it reduces
-        samples: n ≥ 1 units, resampled together
+        statistic: takes the samples and `axis`, along which it reduces
+        samples: of n ≥ 1 units each; unit i of all samples is resampled together
         seed: of the resampling
     """
     from scipy import stats
@@ -57,7 +58,7 @@ def bootstrap(statistic: Callable[..., Any], samples: Sequence[Array], seed: int
         why = "there is only one" if n == 1 else "all of them have the same value"
         return estimate(value, None, None, n, f"{why}: nothing to resample")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of BCa on nearly constant samples, for which see below
+        warnings.simplefilter("ignore", RuntimeWarning)  # BCa on nearly constant samples, which is dealt with below
         result = stats.bootstrap(
             samples,
             statistic,
@@ -81,6 +82,9 @@ def mean(values: Array, axis: int) -> Any:
 
 
 def length_terciles(difference: Array) -> dict[str, Array]:
-    """Indices of three equally large parts, by the length of chosen less that of rejected; ties in their order."""
+    """Indices of three equally large parts by `difference`, the length of chosen minus that of rejected, (n,).
+
+    Equal differences keep their order.
+    """
     order = np.argsort(difference, kind="stable")
     return dict(zip(TERCILES, np.array_split(order, len(TERCILES)), strict=True))

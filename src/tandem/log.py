@@ -1,4 +1,4 @@
-"""The one logger of the stages: to the screen, and to `train.log` beside the outputs."""
+"""The logger of all stages, which writes to the screen and to `train.log` beside a run's outputs."""
 
 import contextlib
 import logging

@@ -28,7 +28,7 @@ def indexed_files(folder: str | Path) -> set[str] | None:
     """The files that the folder's index names; None where it has none, and its weights are one file.
 
     Raises:
-        UserError: it is no index.
+        UserError: the file cannot be read as an index.
     """
     index = Path(folder) / INDEX
     if not index.is_file():

@@ -1,4 +1,4 @@
-"""What a user's own file or module holds: a loss, a data format, a backend (docs/extending.md)."""
+"""Objects from a user's own file or module: a loss, a data format, a backend (docs/extending.md)."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,8 @@ from tandem.errors import UserError
 
 
 def version_of(name: str) -> str:
-    """A digest of the file that `name`, as `load_object` takes it, is in: what it says counts until that changes."""
+    """A digest of the file that holds `name`, as `load_object` takes it: what was computed with it is valid as long as
+    the file stays the same."""
     place = name.rpartition(":")[0]
     file = Path(place)
     if not place.endswith(".py"):
@@ -27,7 +28,7 @@ def version_of(name: str) -> str:
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-    """Modules are looked for in the current folder too."""
+    """Have modules looked for in the current folder too."""
     sys.path.append(os.getcwd())
     try:
         yield
@@ -36,10 +37,10 @@ def _current_folder() -> Iterator[None]:
 
 
 def load_object(name: str, option: str) -> Any:
-    """What `module:name` or `file.py:name` refers to; modules are looked for in the current folder too.
+    """The object that `module:name` or `file.py:name` refers to; modules are looked for in the current folder too.
 
     Args:
-        option: that names it, for the errors.
+        option: the option that names it, for the errors.
 
     Raises:
         UserError: there is no such module or file, or it has nothing of this name.
@@ -63,7 +64,7 @@ def load_object(name: str, option: str) -> Any:
                 module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             if error.name and not f"{place}.".startswith(f"{error.name}."):
-                raise  # the module is there, and lacks another
+                raise  # the module is there; one that it imports is not
             raise UserError(f"{option} {name}: there is no module {place} here or installed") from error
     if not hasattr(module, attribute):
         raise UserError(f"{option} {name}: {place} has no {attribute}")

@@ -1,7 +1,7 @@
-"""Several processes of one launch: who writes, who works on what, and how none outlives the launcher.
+"""Several processes of one launch: which one writes, which works on what, and how none outlives the launcher.
 
-In evaluation and generation rank r takes every W-th batch. Each process has the whole model; or, where the launch asks
-for FSDP, a shard of it, and gathers a layer at a time.
+In evaluation and generation rank r of W takes every W-th batch, from the r-th on. Each process has the whole model, or,
+where the launch asks for FSDP, a shard of it, and gathers one layer at a time.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def is_first_here() -> bool:
 
 @functools.cache
 def tell_once(line: str) -> None:
-    """Say a line on stderr: once, however often its cause comes up, and by one process."""
+    """Print a line on stderr from the first process, and only once, however often its cause comes up."""
     if is_first():
         print(one_line(line), file=sys.stderr)
 
@@ -45,28 +45,28 @@ def count(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def count_here(environment: Mapping[str, str] = os.environ) -> int:
-    """How many of them are on this machine."""
+    """How many of the launch's processes are on this machine."""
     return int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def machines() -> int:
-    """How many machines they are on."""
+    """How many machines the launch's processes are on."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def has_launcher(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has started this process as one of a group, of one too."""
+    """Whether a launcher has started this process as one of a group, which may be a group of one."""
     return "LOCAL_RANK" in environment
 
 
 def leave_group() -> None:
-    """Be a process alone from here on."""
+    """Have this process count as one that no launcher has started, from here on."""
     del os.environ["LOCAL_RANK"]
 
 
 @contextlib.contextmanager
 def as_if(processes: int) -> Iterator[None]:
-    """Within, `count` is `processes`."""
+    """Within the block, `count()` is `processes`."""
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(processes)
     try:
@@ -126,10 +126,10 @@ def joined() -> Iterator[None]:
 
 
 def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-    """`work` of each item, in their order, on every process; each item is worked on by one of them. Collective.
+    """Yield `work(item)` of all items, in order, on every process; each is computed by one of them. Collective.
 
-    With a sharded model all processes work at all times, for every layer is gathered from all of them: one that has no
-    item left works on another's.
+    With a sharded model every process takes part in every forward, since each layer is gathered from all of them: a
+    process that has no item left works on another's, and the result is dropped.
     """
     if count() == 1:
         yield from map(work, items)
@@ -145,7 +145,7 @@ def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[
 
 
 def be_launcher() -> None:
-    """Tell the processes that this one starts that it is their launcher."""
+    """Mark this process as the launcher of the processes that it starts."""
     os.environ[_LAUNCHER] = str(os.getpid())
 
 
@@ -158,5 +158,5 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or not launched:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before that call
+    if os.getppid() == 1:  # the launcher died before that call
         sys.exit(1)

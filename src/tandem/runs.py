@@ -1,4 +1,4 @@
-"""What a run leaves on disk: files that are whole or absent, and folders that say when they are complete."""
+"""What a run leaves on disk: files that are whole or absent, and folders that a manifest marks as complete."""
 
 import contextlib
 import errno
@@ -30,9 +30,10 @@ _NOT_OF_THE_MODEL = (MANIFEST, RUN, COUNTERS, "training_metrics.json", "trainer_
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old content or the new one.
+    """Write a file so that it has its old content or its new one at any moment, whoever reads or kills.
 
-    What a kill leaves beside it is the next write's to use, so that kills leave nothing behind for good.
+    A kill may leave the temporary file, always under the same name: the next write takes it over, so that leftovers do
+    not pile up.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[Any]:
-    """The file at `path`, open for this writer alone: others wait, here and in other processes."""
+    """The file at `path`, open for this writer alone: others wait, in this process and in other ones."""
     while True:
         with open(path, "ab") as file:
             try:
@@ -75,7 +76,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
     """Append one JSON line and sync it, so that a kill tears at most the line being written.
 
-    A torn last line left by an earlier kill is cut off first: appending to it would lose this record as well.
+    A torn last line that an earlier kill has left is removed first: appended to it, this record would be lost as well.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,10 +110,10 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def staged_dir(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that becomes `path` when the block ends well.
+    """Yield an empty folder beside `path` that becomes `path` when the block ends without an error.
 
-    The manifest (each file with its size and hash) is written last and the rename is one step, so that a folder by this
-    name is complete or absent. An older `path` is replaced; on an error nothing of it changes.
+    The manifest (each file with its size and hash) is written last and the rename is one step, so that a folder of this
+    name is complete or absent. An older `path` is replaced; on an error it stays as it was.
     """
     path = Path(path)
     staging, outgoing = path.with_name(f".{path.name}.staging"), path.with_name(f".{path.name}.old")
@@ -134,14 +135,14 @@ def staged_dir(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, patience: float = 0) -> Iterator[None]:
-    """Hold a folder for this process by a lock on a file in it; the kernel lets go of it however the process ends.
+    """Hold a folder for this process by a lock on a file in it. The kernel frees the lock however the process ends.
 
-    On NFS the server does so, which keeps other machines out as well, unless the mount has `nolock` or `local_lock`. A
-    file system without locks (some FUSE mounts) is written to without one. A missing folder is made, and removed again
-    if nothing comes into it.
+    On NFS the server keeps the lock, so that other machines are kept out as well, unless the mount has `nolock` or
+    `local_lock`. On a file system without locks (some FUSE mounts) nothing is locked. A missing folder is made, and
+    removed again if nothing is put into it.
 
-    It is not filelock (4.3) because that names no holder, leaves its file in the folder, and where the file system has
-    no locks takes a file that is there for a lock that is held: one that a kill leaves would end all resuming.
+    Why not filelock (4.3): it does not say who holds the lock, leaves its file in the folder, and where the file system
+    has no locks takes the mere file for a held lock: after a kill, no run could resume there.
 
     Args:
         patience: seconds to wait for a holder that may be going away.
@@ -155,7 +156,7 @@ def locked(folder: str | Path, patience: float = 0) -> Iterator[None]:
     while (handle := _lock(folder / LOCK)) is None:
         if time.monotonic() >= deadline:
             holder = ""
-            with contextlib.suppress(FileNotFoundError):  # it has let go of it just now
+            with contextlib.suppress(FileNotFoundError):  # the holder has just released it
                 holder = (folder / LOCK).read_text().strip()
             raise UserError(f"{folder}: {holder or 'another process'} is writing there; wait for it, or end it")
         time.sleep(0.1)
@@ -167,17 +168,17 @@ def locked(folder: str | Path, patience: float = 0) -> Iterator[None]:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
         if is_new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # the folder is not empty
                 os.rmdir(folder)
 
 
 def _lock(path: Path) -> int | None:
-    """The open file at `path` with the lock on it; None while another process has that."""
+    """The open file at `path` with the lock on it; None while another process holds the lock."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what is open for writing
-        except FileNotFoundError:  # a holder has removed the folder just now
+        except FileNotFoundError:  # a holder has just removed the folder
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,10 +197,10 @@ def _lock(path: Path) -> int | None:
 
 
 def write_manifest(folder: str | Path, files: Iterable[Path] | None = None) -> None:
-    """List `files` of `folder` (default: all) with size and hash; written last, it is what makes a folder complete.
-    A model card is not listed: it may be edited.
+    """Write the manifest of `folder`, which makes it complete: `files` (default: all) with their sizes and hashes.
 
-    Each is synced to the disk first, so that after a power cut no manifest speaks of bytes that were lost.
+    A model card is not listed, since people edit it. Each file is synced to the disk first, so that no manifest lists
+    bytes that a power cut lost.
     """
     folder = Path(folder)
     listed = {}
@@ -222,12 +223,12 @@ def _hash(file: Path, sync: bool = False) -> str:
 
 
 def is_temporary(file: Path) -> bool:
-    """Whether a file is one that is being written, or that a kill has cut off: it is renamed when it is whole."""
+    """Whether a file is one that is still being written, or was when a kill came; a whole one has its final name."""
     return file.name.startswith(".") and file.suffix in (".part", ".tmp")
 
 
 def sync(file: Path) -> None:
-    """Wait until a file's content is on the disk: renamed before that, it can be empty after a power cut."""
+    """Wait until a file's content is on the disk: a file renamed before that can be empty after a power cut."""
     with open(file, "rb") as content:
         os.fsync(content.fileno())
 
@@ -238,7 +239,7 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def damage(folder: str | Path) -> str | None:
-    """What keeps `folder` from being what its manifest says, in a few words; None if nothing. Reads every byte."""
+    """How `folder` differs from what its manifest says, in a few words; None if it doesn't. Reads every byte."""
     folder = Path(folder)
     found = fault(folder)
     if found is not None:
@@ -262,7 +263,7 @@ def step_of(checkpoint: str | Path) -> int:
 
 def discard(folder: str | Path) -> None:
     """Remove a folder: its manifest first, so that a kill half-way leaves nothing that looks complete, and `run.json`
-    last, so that what it leaves says whose it was."""
+    last, so that what is left tells which run it was of."""
     folder = Path(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     for entry in os.scandir(folder):
@@ -274,8 +275,10 @@ def discard(folder: str | Path) -> None:
 
 
 def put_aside_after(step: int, found: Iterable[Path]) -> None:
-    """Rename those of the `found` checkpoints that are of later steps to `skipped_checkpoint-N`. One without a manifest
-    never was a checkpoint, and is removed."""
+    """Rename the `found` checkpoints of steps after `step` to `skipped_checkpoint-N`.
+
+    One without a manifest was never complete, and is removed.
+    """
     for path in found:
         if step_of(path) <= step:
             continue
@@ -290,7 +293,7 @@ def put_aside_after(step: int, found: Iterable[Path]) -> None:
 
 
 def run_id(folder: str | Path) -> str | None:
-    """The id of the run that has made a run's folder, or a checkpoint; None where that is not said."""
+    """The id of the run that made this run folder or checkpoint; None where its `run.json` gives none."""
     try:
         made_by = json.loads((Path(folder) / RUN).read_text())["id"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -318,9 +321,9 @@ def fault(folder: str | Path) -> str | None:
 
 
 def refusal(folder: str | Path) -> str | None:
-    """Why the model in `folder` is not one to merge or push, in words; None if nothing is against it.
+    """Why the model in `folder` must not be merged or pushed; None if it may be. Reads every byte.
 
-    A folder that no run and no merge of Tandem has written is none of its business. Reads every byte.
+    A folder that was not written by a run or a merge of Tandem's is not judged.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
@@ -343,12 +346,12 @@ def contents(folder: str | Path) -> dict[str, str]:
 
 def _listed(folder: Path) -> dict[str, dict[str, Any]]:
     files = json.loads((folder / MANIFEST).read_text())["files"]
-    # Older manifests list the model card, which is there to be edited
+    # Older manifests list the model card, which people edit
     return {name: listed for name, listed in files.items() if Path(name).name != CARD}
 
 
 def model_files(folder: str | Path) -> list[Path]:
-    """The files of the model or adapter in `folder`; checkpoints, logs and pickled files are none of it."""
+    """The files of the model or adapter in `folder`, without checkpoints, logs and pickled files."""
     return sorted(
         file
         for file in Path(folder).iterdir()
@@ -357,7 +360,7 @@ def model_files(folder: str | Path) -> list[Path]:
 
 
 def is_of_a_run(file: Path) -> bool:
-    """Whether a file in a model's folder is what its training left there, and says nothing about a model made of it."""
+    """Whether a file in a model's folder tells of its training, and so does not belong to a model made from it."""
     return file.name in _NOT_OF_THE_MODEL or file.name in (CONFIG, "train.log", "training_args.bin")
 
 

@@ -1,4 +1,4 @@
-"""How wide a language model's layers are, as its config tells it; estimates of time and memory begin with that."""
+"""How wide a language model's layers are, from its config: what estimates of time and memory are computed from."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -6,11 +6,14 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Widths:
-    """Of a transformers config of the text model; where layers differ, of the largest.
+    """The sizes in the config of a text model; where layers differ, the largest.
 
     Attributes:
-        heads: of queries, `groups` of keys and values, `head` numbers each; 0 where a model has no attention.
-        inner: of one expert's feed-forward, `experts` of which a token goes through.
+        heads: number of query heads; 0 where a model has no attention
+        groups: number of key and value heads
+        head: width of one head
+        inner: width of the feed-forward, of one expert's where there are several
+        experts: how many experts a token goes through; 1 where there are none
     """
 
     layers: int
@@ -24,7 +27,7 @@ class Widths:
 
     @classmethod
     def of(cls, config: Any) -> Self | None:
-        """None where a config does not say how many layers there are, how wide they are, or how many tokens."""
+        """None where the config does not give the number of layers, their width, or the size of the vocabulary."""
         layers, hidden, vocabulary = (
             _largest(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
         )
@@ -46,10 +49,10 @@ class Widths:
 
 
 def _largest(config: Any, name: str) -> int:
-    """0 where there is no such number."""
+    """The largest number that `config` has under `name`, over its layers; 0 where it has none."""
     try:
         found = getattr(config, name, None)
-    except RuntimeError:  # transformers: an attribute that differs by layer is asked of the layers
+    except RuntimeError:  # transformers raises for an attribute that differs by layer
         found = [getattr(layer, name, None) for layer in config.per_layer_config]
     values = found if isinstance(found, list | tuple) else [found]
     return max((value for value in values if isinstance(value, int)), default=0)

@@ -1,1 +1,1 @@
-"""The commands: `scripts/dpo.py` is `tandem.commands.dpo`, and so is `tandem dpo`."""
+"""The commands, a module each: `scripts/dpo.py` and `tandem dpo` both run `tandem.commands.dpo`."""

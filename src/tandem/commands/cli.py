@@ -1,9 +1,9 @@
-"""The `tandem` command: `tandem dpo …` is `scripts/dpo.py …`, beside what concerns the installation itself.
+"""The `tandem` command: `tandem dpo …` does what `scripts/dpo.py …` does; other commands concern the installation.
 
     tandem COMMAND OPTIONS…    run a command; tandem COMMAND --help lists its options
     tandem doctor              what is installed, in a screenful for a bug report
     tandem completion SHELL    completions for bash or zsh: source <(tandem completion bash)
-    tandem --version           the version, and those of the packages it stands on
+    tandem --version           the versions of Tandem and of the packages it uses
 
 In several processes: accelerate launch --module tandem COMMAND OPTIONS…
 """
@@ -21,7 +21,7 @@ _NOT_STAGES = ("cli", "completion", "doctor")
 
 
 def commands() -> list[str]:
-    """The names of the stages' commands, which are those of the scripts."""
+    """The names of the commands that are stages or scripts beside them: those of the files in scripts/."""
     names = (module.name for module in pkgutil.iter_modules(tandem.commands.__path__))
     return sorted(name for name in names if name not in _NOT_STAGES)
 
@@ -73,11 +73,11 @@ def _help() -> str:
 
 
 def _purpose(name: str) -> str:
-    """The first line of a command's docstring, read without importing it."""
+    """The first line of a command's docstring, read without importing the command."""
     path = Path(tandem.commands.__path__[0]) / f"{name}.py"
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
 def run() -> None:
-    """The installed command's entry."""
+    """The entry point of the installed command."""
     script_main(main)

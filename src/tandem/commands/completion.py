@@ -1,4 +1,4 @@
-"""Completions of the `tandem` command for bash and zsh, written from the options themselves."""
+"""Completions of the `tandem` command for bash and zsh, made from the commands' own options."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ def completion(shell: str, commands: Sequence[str]) -> str:
     """The text that `source <(tandem completion SHELL)` reads.
 
     Raises:
-        UserError: no such shell.
+        UserError: `shell` is neither bash nor zsh.
     """
     if shell not in ("bash", "zsh"):
         raise UserError(f"tandem completion takes bash or zsh, not {shell or 'nothing'}")

@@ -1,4 +1,4 @@
-"""`tandem doctor` and `tandem --version`: what a bug report quotes. No path, name or key of the user's is shown."""
+"""`tandem doctor` and `tandem --version`, for bug reports: they show no path, name or key of the user's."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ _PACKAGES = (
 
 
 def versions() -> str:
-    """Tandem's version and its packages', one a line."""
+    """The versions of Tandem, Python and the packages that Tandem uses, one a line."""
     lines = [f"tandem {tandem.__version__}", f"python {platform.python_version()}"]
     for name in _PACKAGES:
         try:
@@ -27,7 +27,7 @@ def versions() -> str:
 
 
 def diagnosis() -> str:
-    """A screenful: versions, the machine, its devices, and whether what Tandem borrows is there."""
+    """A screenful: versions, the machine, its devices, and whether all that Tandem borrows is there (`contract`)."""
     rows = [
         ("machine", f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs"),
         ("memory", _memory()),
@@ -48,7 +48,7 @@ def _memory() -> str:
 
 
 def _devices() -> str:
-    """The devices that torch sees; the driver where its own program tells it."""
+    """The devices that torch sees, and the driver's version where nvidia-smi or hl-smi tells it."""
     try:
         import torch
     except (ImportError, OSError) as error:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     check_there(run)
     contract.check()
     if plan.plan:
-        from tandem.training.plan import plan_run  # after the options, as below: importing TRL takes seconds
+        from tandem.training.plan import plan_run  # here, like run_dpo below, because it takes seconds to import
 
         print(plan_run(run, plan))
         return

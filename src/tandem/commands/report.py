@@ -1,4 +1,4 @@
-"""Write report.html, the one page on a run that a person opens at its end."""
+"""Write report.html, the page to open when a run has ended."""
 
 from tandem.options.parsing import parse
 from tandem.report.page import ReportOptions, write_report

@@ -1,9 +1,9 @@
 """`accelerate launch` that keeps the script's exit code: `python -m tandem.launch --config_file FILE SCRIPT …`.
 
-accelerate turns every failure into exit code 1 and a traceback of its own, which would hide whether a run was wrong
-(2), stopped by an alarm (3) or preempted (75). SIGTERM is passed on to the script's processes, which save a checkpoint.
-`python -m tandem.launch torchrun …` does the same for torchrun, which starts several processes on a CPU as well, and
-starts them again after one has died (`--max-restarts`, docs/resume.md).
+accelerate turns every failure into exit code 1 and a traceback of its own, which would hide whether a run had wrong
+input (2), was stopped by an alarm (3) or was preempted (75). SIGTERM is passed on to the script's processes, which save
+a checkpoint. `python -m tandem.launch torchrun …` does the same for torchrun, which can also start several processes on
+a CPU, and start them again after one has died (`--max-restarts`, docs/resume.md).
 """
 
 import os
@@ -21,13 +21,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from tandem.errors import Preempted, UserError
 from tandem.ranks import be_launcher
 
-_SAVING_SECONDS = 120  # for a checkpoint, and for the others when a rank has died in the midst of a collective
+# For saving a checkpoint after SIGTERM, and for ranks to end that wait in a collective for one that has died
+_SAVING_SECONDS = 120
 
 
 def main(argv: list[str]) -> int:
-    """Launch as the command line says; the exit code of the script, or of the first of its processes that failed."""
+    """Launch what `argv` says. Returns the exit code of the script, or of the first of its processes that failed."""
     be_launcher()
-    # torchrun's agent has a handler of its own, which waits this long before it kills
+    # torchrun's agent handles SIGTERM itself, and waits this long before it kills its workers
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
     signal.signal(signal.SIGTERM, _pass_on)
     try:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
             torchrun.main(argv[1:])
         else:
             launch_command(launch_command_parser().parse_args(argv))
-    except (FileNotFoundError, ValueError, ImportError) as error:  # of the config file, or an engine that is missing
+    except (FileNotFoundError, ValueError, ImportError) as error:  # a wrong config file, or DeepSpeed is missing
         print(f"UserError: the launch cannot start: {' '.join(str(error).split())}", file=sys.stderr)
         return UserError.exit_code
     except subprocess.CalledProcessError as error:

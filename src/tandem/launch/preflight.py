@@ -3,7 +3,7 @@
     python -m tandem.launch.preflight ACCELERATE_CONFIG < STAGES
 
 On standard input comes, for each stage, the number of words that follow, its name, its output and its command, each
-ended by a NUL. Nothing is loaded that a wrong command line does not need, and nothing is written.
+ended by a NUL. No model is loaded and nothing is written, so that the answer comes within seconds.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ _OF_SFT = {field.name for field in dataclasses.fields(SFTDataOptions)} - {
 
 
 def main(argv: list[str]) -> None:
-    """Check the stages on standard input, which are to be launched with the accelerate config `argv` names.
+    """Check the stages on standard input, as launched with the accelerate config that `argv` names.
 
     Raises:
-        UserError: naming what is wrong with each of them.
+        UserError: everything that is wrong, with the stage's name.
     """
     config = read_accelerate_config(argv[0], "ACCELERATE_CONFIG")
     asked = os.environ.get("NUM_PROCESSES", "")
@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
                 values = {name: value for name, (value, _) in options_of_command(command).items()}
             reader = SFTDataOptions if "completion_key" in values else DataOptions
             data = {field.name: values[field.name] for field in dataclasses.fields(reader) if field.name in values}
-            # The first stage will read the data; those of a stage that reads them otherwise are tried here
             if "dataset_name" not in data:
-                continue  # it reads none; an option of its own may have a name that the reader's have too
+                continue  # the stage reads no data, though one of its options may be called like one of the reader's
+            # The first stage will read the data soon; what a later one would read otherwise is read here once
             if read and {name: data[name] for name in data if name not in _OF_SFT} not in read:
                 load_splits(reader(**data))
             read.append({name: data[name] for name in data if name not in _OF_SFT})
@@ -69,11 +69,12 @@ def _stages(words: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def options_of_command(command: list[str]) -> dict[str, tuple[Any, bool]]:
-    """The options of the script in a command, which reads them and stops at --print_config, each with its value and
-    whether that is its default.
+    """Each option of the script in a command, with its value and whether that is its default.
+
+    The script itself is run, with --print_config, to tell them.
 
     Raises:
-        UserError: what the script itself would say.
+        UserError: the script's own.
     """
     at = next(index for index, word in enumerate(command) if word.endswith(".py"))
     spec = importlib.util.spec_from_file_location(f"script_{Path(command[at]).stem}", command[at])

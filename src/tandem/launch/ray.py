@@ -1,9 +1,9 @@
-"""SFT and DPO under Ray Train: the scripts' own functions, in workers that Ray places and starts again.
+"""SFT and DPO under Ray Train: the scripts' own functions, in workers that Ray starts, again after a failure too.
 
-The output folder must be the same for every worker: one machine's disk, or a shared one. A worker that dies takes the
-others with it, and Ray starts all anew; they go on from the last complete checkpoint in the output folder, as the same
-command always does. Each complete checkpoint is also copied to the storage path, which may be in the cloud; a fresh
-output folder gets the last of them back.
+All workers must see the same output folder: one machine's disk, or a shared one. When a worker dies, Ray ends the
+others and starts all anew; they resume from the last complete checkpoint in the output folder, as the same command
+always does. Each complete checkpoint is also copied to the storage path, which may be in the cloud; an output folder
+without a complete checkpoint, as on a new machine, gets the last copy.
 """
 
 import dataclasses
@@ -46,11 +46,11 @@ class RayOptions(Options):
 
 
 def launch(argv: list[str]) -> None:
-    """Train as `RAY OPTIONS… SCRIPT SCRIPT OPTIONS…` says.
+    """Train as `argv`, `RAY OPTIONS… SCRIPT SCRIPT OPTIONS…`, says.
 
     Raises:
-        UserError: a wrong command line, or Ray is not installed or not reached.
-        TandemExit: what ended the training in its workers.
+        UserError: the command line is wrong, or Ray is not installed or cannot be reached.
+        TandemExit: a worker's training ended with it.
     """
     at = next((index for index, argument in enumerate(argv) if Path(argument).name in _RUNS), len(argv))
     (options,) = parse(argv[:at], (RayOptions,), prog="ray_launch.py", description=_DESCRIPTION)
@@ -69,7 +69,7 @@ def launch(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A script and its command line, as the driver was given them."""
+    """A script with its command line and working folder, to be run in workers."""
 
     script: str
     argv: list[str]
@@ -141,7 +141,7 @@ def _storage(path: str) -> str:
 
 
 class _Outcome:
-    """An actor that keeps how the training ended on purpose: an exception would be one more failure to Ray."""
+    """An actor that keeps which `TandemExit` ended the training: to Ray, an exception is just another failure."""
 
     def __init__(self) -> None:
         self._ended: tuple[str, str] | None = None
@@ -154,14 +154,14 @@ class _Outcome:
 
 
 def raise_ended(ended: tuple[str, str] | None) -> None:
-    """Raise the error that a worker's training has ended with, by its kind and message."""
+    """Raise the `TandemExit` that a worker's training ended with, if any; `ended` has its class's name and message."""
     if ended is not None:
         kind, message = ended
         raise {cls.__name__: cls for cls in (UserError, AlarmStop, Preempted)}[kind](message)
 
 
 def _score(job: _Job, outcome: Any, part: int, parts: int) -> None:
-    """A reference worker."""
+    """The task of a reference worker: compute part `part` of `parts` of the reference's log-probs into the cache."""
     import ray
 
     os.chdir(job.cwd)
@@ -174,13 +174,13 @@ def _score(job: _Job, outcome: Any, part: int, parts: int) -> None:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """A training worker: the script's own `main`."""
+    """The task of a training worker: the script's own `main`."""
     import ray
     import ray.train
 
     job, outcome, output = config["job"], config["outcome"], Path(config["output"])
     if ray.get(outcome.get.remote()) is not None:
-        return  # started again, though there is nothing to go on with
+        return  # Ray started it again after a `TandemExit`, which is final
     os.chdir(job.cwd)
     _bring_back(output)
     if ray.train.get_context().get_world_size() == 1:
@@ -192,11 +192,11 @@ def _work(config: dict[str, Any]) -> None:
             job.module().main(job.argv)
     except TandemExit as stop:
         ray.get(outcome.set.remote(type(stop).__name__, str(stop)))
-        raise  # the other workers may be waiting for this one
+        raise  # so that Ray ends the other workers, which may be waiting for this one
 
 
 def _bring_back(output: Path) -> None:
-    """Fetch Ray's copy of the last checkpoint where the output folder has none, as on a new machine."""
+    """Fetch Ray's copy of the last checkpoint where the output folder has no complete one, as on a new machine."""
     import ray.train
     import torch.distributed
 
@@ -211,7 +211,8 @@ def _bring_back(output: Path) -> None:
 
 
 def _leave_group() -> None:
-    """Undo Ray's process group of one: for its sake accelerate wraps the model in DDP, which copies every gradient."""
+    """Undo the process group that Ray makes for a single worker: accelerate would wrap the model in DDP for it, which
+    copies every gradient."""
     import torch.distributed
 
     torch.distributed.destroy_process_group()
@@ -223,9 +224,9 @@ def _report() -> Any:
     from transformers import TrainerCallback
 
     class Report(TrainerCallback):
-        """Hands each checkpoint to Ray once it is complete on all ranks; rank 0 alone copies it.
+        """Hands each checkpoint to Ray once all ranks have written their parts; rank 0 alone copies it.
 
-        Ray's own RayTrainReportCallback has every rank copy the folder at once, some of it half written.
+        Ray's own RayTrainReportCallback has every rank copy the folder, while other ranks may still be writing to it.
         """
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

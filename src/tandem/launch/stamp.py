@@ -1,10 +1,11 @@
-"""What a stage of a pipeline was done with, so that it is done once: `pipelines/lib.sh` calls it.
+"""Stamps of the stages of a pipeline, by which it skips a stage that was done with the same settings and inputs.
 
     python -m tandem.launch.stamp begin|check ROOT RUN NAME OUTPUT < COMMAND
 
-ROOT is the checkout, RUN the run folder, NAME and OUTPUT are the stage's. On standard input comes its command, each
-word ended by a NUL. `begin` writes the stamp of a stage that now begins to RUN/.stages/NAME.begun, to be renamed when
-the stage is done; `check` compares the one in RUN/.stages/NAME with what the stage would be done with now.
+`pipelines/lib.sh` calls it. ROOT is the checkout, RUN the run folder, NAME and OUTPUT are the stage's. On standard
+input comes its command, each word ended by a NUL. `begin` writes the stamp of a stage that begins to
+RUN/.stages/NAME.begun, which is renamed to NAME when the stage is done; `check` compares the stamp in RUN/.stages/NAME
+with the one that the stage would get now.
 
 A stamp holds the stage's options, defaults included, and hashes of the content of the data and models that they name.
 RUN and ROOT may move: paths in them are kept relative.
@@ -33,11 +34,11 @@ _INPUTS = re.compile(r"model|adapter|dataset_name|tokenizer")
 
 @dataclass
 class Stage:
-    """A stage as a pipeline asks for it.
+    """A stage of a pipeline.
 
     Attributes:
-        root, run: the checkout and the run folder, as the command spells them.
-        name, output: the stage's name, and what it leaves in `run`.
+        root, run: paths of the checkout and the run folder, as the command spells them.
+        name, output: the stage's name, and the file or folder that it leaves in `run`.
         words: its command.
     """
 
@@ -53,14 +54,14 @@ class Stage:
 
     @property
     def script(self) -> int | None:
-        """Where in `words` the script of Tandem's is; None in a command without one.
+        """The index in `words` of a script of Tandem's; None in a command without one.
 
-        Another program is never loaded to ask for its options: that would run it.
+        No other program is asked for its options: to load it would be to run it.
         """
         return next((index for index, word in enumerate(self.words) if _is_ours(Path(word))), None)
 
     def portable(self, value: Any) -> Any:
-        """`value` with paths in the run folder and the checkout relative to them."""
+        """`value` with $RUN and $ROOT at the head of paths that are in the run folder or the checkout."""
         if isinstance(value, list):
             return [self.portable(item) for item in value]
         if not isinstance(value, str):
@@ -71,7 +72,7 @@ class Stage:
         return value
 
     def here(self, value: Any) -> Any:
-        """A portable value as this pipeline spells it."""
+        """A `portable` value with the paths that this pipeline has for $RUN and $ROOT."""
         if isinstance(value, list):
             return [self.here(item) for item in value]
         if not isinstance(value, str):
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> None:
     """Write a stamp, or check one.
 
     Raises:
-        UserError: the stage was done with something else.
+        UserError: the stage was done with other settings or inputs.
     """
     action, root, run, name, output = argv
     words = sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")[:-1]
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> None:
 
 
 def stamp(stage: Stage, hashes: Hashes) -> Stamp:
-    """What `stage` is done with now."""
+    """The stamp that `stage` gets now."""
     options = _options(stage)
     inputs = {
         name: digest
@@ -130,7 +131,7 @@ def _check(stage: Stage, hashes: Hashes) -> None:
     except ValueError:
         known = False
     if known and done["command"] == _command(stage, hashes) and _inputs_are_those_of(done, stage, hashes):
-        return  # without reading the options, which takes longer
+        return  # the options need not be read, which takes longer
     before = done if known else _of_older_version(stage)
     now = stamp(stage, hashes)
     changed = _changes(before, now)
@@ -160,7 +161,7 @@ def _command(stage: Stage, hashes: Hashes) -> dict[str, Any]:
 
 
 def _options(stage: Stage) -> dict[str, tuple[Any, bool]]:
-    """Every option of the stage's script with its value, and whether that is the default; none without a script."""
+    """Every option of the stage's script with its value and whether that is the default; empty without a script."""
     if stage.script is None:
         return {}
     from tandem.launch.preflight import options_of_command
@@ -169,7 +170,7 @@ def _options(stage: Stage) -> dict[str, tuple[Any, bool]]:
 
 
 def _digest(stage: Stage, value: Any, hashes: Hashes) -> str | None:
-    """Of the content that `value` names; None where it is no file or folder, or is what the stage itself leaves."""
+    """The digest of the file or folder that `value` names; None where it names none, or the stage's own output."""
     if isinstance(value, list):
         found = [_digest(stage, item, hashes) for item in value]
         return sha256_json(found) if any(found) else None
@@ -187,20 +188,23 @@ def _digest(stage: Stage, value: Any, hashes: Hashes) -> str | None:
 
 
 def sources(mixture: Path) -> list[str]:
-    """The files and folders that a mixture, or a file of one source, names."""
+    """The files and folders that the YAML file of a mixture, or of one source, names."""
     import yaml
 
     try:
         entries = yaml.load(mixture.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         names = [entry["dataset_name"] for entry in ([entries] if isinstance(entries, dict) else entries)]
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
-        return []  # the stage says what is wrong with it
+        return []  # the stage itself says what is wrong with the file
     return [str(mixture.parent / Path(name).expanduser()) for name in names if isinstance(name, str)]
 
 
 def _changes(before: Stamp, now: Stamp) -> list[str]:
-    """What differs, in words. An option that was given neither then nor now is the same, though its default may be
-    another since, or the option have come later."""
+    """What differs, in words.
+
+    An option that was given neither then nor now counts as equal: a newer Tandem may have changed its default, or added
+    the option.
+    """
     if not now["options"]:
         return [] if before["command"] == now["command"] else ["its command was another"]
     from tandem.training.settings import FREE_ON_RESUME
@@ -210,7 +214,7 @@ def _changes(before: Stamp, now: Stamp) -> list[str]:
     for name, value in now["options"].items():
         was = before["options"].get(name)
         content, content_was = now["inputs"].get(name), before["inputs"].get(name)
-        if content and content_was:  # wherever it lies
+        if content and content_was:  # then its path may be another
             if content != content_was:
                 found.append(f"{name} {value} has another content")
         elif name in given and was != value and name not in FREE_ON_RESUME and not name.startswith("alarm_"):
@@ -219,10 +223,10 @@ def _changes(before: Stamp, now: Stamp) -> list[str]:
 
 
 def _of_older_version(stage: Stage) -> Stamp:
-    """The stamp of a stage that an older Tandem has done, which noted its command, and of many its options.
+    """The stamp of a stage that was done by an older Tandem, which kept its command and, of most stages, the options.
 
     Raises:
-        UserError: it cannot be told.
+        UserError: the command cannot be read, or is one that is refused now.
     """
     file = stage.file.with_name(f"{stage.name}.command")
     try:
@@ -254,7 +258,7 @@ def _of_older_version(stage: Stage) -> Stamp:
 
 
 def _saved(stage: Stage, old: Stage) -> Stamp:
-    """The options that the stage has left beside its output."""
+    """The options that the stage saved in or beside its output."""
     import yaml
 
     output = Path(stage.run) / stage.output

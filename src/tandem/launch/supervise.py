@@ -1,10 +1,10 @@
-"""Run a command so that SIGTERM reaches all that it has started.
+"""Run a command so that SIGTERM reaches all processes that it has started.
 
     python -m tandem.launch.supervise [--log FILE] COMMAND…
 
-A shell that waits for a program does not pass SIGTERM on, so a pipeline that is told to stop (`docker stop`, systemd,
-`kill`) would leave its training running, or have it killed without a checkpoint. With --log FILE what the command
-prints goes to FILE as well as to the screen.
+A shell that waits for a program does not pass SIGTERM on. A pipeline that is told to stop (`docker stop`, systemd,
+`kill`) would leave its training running, or have it killed before it saves a checkpoint. With --log FILE, what the
+command prints goes to FILE as well as to the screen.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ _CHUNK = 1 << 16
 
 
 class Supervised:
-    """A command that was started, and the processes that were asked to end with it."""
+    """A running command, and those of its processes that SIGTERM was passed on to (`asked`)."""
 
     def __init__(self, command: list[str], log: BinaryIO | None = None) -> None:
         self.asked: list[psutil.Process] = []
         self._log = log
         output = None if log is None else subprocess.PIPE
         signal.signal(signal.SIGTERM, self._pass_on)
-        # The terminal sends SIGINT to the command as well, which says what becomes of it
+        # The terminal sends SIGINT to the command too: whether to end is the command's decision
         signal.signal(signal.SIGINT, lambda number, frame: None)
         self._process = subprocess.Popen(command, stdout=output, stderr=None if log is None else subprocess.STDOUT)
 
     def wait(self) -> int:
-        """The command's exit code once it and all that were asked have ended; 75 where SIGTERM ended it."""
+        """Wait until the command and all `asked` have ended. Returns its exit code; 75 where SIGTERM ended it."""
         if self._log is not None:
             self._copy(self._log)
         code = self._process.wait()
@@ -52,7 +52,7 @@ class Supervised:
             log.flush()
             try:
                 os.write(screen, chunk)
-            except OSError:  # nobody reads the screen any more; the log goes on
+            except OSError:  # the screen is closed; the log goes on
                 screen = os.open(os.devnull, os.O_WRONLY)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -63,10 +63,10 @@ class Supervised:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command of `argv`; its exit code, 127 where there is no such command."""
+    """Run the command of `argv`. Returns its exit code, or 127 where there is no such command."""
     log = None
     if argv[:1] == ["--log"]:
-        log = open(argv[1], "ab")  # noqa: SIM115  as long as this process
+        log = open(argv[1], "ab")  # noqa: SIM115  it stays open as long as this process runs
         argv = argv[2:]
     try:
         return Supervised(argv, log).wait()

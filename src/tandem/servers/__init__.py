@@ -1,1 +1,1 @@
-"""Servers with OpenAI's interface: where they are, what they are asked, and what they answer."""
+"""Servers with OpenAI's interface: their addresses, the requests they take, and their replies."""

@@ -10,9 +10,9 @@ from tandem.errors import UserError
 OPENAI_URL = "https://api.openai.com/v1"
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 BASE_URL_VARIABLE = "OPENAI_BASE_URL"
-CONNECT_TIMEOUT = 10.0  # seconds; an address where nobody listens should not take a whole timeout to show
+CONNECT_TIMEOUT = 10.0  # seconds; that nobody listens at an address should show long before a reply would time out
 ROUTES = {"responses": "/responses", "chat": "/chat/completions"}  # by form of the request
-_VERSION = re.compile(r"/v\d+\w*(?:/|$)|/deployments/")  # a path that says where the interface is
+_VERSION = re.compile(r"/v\d+\w*(?:/|$)|/deployments/")  # a path with one of these already leads to the interface
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +20,17 @@ class Address:
     """A --base_url taken apart."""
 
     base: str  # without the route, the query and a slash at its end
-    form: str | None  # that the address itself asks for, by a route at its end: responses or chat
+    form: str | None  # responses or chat, where the address ends in the route of one
     query: dict[str, str]  # Azure's api-version
 
     @property
     def bases(self) -> list[str]:
-        """Addresses under which the interface may be found: as given, and with the /v1 that was left out."""
+        """Addresses under which the interface may be found: as given, and with /v1 if it names no version."""
         return [self.base] if _VERSION.search(urlsplit(self.base).path) else [self.base, f"{self.base}/v1"]
 
 
 def parse_address(url: str) -> Address:
-    """Take an address that `checked_url` has let pass apart."""
+    """The parts of an address that `checked_url` has accepted."""
     parts = urlsplit(url)
     path = parts.path.rstrip("/")
     form = next((name for name, route in ROUTES.items() if path.endswith(route)), None)
@@ -43,7 +43,7 @@ def checked_url(url: str) -> str:
     """The value of --base_url without white space around it and a slash at its end.
 
     Raises:
-        UserError: no http address, or one that holds credentials: it goes into files and the report.
+        UserError: it is not an http address, or holds credentials, which would get into files and the report.
     """
     url = url.strip()
     try:
@@ -68,10 +68,10 @@ def default_url() -> str | None:
 
 
 def api_key(url: str) -> str | None:
-    """The key for the server at `url`, without white space around it; None where there is none to send.
+    """The key for the server at `url`, without white space around it; None where none is set.
 
     Raises:
-        UserError: OpenAI's own server is asked and there is none, or it is none that a request can carry.
+        UserError: none is set for OpenAI's own server, or a request's header cannot carry it.
     """
     key = os.environ.get(API_KEY_VARIABLE, "").strip() or None
     if key is None and url.startswith(OPENAI_URL):

@@ -1,4 +1,4 @@
-"""Asking a server over HTTP. Retries, their backoff and Retry-After (up to two minutes) are the openai package's."""
+"""Asks a server over HTTP. The openai package does the retries, with backoff and Retry-After up to two minutes."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,20 @@ from tandem.servers.reach import refuse_unreachable
 
 
 def is_out_of_quota(body: str) -> bool:
-    """Whether a server that answers 429 does so since the account has nothing left, and not for the pace."""
+    """Whether a server answers 429 because the account's quota is used up, and not because requests come too fast."""
     return "insufficient_quota" in body
 
 
-_LASTING = (500, 501)  # statuses that may be no passing failure
+_LASTING = (500, 501)  # statuses of failures that may not pass by themselves
 
 
 def _let_stand(response: Any) -> None:
-    """Have the openai package not repeat a request that would fail again; the response has been read."""
+    """Keep the openai package from repeating a request that would fail again. `response` must have been read."""
     text = response.text
     used_up = response.status_code == 429 and is_out_of_quota(text)
-    # What is not implemented stays so; llama-cpp-python's server has 500 for a parameter that it refuses
+    # 501 is "not implemented"; llama-cpp-python's server answers 500 to a parameter that it refuses
     if used_up or response.status_code == 501 or (response.status_code == 500 and "validation error" in text):
-        response.headers["x-should-retry"] = "false"  # the package's word for it
+        response.headers["x-should-retry"] = "false"  # a header that the package obeys
 
 
 # What the words of a failed connection mean, by a part of them
@@ -51,27 +51,27 @@ def _why_unconnected(error: openai.APIError) -> str:
 
 
 class _Client:
-    """What both clients know of their server."""
+    """What the two clients have in common."""
 
     def __init__(self, url: str, forms: Sequence[Form], known: Mapping[str, Any] | None, timeout: float) -> None:
         self.url = url
         self._key = api_key(url)
         address = parse_address(url)
         self.endpoint = Endpoint(address, forms, known)
-        self.has_answered = False  # in this run or, as the caller knows, in an earlier one
+        self.has_answered = False  # whether the server has; a caller who knows of an earlier run's replies sets it
         self._reached = False
         self._reaching = threading.Lock()
         self._settings: dict[str, Any] = {
             "base_url": address.base,
-            "api_key": self._key or "none",  # the package insists on one; a local server does not look at it
+            "api_key": self._key or "none",  # the package requires one; local servers ignore it
             "timeout": openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
             "default_query": address.query,
-            # Azure takes the key in a header of its own where it is asked by api-version
+            # Azure takes the key in its own header; its addresses are known by their api-version
             "default_headers": {"api-key": self._key} if address.query and self._key else {},
         }
 
     def scrub(self, text: str) -> str:
-        """What a server sends goes to disk; the key must not, though the server may repeat it."""
+        """`text` of the server's without the key: it goes to disk, and the server may have repeated the key in it."""
         return hide_key(text, self._key)
 
     def say(self, error: openai.APIError) -> str:
@@ -81,7 +81,7 @@ class _Client:
         return self.scrub(told + _why_unconnected(error))
 
     def fatal(self, error: openai.APIError, model: str) -> UserError | None:
-        """What to end with after an error that every further request would meet as well; else None."""
+        """The error that ends the run, where every further request would fail like this one; else None."""
         if not isinstance(error, openai.APIStatusError):
             return None
         where, said = f"--base_url {self.url}", self.say(error)
@@ -92,7 +92,7 @@ class _Client:
         if isinstance(error, openai.AuthenticationError):
             return UserError(f"{where} refuses the key (HTTP 401): set ${API_KEY_VARIABLE} ({said})")
         if self.has_answered:
-            return None  # it takes the key and has the model: the refusal is of one prompt
+            return None  # it takes the key and has the model, so it refuses this one prompt
         if isinstance(error, openai.PermissionDeniedError):
             return UserError(f"{where} refuses the key (HTTP 403): set ${API_KEY_VARIABLE} ({said})")
         if isinstance(error, openai.NotFoundError) or error.status_code in (405, 501):
@@ -104,10 +104,10 @@ class _Client:
         return None
 
     def _reach(self) -> None:
-        """Before the first request.
+        """Make sure before the first request that somebody listens.
 
         Raises:
-            Unreachable: nobody listens.
+            Unreachable: nobody does.
         """
         with self._reaching:
             if not self._reached:
@@ -127,7 +127,7 @@ class _Client:
 class AsyncClient(_Client):
     """One server, asked by coroutines.
 
-    `ask` raises openai.APIError for what the package's own retries did not mend, and Unreachable at the first request
+    `ask` raises openai.APIError where the package's own retries did not help, and Unreachable at the first request
     where nobody listens.
     """
 
@@ -148,7 +148,7 @@ class AsyncClient(_Client):
         self.openai = openai.AsyncOpenAI(**self._settings, max_retries=retries, http_client=http)
 
     async def _notice(self, response: Any) -> None:
-        # The package retries a 429 by itself; this is how the others learn of it
+        # The package retries this request by itself; the callback lets the other requests slow down too
         if response.status_code == 429:
             await response.aread()
             if is_out_of_quota(response.text):
@@ -175,7 +175,7 @@ class AsyncClient(_Client):
 
 
 class Client(_Client):
-    """One server, asked by threads; as `AsyncClient` otherwise."""
+    """One server, asked by threads; otherwise like `AsyncClient`."""
 
     def __init__(self, url: str, forms: Sequence[Form], *, timeout: float, retries: int) -> None:
         super().__init__(url, forms, None, timeout)

@@ -1,4 +1,4 @@
-"""The two forms of OpenAI's interface, Responses and chat completions. Pure: requests to bodies, bodies to replies."""
+"""The two forms of OpenAI's interface, Responses and chat completions: requests to bodies, bodies to replies. Pure."""
 
 import dataclasses
 import json
@@ -17,46 +17,47 @@ NO_REPLY = "not a reply of the Responses API or of chat completions"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a model is asked, in no form yet. What is None is left to the server."""
+    """A request to a model, in neither form yet. What is None is left to the server."""
 
     model: str
     messages: Sequence[Mapping[str, Any]]
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    seed: int | None = None  # only chat completions have one
+    seed: int | None = None  # the Responses API has none
     schema: Mapping[str, Any] | None = None  # `name`, `strict` and the JSON `schema` of the answer
-    extras: Mapping[str, Any] | None = None  # `tools` and `chat_template_kwargs`, which vLLM takes beside messages
+    extras: Mapping[str, Any] | None = None  # `tools`, and the `chat_template_kwargs` that vLLM takes beside messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model answered. `end` says why it stopped; tokens are None where the server names none."""
+    """What a model answered. Tokens are None where the server does not count them."""
 
     text: str
-    end: str  # an End, or a server's further word
-    detail: str = ""  # a refusal's words, an error's message, or why it was cut off
+    end: str  # why it stopped: an End, or a word of the server's that is none of them
+    detail: str = ""  # the words of a refusal, the message of an error, or why it was cut off
     input_tokens: int | None = None
     output_tokens: int | None = None
-    only_reasoning: bool = False  # no text, but reasoning
+    only_reasoning: bool = False  # there is reasoning and no text
 
 
 class NoReply(ValueError):
-    """A body that is no reply in either form."""
+    """A body that is a reply in neither form."""
 
 
 class Hollow(NoReply):
-    """A body in one of the forms that has nothing in it, or not what belongs there."""
+    """A body in one of the forms whose contents are missing or of the wrong kind."""
 
 
 def body_of(request: Request, form: Form, left_out: Collection[str] = ()) -> dict[str, Any]:
     """The body of `request` in one form, without the parameters that the server refuses.
 
-    With `max_completion_tokens` among `left_out`, its older name `max_tokens` is sent in its place; with `SYSTEM`, the
-    system message goes into the user's first; with `JSON_SCHEMA`, the schema goes with `json_object`.
+    With `max_completion_tokens` among `left_out`, the same limit is sent under its older name, `max_tokens`; with
+    `SYSTEM`, the system message goes into the first user message; with `JSON_SCHEMA`, the schema is sent with the type
+    `json_object`.
 
     Raises:
-        UserError: a prompt with tools, in the form `responses`.
+        UserError: a request with extras or tool calls, in the form `responses`.
     """
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     messages = folded(request.messages) if SYSTEM in left_out else request.messages
@@ -83,7 +84,7 @@ def read_reply(body: str) -> Reply:
     """Read the body of a reply in either form.
 
     Raises:
-        NoReply: it is none.
+        NoReply: it is a reply in neither form.
     """
     try:
         reply = streams.joined(body) if streams.is_stream(body) else json.loads(body)
@@ -109,7 +110,7 @@ def _read_response(reply: Mapping[str, Any]) -> Reply:
     items = reply["output"]
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise Hollow(f"{NO_REPLY}: output is no list of objects")
-    # `phase` marks interim commentary of reasoning models, which is no answer
+    # Reasoning models mark their interim commentary, which is no answer, by another `phase`
     messages = [item for item in items if item.get("type") == "message"]
     contents = [item.get("content") for item in messages if item.get("phase") in (None, "final_answer")]
     text = "".join(piece for content in contents for piece in _pieces(content, "content"))
@@ -129,7 +130,7 @@ def _read_response(reply: Mapping[str, Any]) -> Reply:
 
 
 _NOT_DONE = ("failed", "cancelled", "queued", "in_progress")  # a status
-# Why a completion ended, by the words of OpenAI, Anthropic, Gemini, Mistral, Zhipu, DeepSeek, Bedrock, TGI, vLLM
+# Why a completion ended, in the words of OpenAI, Anthropic, Gemini, Mistral, Zhipu, DeepSeek, Bedrock, TGI and vLLM
 _WORDS_OF_ENDS: dict[str, str] = {
     "stop": "stop none eos eos_token end_turn stop_sequence done complete completed finish_reason_unspecified",
     "length": "length max_tokens max_output_tokens max_length model_length token_limit model_context_window_exceeded",
@@ -146,7 +147,7 @@ def _read_completion(reply: Mapping[str, Any]) -> Reply:
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if message is None and isinstance(choice, dict) and isinstance(choice.get("text"), str):
-        message = {"content": choice["text"]}  # as plain completions have it
+        message = {"content": choice["text"]}  # the form of plain, older completions
     if not isinstance(choice, dict) or not isinstance(message, dict):
         problem = reply.get("error")
         if problem:
@@ -167,10 +168,10 @@ def _read_completion(reply: Mapping[str, Any]) -> Reply:
 
 
 def _pieces(content: Any, where: str) -> Iterable[str]:
-    """Texts of a message's content: itself, or those of its chunks that are no reasoning.
+    """Texts of a message's content: the content itself, or those of its chunks that are text.
 
     Raises:
-        NoReply: it is neither text nor chunks of it.
+        Hollow: it is neither text nor a list of chunks.
     """
     if content is None:
         return
@@ -196,7 +197,7 @@ def _objects(contents: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
 
 
 def _tokens(usage: Any) -> tuple[int | None, int | None]:
-    """Tokens in and out, by the names of either form."""
+    """Input and output tokens, under the names of either form."""
     return _count(usage, "input_tokens", "prompt_tokens"), _count(usage, "output_tokens", "completion_tokens")
 
 

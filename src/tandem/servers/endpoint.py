@@ -1,4 +1,4 @@
-"""How a server wants to be asked: found with the first requests, and kept. No network here."""
+"""In which form and at which address a server takes requests: the first ones find out. No network here."""
 
 import dataclasses
 import sys
@@ -13,7 +13,7 @@ from tandem.servers.dialects import Form, Hollow, NoReply, Request, body_of, rea
 from tandem.servers.refusals import JSON_SCHEMA, SYSTEM, refused_parameter
 
 NO_SUCH_ROUTE = (404, 405, 501)
-NOT_UNDERSTOOD = (400, 422, 500, 501)  # proxies make 500 of what the server behind them calls 400
+NOT_UNDERSTOOD = (400, 422, 500, 501)  # some proxies answer 500 where the server behind them answered 400
 _INSTEAD = {
     "max_completion_tokens": "max_tokens is sent instead",
     JSON_SCHEMA: "json_object is sent instead, with the schema",
@@ -27,14 +27,14 @@ class Attempt:
 
     url: str
     body: dict[str, Any]
-    way: int  # number of the pair of base and form that it takes
+    way: int  # index of its pair of base and form
 
 
 class Endpoint:
-    """The ways in which a server may be asked, pairs of address and form, and what its replies say of them.
+    """The ways to ask a server, pairs of address and form, of which its replies show the right one.
 
-    Until a first reply a route that is not there leads to the next way; after it, the way stays. A parameter that the
-    server does not know is left out from then on, and that is said. Safe to use from several threads.
+    Until a first reply, a route that is not there leads to the next way; after it, the way stays. A parameter that the
+    server does not know is left out from then on, which is printed. Safe to use from several threads.
     """
 
     def __init__(self, address: Address, forms: Sequence[Form], known: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +43,7 @@ class Endpoint:
         self._ways = [(base, form) for form in named for base in address.bases]
         self._way = 0
         self._found = False
-        self._refusals: list[str] = []  # what the ways that were given up have said
+        self._refusals: list[str] = []  # the server's errors for the ways that were given up
         self._lock = threading.Lock()
         self.left_out: list[str] = []
         if known is not None and (way := (known.get("base"), known.get("form"))) in self._ways:
@@ -52,23 +52,23 @@ class Endpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was found out, to be kept."""
+        """What was found out, for `known` of a later run."""
         base, form = self._ways[self._way]
         return {"base": base, "form": form, "left_out": sorted(self.left_out)}
 
     @property
     def is_found(self) -> bool:
-        """Whether a request has brought a reply in the way that requests take now."""
+        """Whether the way that requests take now has brought a reply."""
         return self._found
 
     @property
     def form(self) -> Form:
-        """The form that requests have now."""
+        """The form that requests take now."""
         return self._ways[self._way][1]
 
     @property
     def tried(self) -> str:
-        """The ways that led nowhere, with what the server said."""
+        """The ways that led nowhere, each with the server's error."""
         return "; ".join(self._refusals)
 
     def attempt(self, request: Request) -> Attempt:
@@ -82,11 +82,11 @@ class Endpoint:
 
         Args:
             said: the body of the error
-            short: the same for people, without secrets
+            short: the error as a message for people, without secrets
         """
         with self._lock:
             if status in NO_SUCH_ROUTE and attempt.way < self._way:
-                return True  # another request has found a better way meanwhile
+                return True  # meanwhile another request has moved on to the next way
             if not self._found and status in NO_SUCH_ROUTE:
                 return self._next_way(attempt, f"{attempt.url}: {short}")
             return status in NOT_UNDERSTOOD and self._leaves_out(attempt, said, short)
@@ -103,10 +103,10 @@ class Endpoint:
         return True
 
     def accept(self, attempt: Attempt, body: str) -> bool:
-        """Whether what came with HTTP 200 is to be taken; else the next way is to be tried.
+        """Whether the body of a 200 is a reply to take; else the request is to be sent again, another way.
 
-        A page in HTML, or word of an unknown address, is what some servers send with 200 where no interface is; others
-        send the refusal of a parameter with it.
+        Where they have no interface, some servers send 200 with a page in HTML or with an error about the address;
+        others send 200 with the refusal of a parameter.
         """
         with self._lock:
             if self._found and '"error"' not in body:
@@ -114,7 +114,7 @@ class Endpoint:
             try:
                 reply = read_reply(body)
             except Hollow:
-                return True  # the way is right
+                return True  # the form shows that the way is right
             except NoReply as problem:
                 return self._found or not self._next_way(attempt, f"{attempt.url}: {problem}")
             if reply.end == "failed" and self._leaves_out(attempt, body, reply.detail[:300]):

@@ -1,4 +1,4 @@
-"""Whether anybody listens at a server's address: asked once, before a request is repeated against nobody."""
+"""Whether anybody listens at a server's address: tried once, before requests are repeated in vain."""
 
 import socket
 import urllib.request
@@ -13,7 +13,7 @@ class Unreachable(UserError):
 
 
 def refuse_unreachable(url: str) -> None:
-    """Connect once and hang up; where a proxy stands between, nothing is tried.
+    """Connect once and hang up. Where requests go through a proxy, nothing is tried.
 
     Raises:
         Unreachable: the host has no address, refuses the connection, or does not answer in CONNECT_TIMEOUT seconds.

@@ -1,11 +1,12 @@
-"""What of a request a server refuses to know, by the words of its error. Pure."""
+"""Which part of a request a server does not support, by the words of its error. Pure."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SYSTEM = "system"  # among what is left out: the system message, which goes into the user's first
-JSON_SCHEMA = "json_schema"  # a response_format of that type, in whose place json_object is sent, with the schema
+# Beside parameters, these may be refused (`dialects.body_of` says what is sent instead)
+SYSTEM = "system"  # a system message
+JSON_SCHEMA = "json_schema"  # a response_format of this type
 
 _PARAMETERS = ("temperature", "top_p", "seed", "max_completion_tokens", "max_tokens", "max_output_tokens", "store")
 _REFUSES = re.compile(
@@ -17,17 +18,18 @@ _REFUSES = re.compile(
     re.IGNORECASE,
 )
 _NOT_BOTH = re.compile(r"cannot both|not both|mutually exclusive|only one of", re.IGNORECASE)
-# TGI takes a top_p below 1 alone, and 1 is what it does without one
+# TGI takes only a top_p below 1; without one it uses 1
 _BELOW_ONE = re.compile(r"top_?p\W.{0,20}must be.{0,20}< ?1(?:\.0)?\b", re.IGNORECASE)
-# As llama-cpp-python's server, DeepSeek and Fireworks put it
+# In the words of llama-cpp-python's server, DeepSeek and Fireworks
 _NO_JSON_SCHEMA = re.compile(
     r"response_format[^.]{0,80}(?:unavailable|literal_error|unsupported|not supported|invalid|must be|should be)"
     r"|json_schema[^.]{0,40}(?:unavailable|unsupported|not supported|invalid)|text' or 'json_object",
     re.IGNORECASE | re.DOTALL,
 )
-# A prompt that is too long is told by the names of the limits, too
+# An error about a prompt that is too long also names the parameters of limits
 _TOO_LONG = re.compile(r"context|too (?:long|large|many)|exceed|maximum|at most|reduce", re.IGNORECASE)
-# The chat templates of Gemma 2 and of Mistral's first models know no system message; Google's server says it thirdly
+# In the words of servers, Google's among them ("developer instruction is not enabled"), and of the chat templates of
+# Gemma 2 and Mistral's first models, which have no system message
 _NO_SYSTEM = re.compile(
     r"system (?:role|message|prompt|instruction)s?[^.]{0,30}(?:not|n't|un)[ -]?(?:\w+ )?(?:support|allow|enable|accept)"
     r"|(?:not|n't|un)[ -]?(?:\w+ )?support[^.]{0,30}\bsystem\b|developer instruction is not enabled"
@@ -37,11 +39,10 @@ _NO_SYSTEM = re.compile(
 
 
 def refused_parameter(body: Mapping[str, Any], said: str) -> str | None:
-    """The parameter of `body` that a server refuses to know, by what it says with an error; else None.
+    """The parameter of `body`, `SYSTEM` or `JSON_SCHEMA` that a server's error says it does not support; else None.
 
-    `SYSTEM` and `JSON_SCHEMA` are what it may refuse besides parameters.
-
-    A value that it refuses, or a prompt, is the user's to mend: only words like "unsupported" or "unknown" count.
+    Only words like "unsupported" or "unknown" count: a parameter whose value is out of range, or a prompt that is too
+    long, must not be left out silently; the user has to change it.
     """
     if _NO_SYSTEM.search(said) and _begins_with_system(body):
         return SYSTEM
@@ -63,7 +64,7 @@ def _asks_for_schema(body: Mapping[str, Any]) -> bool:
 
 
 def _is_named(name: str, body: Mapping[str, Any], said: str) -> bool:
-    """Whether a parameter was sent and is named, in snake case or in camel case."""
+    """Whether a parameter was sent and the error names it, in snake case or camel case."""
     camel = re.sub(r"_(\w)", lambda found: found[1].upper(), name)
     return name in body and re.search(rf"(?<![A-Za-z_])(?:{name}|{camel})(?![A-Za-z_])", said) is not None
 
@@ -78,7 +79,7 @@ def _is_system(message: Mapping[str, Any]) -> bool:
 
 
 def folded(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """`messages` with a system message at their head put before what the user says first."""
+    """`messages` with their system message, if they begin with one, moved into the user message that follows."""
     if len(messages) < 2 or not _is_system(messages[0]) or messages[1]["role"] != "user":
         return messages
     content = f"{messages[0]['content']}\n\n{messages[1]['content']}"

@@ -1,4 +1,4 @@
-"""Bodies of server-sent events, which some proxies send though no stream was asked for, as the reply they add up to."""
+"""Streams of server-sent events, which some proxies send unasked, put together to one reply."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def is_stream(body: str) -> bool:
-    """Whether `body` is a stream of events and no JSON."""
+    """Whether `body` is a stream of events rather than JSON."""
     return body.lstrip().startswith(("data:", "event:", ": "))
 
 
 def joined(body: str) -> dict[str, Any] | None:
-    """The reply, in the form that it would have had in one piece; None where there is none."""
+    """The reply as it would have been sent in one piece; None where the events hold none."""
     events = list(_events(body))
     for event in reversed(events):
         response = event.get("response")
         if isinstance(response, dict) and "output" in response:
-            return response  # the last event of the Responses API holds all
+            return response  # the last event of the Responses API holds the whole reply
         if event.get("error"):
             return dict(event)
     chunks = [choice for event in events for choice in _choices(event)]
@@ -29,7 +29,8 @@ def joined(body: str) -> dict[str, Any] | None:
             message[name] = told
     reasons = [chunk["finish_reason"] for chunk in chunks if chunk.get("finish_reason")]
     usages = [event["usage"] for event in events if event.get("usage")]
-    choice = {"message": message, "finish_reason": reasons[-1] if reasons else "error"}  # it broke off
+    # A stream without a finish_reason broke off
+    choice = {"message": message, "finish_reason": reasons[-1] if reasons else "error"}
     return {"choices": [choice], "usage": usages[-1] if usages else None}
 
 
@@ -39,7 +40,7 @@ def _events(body: str) -> Iterator[Mapping[str, Any]]:
             try:
                 event = json.loads(line.removeprefix("data:"))
             except (ValueError, RecursionError):
-                continue  # [DONE], or the torn end
+                continue  # [DONE], or the last line of a stream that broke off
             if isinstance(event, dict):
                 yield event
 

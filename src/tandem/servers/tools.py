@@ -1,4 +1,4 @@
-"""Messages with tool calls in the form of chat completions, and calls in a reply as the text of an answer. Pure."""
+"""Tool calls: in messages, put into the form of chat completions; in replies, put into the answer's text. Pure."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """`messages` as a server takes them: calls with an id and their arguments as JSON, results with that id."""
+    """`messages` as a server takes them: each call has an id and its arguments as JSON, each result its call's id."""
     sent: list[Mapping[str, Any]] = []
     pending: list[str] = []  # ids of calls whose results are still to come
     for message in messages:
@@ -31,13 +31,13 @@ def _call(call: Mapping[str, Any], number: str) -> dict[str, Any]:
 
 
 def call_texts(message: Mapping[str, Any]) -> Iterator[str]:
-    """The tool calls of a reply as text, in the notation that Qwen's and Hermes' templates have."""
+    """The tool calls of a reply as text, in the notation of Qwen's and Hermes' templates."""
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             arguments = function.get("arguments")
-            with contextlib.suppress(ValueError):  # what is no JSON is shown as the model wrote it
+            with contextlib.suppress(ValueError):  # arguments that are not JSON are shown as the model wrote them
                 arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
             said = json.dumps({"name": function.get("name"), "arguments": arguments}, ensure_ascii=False)
             yield f"<tool_call>\n{said}\n</tool_call>"
