@@ -1,4 +1,4 @@
-"""Write the Tandem config of another program's recipe: convert.py RECIPE.yaml, with a comment for each key."""
+"""Turn another program's recipe into a config of Tandem, with a comment for each key: convert.py RECIPE.yaml"""
 
 from tandem.commands.convert import main
 from tandem.errors import script_main

@@ -1,4 +1,4 @@
-"""Make a model's or adapter's folder of a checkpoint that FSDP has saved in shards."""
+"""Put a checkpoint that FSDP saved in shards together to the folder of a model or adapter."""
 
 from tandem.commands.merge_shards import main
 from tandem.errors import script_main

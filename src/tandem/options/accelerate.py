@@ -1,4 +1,4 @@
-"""What an accelerate config says of a launch, read once for the plan and for the check before a pipeline."""
+"""Reads accelerate configs, for the plan and for the check before a pipeline."""
 
 import dataclasses
 from pathlib import Path
@@ -11,13 +11,13 @@ from tandem.options.yaml_text import StrictLoader
 
 @dataclasses.dataclass(frozen=True)
 class AccelerateConfig:
-    """Of one config.
+    """What Tandem needs of an accelerate config.
 
     Attributes:
         kind: its `distributed_type`.
-        processes: how many it starts.
-        use_cpu: whether they stay on the CPU.
-        zero_stage: DeepSpeed's; 0 without DeepSpeed.
+        processes: how many processes it starts.
+        use_cpu: whether they train on the CPU though there is an accelerator.
+        zero_stage: DeepSpeed's ZeRO stage; 0 without DeepSpeed.
     """
 
     kind: str = "NO"

@@ -1,7 +1,7 @@
-"""A recipe of another program → a config file of Tandem, with a comment for each key.
+"""Converts a recipe of another program to a config file of Tandem, with a comment for each key.
 
-Read are flat recipes for TRL (alignment-handbook's and the like) and sectioned ones, whose sections are opened: a key's
-last part says what it is, where needed together with its section.
+Recipes may be flat, as TRL's and the alignment-handbook's, or have sections (`lora:`, with `r: 16` below it). A key of
+a section is known by its own name, or where that says too little, by the section's and its own (`lora.r`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tandem.options.parsing import convert
 from tandem.options.rules import Options
 from tandem.options.yaml_text import read_yaml
 
-# What other programs call Tandem's options, where TRL does not; by the last part of a key, or the last two
+# Other programs' names of Tandem's options (`migration` has TRL's): the last part of a dotted key, or the last two
 _ALIASES = {
     "policy_name": "model_name_or_path",
     "model_name": "model_name_or_path",
@@ -91,7 +91,7 @@ _ALIASES = {
     "tail.delta": "tail_delta",
     "tail.test": "tail_test",
 }
-_SWITCHES = {"use_wandb": "wandb", "use_tensorboard": "tensorboard", "wandb.enabled": "wandb"}  # → one of --report_to
+_SWITCHES = {"use_wandb": "wandb", "use_tensorboard": "tensorboard", "wandb.enabled": "wandb"}  # → item of --report_to
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of types
 _ELSEWHERE = {
     "strategy_args": "the accelerate config says how processes share the model: accelerate_configs/",
@@ -125,7 +125,7 @@ class Converted:
     Attributes:
         text: the YAML of the config file.
         values: the options in it.
-        open: keys that nothing stands for, or whose value does not fit, each with the reason.
+        open: keys that have no counterpart, or whose value does not fit, each with the reason.
     """
 
     text: str
@@ -134,7 +134,7 @@ class Converted:
 
 
 def convert_recipe(recipe: str | Path, known: Mapping[str, Option]) -> Converted:
-    """Read a recipe and say of each of its keys what became of it.
+    """Convert a recipe, with a comment on what became of each of its keys.
 
     Args:
         known: the options of the stage that the config is for, by name.
@@ -178,10 +178,10 @@ _NO_EFFECT = re.compile(r"--(\w+) has no effect\b")
 
 
 def without_idle(converted: Converted, faults: Callable[[dict[str, Any]], list[str]]) -> Converted:
-    """The same recipe without the options that would do nothing beside its others, which a run refuses.
+    """The recipe without options that have no effect beside its others: a run would refuse them.
 
     Args:
-        faults: options → what a run would refuse of them.
+        faults: says what a run would refuse of the options it is given.
     """
     text, values = converted.text.splitlines(), dict(converted.values)
     while idle := next(
@@ -194,7 +194,7 @@ def without_idle(converted: Converted, faults: Callable[[dict[str, Any]], list[s
 
 
 def _counterpart(key: str, value: Any, known: Mapping[str, Option]) -> tuple[str | None, str]:
-    """The option that a key is, and what there is to say about it."""
+    """The option that a key stands for, or None, and what there is to say about it."""
     last = key.rpartition(".")[2]
     alias = _of(_ALIASES, key)
     name = alias if alias and "." in key and key.endswith(f".{last}") and last not in known else None
@@ -215,13 +215,13 @@ def _counterpart(key: str, value: Any, known: Mapping[str, Option]) -> tuple[str
 
 
 def _of(table: Mapping[str, str], key: str) -> str | None:
-    """A table's entry for the last two parts of a key, or for its last."""
+    """The entry in `table` for the last two parts of a key, else for the last one."""
     parts = key.split(".")
     return table.get(".".join(parts[-2:])) or table.get(parts[-1])
 
 
 def _flat(values: Mapping[str, Any], known: Mapping[str, Option], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its sections, dotted, and its value; a mapping that is an option's value stays one."""
+    """Every key, dotted behind its sections, with its value; a mapping that is an option's value is not opened."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         opened = isinstance(value, dict) and not any(name in table for table in (known, COUNTERPARTS, _ELSEWHERE))

@@ -18,15 +18,15 @@ REQUIRED: Any = "<required>"  # default of an option that has none; `parse` refu
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What an option's value must keep, and what the option itself takes to have an effect.
+    """Which values an option may have, and on which other options its effect depends.
 
     Attributes:
-        choices: the values there are; of a list, those of its items.
+        choices: the allowed values; of a list, those that its items may have.
         low, above, high, below: bounds of a number, or of each number of a list: ≥, >, ≤ and <.
-        besides: values outside of the bounds that are taken all the same, each with what it means ("" for nothing).
-        hint: what to do instead, or why the bound is there; told with the bound.
+        besides: allowed values outside of the bounds, each with its meaning for the error message ("" for none).
+        hint: why there is a bound, or what to do instead; told with the bound.
         needs: conditions without which the option has no effect, as `options.rules.Condition` reads them.
-        unless: conditions with which it has none.
+        unless: conditions under which it has none.
     """
 
     choices: Sequence[Any] | None = None
@@ -46,7 +46,8 @@ def opt(default: Any, help: str, *, trl: bool | str = False, **rules: Any) -> An
     Args:
         default: its value where none is given; REQUIRED for an option that must be given.
         help: what it does, for `--help`.
-        trl: handed to TRL's configuration as it is, by its own name or by this one; see `handed_on`.
+        trl: True if TRL's configuration takes its value unchanged under the same name, or the name it has there; see
+            `handed_on`.
         rules: see `Rules`.
     """
     metadata = {"help": help, "rules": Rules(**rules), "trl": trl}
@@ -111,7 +112,7 @@ def handed_on(*instances: Any) -> dict[str, Any]:
 
 
 def flags(names: Sequence[str]) -> str:
-    """`--a, --b have`, the beginning of a sentence."""
+    """`--a, --b have` or `--a has`, the beginning of a sentence."""
     return f"{', '.join(f'--{name}' for name in names)} {'has' if len(names) == 1 else 'have'}"
 
 

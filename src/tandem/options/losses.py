@@ -1,4 +1,4 @@
-"""Options of the DPO objective: the table of losses, and what goes with which."""
+"""Options of the DPO objective: the table of losses, and which options go with which loss."""
 
 import dataclasses
 import difflib
@@ -16,22 +16,25 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """One loss of DPO, and what goes with it. A user's own is one of these, or its function alone.
+    """One loss of DPO, and what goes with it. A user's own loss is one of these, or a mere function (`per_pair`).
 
     Attributes:
         name: what `--loss_type` calls it.
         source: where its formula is from.
-        smoothed: `--label_smoothing` changes it.
-        f_divergence: it goes with other divergences than reverse KL: those losses in which β·log Z(x) cancels.
-        reference: `loss` where its formula has the reference, else `none`.
-        weighted: `--use_weighting` can weigh its pairs: each has a value of its own, that TRL 1.16 can multiply.
-        margin: it takes a margin for each pair, by which β times the log-ratios must differ (ODPO, Amini et al. 2024).
-        coupled: its value for a pair may depend on the others of the micro-batch; of a user's function it is taken to.
-        on_gaudi: its formula in TRL 0.9.6, the one optimum-habana works with, is that of TRL 1.16, or it is Tandem's.
+        smoothed: whether `--label_smoothing` changes it.
+        f_divergence: whether it goes with divergences other than reverse KL: so do losses in which β·log Z(x) cancels.
+        reference: `loss` if its formula has the reference's log-probs, else `none`.
+        weighted: whether `--use_weighting` can weight it: it has a value for each pair, which TRL 1.16 can multiply.
+        margin: whether it takes a margin for each pair, by which β times the log-ratios must differ (ODPO, Amini et al.
+            2024).
+        coupled: whether its value for a pair may depend on other pairs of the micro-batch; a user's function may.
+        on_gaudi: whether it can be used on Gaudi: its formula is the same in TRL 1.16 and in TRL 0.9.6, which
+            optimum-habana needs, or Tandem computes it.
         per_pair: (`tandem.engine.losses.Pairs`) → (B,), each pair's loss; or the text `module:function` that names it.
             None: TRL computes it.
-        rewards: likewise, → the implicit rewards of chosen and of rejected answers that are logged, (B,) each; None:
-            β times the log-ratio to the reference, or to nothing without one.
+        rewards: (`tandem.engine.losses.Pairs`) → the implicit rewards of chosen and of rejected answers that are
+            logged, (B,) each; or the text that names it. None: β times the log-ratio to the reference; where the loss
+            has none, β times the log-prob.
     """
 
     name: str
@@ -52,7 +55,7 @@ LOSSES = {
     loss.name: loss
     for loss in (
         Loss("sigmoid", "Rafailov et al. 2023, Eq. 7", margin=True, smoothed=True, f_divergence=True, on_gaudi=True),
-        # TRL multiplies WPO's weights in place, which the gradients of relu and of an expanded value do not bear
+        # Not weighted, like aot: TRL multiplies by WPO's weights in place, which autograd forbids after relu and expand
         Loss("hinge", "Zhao et al. 2023 (SLiC)", margin=True, f_divergence=True, weighted=False, on_gaudi=True),
         Loss("ipo", "Azar et al. 2023, Eq. 17, in means over tokens", f_divergence=True, on_gaudi=True),
         Loss("exo_pair", "Ji et al. 2024, Eq. 16", margin=True, smoothed=True, f_divergence=True, on_gaudi=True),
@@ -80,7 +83,7 @@ LOSSES = {
 }  # fmt: skip
 
 
-@functools.cache  # the objective asks at every micro-batch, and a user's file is executed once
+@functools.cache  # asked for at every micro-batch; and a user's file should be executed only once
 def loss_named(name: str) -> Loss:
     """The loss that `--loss_type` calls `name`: of the table, or a user's `module:function` or `file.py:function`.
 
@@ -151,7 +154,7 @@ class DPOOptions(Options):
         yield from unknown or self._conflicts_of(losses)
 
     def _conflicts_of(self, losses: list[Loss]) -> Iterator[str]:
-        """What does not go with these losses, or has no effect with them."""
+        """Which options do not go with these losses, or have no effect with them."""
         named = f"--loss_type {' '.join(self.loss_type)}"
         if self.label_smoothing and not any(loss.smoothed for loss in losses):
             smoothed = ", ".join(loss.name for loss in LOSSES.values() if loss.smoothed)
@@ -175,7 +178,7 @@ class DPOOptions(Options):
             yield f"--reference_model has no effect with {named}, which has no reference"
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Refuse columns that pairs are trained by, where the losses have no place for them.
+        """Refuse a column of margins or weights that one of the losses cannot use.
 
         Raises:
             UserError: naming column and loss.
@@ -208,22 +211,22 @@ class DPOOptions(Options):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a loss has the reference in its formula, which must then be scored. Without one, the rewards that are
-        logged are β times the policy's log-probs, or the loss's own."""
+        """Whether a loss has the reference's log-probs in its formula, so that they must be computed. Without one, the
+        logged rewards are β times the policy's log-probs, or those that the loss defines."""
         return any(loss.reference == "loss" for loss, _ in self.losses)
 
     @property
     def own_losses(self) -> list[tuple[Loss, float]]:
-        """Those of them that TRL does not compute."""
+        """The losses that TRL does not compute, each with its weight."""
         return [(loss, weight) for loss, weight in self.losses if loss.per_pair is not None]
 
     @property
     def trl_losses(self) -> tuple[list[str], list[float]]:
-        """TRL's loss terms and weights that add up to the losses asked for.
+        """TRL's losses, and weights with which their sum is what the options ask for.
 
         TRL's sigmoid ignores label smoothing. With x = β·margin, its robust loss (Chowdhury et al. 2024, Eq. 11) is
         −log σ(x) − εx / (1 − 2ε), and cDPO (Mitchell 2023) is −log σ(x) + εx. So cDPO is, exactly,
-        (2 − 2ε)·sigmoid − (1 − 2ε)·robust, and TRL keeps the losses.
+        (2 − 2ε)·sigmoid − (1 − 2ε)·robust, which TRL can compute.
         """
         smoothing = self.label_smoothing
         terms: list[tuple[str, float]] = []

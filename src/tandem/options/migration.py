@@ -1,8 +1,8 @@
-"""What becomes of an option of TRL, transformers or PEFT that Tandem does not have under that name.
+"""What becomes of options of TRL, transformers or PEFT that Tandem does not have under their names.
 
-A recipe or a command line written for TRL works here: what has another name is renamed, what Tandem always does is
-taken where it says so, and what is left is refused with what to use instead. Each is said once. A test walks all fields
-of the installed versions' configurations, so that a new one cannot go unnoticed.
+A recipe or command line written for TRL works here: an option with another name is renamed, one that asks for what
+Tandem does anyway is dropped, each with a note on stderr; the others are refused, with what to use instead. A test goes
+through all fields of the installed versions' configurations, so that none is forgotten after an update.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from tandem.errors import UserError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Counterpart:
-    """What stands for one foreign option.
+    """What becomes of one foreign option.
 
     Attributes:
-        to: Tandem's option, for one that is only called otherwise.
-        always: the foreign option's values that say what Tandem does anyway, in lower case; those are dropped.
-        told: why it is as it is, or what to use instead; in a refusal, and with what is dropped.
+        to: Tandem's option, if the foreign one is only called otherwise.
+        always: values, in lower case, with which the foreign option asks for what Tandem does anyway: it is dropped.
+        told: the reason, or what to use instead, for the note or the refusal.
     """
 
     to: str | None = None
@@ -54,7 +54,7 @@ def _refused(told: str) -> Counterpart:
 
 
 def _not_there(why: str) -> Counterpart:
-    """One without a counterpart; that it is off, as in most recipes, is no reason to refuse."""
+    """A foreign option without a counterpart. It is dropped where it is off, as in most recipes, and else refused."""
     return Counterpart(always=("false", "none", "", "no", "0", "0.0"), told=why)
 
 
@@ -254,7 +254,13 @@ def translated(
     foreign: Mapping[str, Counterpart],
     source: str,
 ) -> tuple[str, Any]:
-    """An option and its value under the name that it has here; no name for one that is dropped. What is done is said.
+    """An option's name here, and its value; an empty name for one that is dropped. Notes on stderr say what was done.
+
+    Args:
+        given: all options of the same source.
+        known: the program's own options.
+        foreign: the other programs' options.
+        source: where the option is from, for messages.
 
     Raises:
         UserError: a foreign option that is refused, or one that is given under both names.
@@ -262,7 +268,7 @@ def translated(
     counterpart = foreign.get(name)
     if name in known or counterpart is None:
         return name, value
-    if isinstance(value, list) and len(value) < 2:  # of the command line: a flag alone, or one value
+    if isinstance(value, list) and len(value) < 2:  # from the command line: a flag without a value, or with one
         value = value[0] if value else "true"
     if not counterpart.takes(value):
         raise UserError(f"{source}: {name} is not an option here; {counterpart.told}")
@@ -277,6 +283,6 @@ def translated(
 
 
 def _say(line: str) -> None:
-    """A line on the screen, once for all processes of a run."""
+    """Print a note on stderr, from one process of a launch."""
     if ranks.is_first():
         print(f"note: {one_line(line)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Options of the stages that load a model: which model, how it is adapted, how text becomes its tokens."""
+"""Options of stages that load a model: which model, how LoRA adapts it, and how text becomes tokens."""
 
 import dataclasses
 import json
@@ -15,14 +15,17 @@ from tandem.options.rules import Options
 
 @dataclasses.dataclass(kw_only=True)
 class TemplateOptions(Options):
-    """Chat template: the base of the options of every stage that loads a tokenizer."""
+    """Chat template.
+
+    The base of the options of every stage that loads a tokenizer.
+    """
 
     chat_template: str | None = opt(
-        None, "Jinja file that takes the place of the tokenizer's chat template", unless="use_chat_template=false"
+        None, "Jinja file to use in place of the tokenizer's chat template", unless="use_chat_template=false"
     )
     chat_template_kwargs: str | None = opt(
         None,
-        'what the template is told, as a JSON object: {"enable_thinking": false}; a row\'s own column goes before',
+        'variables for the template, as a JSON object: {"enable_thinking": false}; those in a row\'s own column win',
         unless="use_chat_template=false",
     )
     system_prompt: str = opt(
@@ -34,7 +37,7 @@ class TemplateOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.day: str | None = None  # what a template that tells the date tells, as YYYY-MM-DD; unset: today
+        self.day: str | None = None  # the date for templates that print today's, as YYYY-MM-DD; unset: today
 
     def conflicts(self) -> Iterator[str]:
         if self.chat_template is not None and not Path(self.chat_template).is_file():
@@ -44,12 +47,12 @@ class TemplateOptions(Options):
 
     @property
     def is_own(self) -> bool:
-        """Whether the tokenizer's own template is taken as it is."""
+        """Whether the tokenizer's own template is used unchanged."""
         return (self.chat_template, self.chat_template_kwargs, self.system_prompt) == (None, None, "keep")
 
     @property
     def keywords(self) -> Any:
-        """`chat_template_kwargs` read; None where it is no JSON."""
+        """`chat_template_kwargs` as the value that its JSON stands for; None where it is not JSON."""
         try:
             return json.loads(self.chat_template_kwargs or "{}")
         except ValueError:
@@ -62,8 +65,8 @@ class ModelOptions(TemplateOptions):
 
     model_name_or_path: str = opt(REQUIRED, "model folder or Hub name; an adapter's folder goes on training it")
     model_revision: str | None = opt(None, "branch, tag or commit of a Hub model")
-    tokenizer_name_or_path: str | None = opt(None, "tokenizer folder or Hub name, where it is not the model's")
-    dtype: str = opt("float32", "type of the weights held", choices=("float32", "bfloat16", "float16", "auto"))
+    tokenizer_name_or_path: str | None = opt(None, "tokenizer folder or Hub name; unset: the model's")
+    dtype: str = opt("float32", "type that weights are held in", choices=("float32", "bfloat16", "float16", "auto"))
     attn_implementation: str | None = opt(None, "attention of transformers used outside the pair engine")
     trust_remote_code: bool = opt(False, "run code that the model's repository ships")
 
@@ -84,35 +87,37 @@ class LoraOptions(Options):
     )
     lora_target_modules: list[str] = opt(
         ["all-linear"],
-        "modules to adapt, by the ends of their names; one alone is a regex",
+        "modules to adapt, by the ends of their names; a single value is taken for a regular expression",
         needs="use_peft",
     )
-    lora_exclude_modules: list[str] = opt([], "modules not to adapt, likewise", needs="use_peft")
+    lora_exclude_modules: list[str] = opt([], "modules not to adapt, named in the same way", needs="use_peft")
     lora_target_parameters: list[str] = opt(
         [],
-        "parameters to adapt that are no module's weight, as mlp.experts.gate_up_proj",
+        "parameters to adapt that are not a linear module's weight, as mlp.experts.gate_up_proj",
         needs="use_peft",
     )
     lora_modules_to_save: list[str] = opt(
         [],
-        "modules to train whole and save with the adapter, as lm_head and embed_tokens for new tokens",
+        "modules to train fully and save with the adapter, as lm_head and embed_tokens for new tokens",
         needs="use_peft",
     )
-    lora_layers_to_transform: list[int] = opt([], "layers to adapt, counted from 0; none named: all", needs="use_peft")
+    lora_layers_to_transform: list[int] = opt([], "layers to adapt, counted from 0; unset: all", needs="use_peft")
     lora_layers_pattern: list[str] = opt(
-        [], "what the list of layers is called, where PEFT does not find it", needs="use_peft"
+        [], "name of the list of layers in the model, where PEFT does not find it", needs="use_peft"
     )
     lora_rank_pattern: dict[str, Any] | None = opt(
         None, 'ranks of some modules, as {"q_proj": 32}; the others have --lora_r', needs="use_peft"
     )
-    lora_alpha_pattern: dict[str, Any] | None = opt(None, "likewise, of --lora_alpha", needs="use_peft")
+    lora_alpha_pattern: dict[str, Any] | None = opt(
+        None, "alphas of some modules; the others have --lora_alpha", needs="use_peft"
+    )
     lora_bias: bool = opt(False, "a bias in the adapter's second matrix", needs="use_peft")
     use_rslora: bool = opt(False, "scale by alpha / √r: Kalajdzievski 2023", needs="use_peft")
-    use_dora: bool = opt(False, "learn sizes of columns apart from directions: Liu et al. 2024", needs="use_peft")
+    use_dora: bool = opt(False, "learn magnitude and direction of weights apart: Liu et al. 2024", needs="use_peft")
     init_lora_weights: str = opt(
         "true",
-        "how the adapter begins: true and gaussian leave its second matrix at zero, orthogonal its product, pissa and "
-        "olora move the base's main directions into it",
+        "initial values of the adapter: true and gaussian set its second matrix to zero, orthogonal its product; pissa "
+        "and olora move the base's main directions into it",
         choices=("true", "gaussian", "orthogonal", "pissa", "olora"),
         needs="use_peft",
     )
@@ -139,7 +144,7 @@ class TextOptions(Options):
 
     use_chat_template: bool = opt(True, "render conversations with the tokenizer's chat template, else as transcripts")
     max_length: int | None = opt(
-        1024, "longest sequence in tokens; the answer's end is cut; none: whatever there is", low=2
+        1024, "longest sequence in tokens; the answer's end is cut; none: no limit", low=2
     )
     max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first", low=1)
 
@@ -149,17 +154,17 @@ class TextOptions(Options):
 
     @property
     def limit(self) -> int:
-        """`max_length` as a number: without one more than anything has."""
+        """`max_length` as a number; where there is no limit, one that is larger than any length."""
         return sys.maxsize if self.max_length is None else self.max_length
 
 
 def check_folder(name: str, needed: str = "config.json") -> None:
-    """Refuse what cannot be a model: a path that is no folder, or one without the file `needed`. A Hub name passes.
+    """Refuse what cannot be a model: a path that is no folder, or a folder without the file `needed`.
 
-    Light, so that it can be asked before torch is imported.
+    A Hub name passes. Nothing heavy is imported, so that a wrong name is told before torch is.
 
     Raises:
-        UserError: saying which.
+        UserError: naming the path, and the file that it lacks.
     """
     path = Path(name)
     if path.is_dir() and not (path / needed).is_file():
@@ -169,10 +174,10 @@ def check_folder(name: str, needed: str = "config.json") -> None:
 
 
 def check_models(names: Iterable[str]) -> None:
-    """`check_folder` of each that is no adapter; all that are wrong are told at once.
+    """`check_folder` of each name that is no adapter.
 
     Raises:
-        UserError: naming them.
+        UserError: naming all that are wrong.
     """
     problems = []
     for name in dict.fromkeys(names):

@@ -1,4 +1,4 @@
-"""The options of a script, read strictly from YAML and the command line.
+"""Reads the options of a script from YAML and the command line, and refuses what it does not know.
 
 Nothing heavy is imported here, so that a wrong command line is answered at once.
 """
@@ -28,9 +28,11 @@ _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "
 
 
 def convert(option: Option, value: Any, where: str) -> Any:
-    """`value` as `option`'s type.
+    """`value` as `option`'s type; text is parsed.
 
-    Text is read as the type says, and a value that is none of it is a `UserError` that names `where` it came from.
+    Raises:
+        UserError: the value is not of the type, or not one of the choices, or holds a secret; `where` says where it
+            came from.
     """
     if type(None) in option.kinds and (value is None or _lower(value) in ("none", "null")):
         return None
@@ -78,7 +80,7 @@ def _as_kind(kind: Any, value: Any) -> Any:
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
-    """A mapping of a YAML file, whose values are texts yet, or one written as JSON on the command line."""
+    """A mapping, given as a YAML file's, whose values are still text, or as JSON on the command line."""
     mapping = json.loads(value) if isinstance(value, str) else value
     if not isinstance(mapping, dict):
         raise TypeError
@@ -131,7 +133,7 @@ def _refuse_secret(option: Option, value: Any, where: str) -> None:
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        # argparse takes -1 for a value, and -1e-5 and -inf for options
+        # By itself argparse takes -1 for a value, but -1e-5 and -inf for options
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+|inf)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -152,7 +154,7 @@ def _build_parser(classes: Sequence[type], prog: str, description: str) -> argpa
 
 
 def _as_called(prog: str) -> str:
-    """`dpo.py` as the user called it: the script, or `tandem dpo`."""
+    """The name that the user called the program by: `dpo.py`, or `tandem dpo`."""
     return f"tandem {Path(prog).stem}" if Path(sys.argv[0]).name == "tandem" else prog
 
 
@@ -169,7 +171,7 @@ def _argparse_keywords(option: Option) -> dict[str, Any]:
 
 
 def unknown_option(name: str, known: Sequence[str], where: str, reason: str | None = None) -> UserError:
-    """The error for an option nobody knows, with the `reason`, or else the nearest known name."""
+    """The error for an unknown option, with the `reason`, or else the nearest known name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; {reason}" if reason else f"; did you mean {near[0]}?" if near else " (see --help)"
     return UserError(f"{where}: unknown option {name}{hint}")
@@ -177,14 +179,14 @@ def unknown_option(name: str, known: Sequence[str], where: str, reason: str | No
 
 @dataclasses.dataclass
 class _Read:
-    """What a config file and a command line say of the `known` options, and what is wrong with it.
+    """The values of `known` options that a config file and a command line give, and what is wrong with them.
 
     Attributes:
-        misspelt: whether there is an option that nobody knows.
+        misspelt: whether there is an unknown option.
         values: by option, of its type; a later source wins.
         sources: by option, where its value is from.
-        unusable: options with a value that is refused.
-        problems: why, and what nobody knows.
+        unusable: options whose value is refused.
+        problems: a message for each refused value and each unknown option.
     """
 
     known: Mapping[str, Option]
@@ -195,7 +197,7 @@ class _Read:
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def take(self, source: str, given: Mapping[str, Any], foreign: Mapping[str, Counterpart]) -> None:
-        """Read the values that `source` gives."""
+        """Take the values that `source` gives, over those of earlier sources."""
         for name, value in given.items():
             try:
                 name, value = translated(name, value, given, self.known, foreign, source)
@@ -230,13 +232,14 @@ def parse(
         argv: the command line, without the program's name.
         classes: their options together are the program's.
         prog, description: for `--help`.
-        foreign: options of other programs that are taken under another name, dropped or refused, each with a line.
-        check: raises a `UserError` on instances that do not go together; it must bear values that a class refuses.
+        foreign: options of other programs that are renamed, dropped or refused, each with a message.
+        check: raises a `UserError` on instances that do not go together. It is called with values that a class has
+            refused as well.
 
     Raises:
-        UserError: everything that is wrong, in one: unknown options (with the nearest known ones), values of the wrong
-            type, missing options, and what the options' rules, their classes and `check` refuse. What rests on a
-            value that is missing or of the wrong type is not told.
+        UserError: everything that is wrong, in one message: unknown options (with the nearest known ones), values of
+            the wrong type, missing options, and what the options' rules, their classes and `check` refuse. Rules that
+            depend on a value that is missing or of the wrong type are not checked.
     """
     parser = _build_parser(classes, prog, description)
     for name in foreign.keys() - {option.name for cls in classes for option in options_of(cls)}:
@@ -252,7 +255,7 @@ def parse(
     read.take("command line", given, foreign)
     problems += read.problems
     missing = [option for option in known.values() if option.default is REQUIRED and option.name not in read.values]
-    if not read.misspelt:  # else what is missing may be what is misspelt
+    if not read.misspelt:  # else the missing option may be the misspelt one
         missed = [option for option in missing if option.name not in read.unusable]
         problems += [f"--{option.name} is required: {option.help}" for option in missed]
     unusable = read.unusable | {option.name for option in missing}
@@ -265,7 +268,7 @@ def parse(
 
 
 def faults_of(values: dict[str, Any], classes: Sequence[type], check: Callable[..., None] = _no_check) -> list[str]:
-    """What `parse` would refuse of these values, already of their options' types."""
+    """What `parse` would refuse of `values`, which are of their options' types already."""
     options = [option for cls in classes for option in options_of(cls)]
     missing = [option for option in options if option.default is REQUIRED and option.name not in values]
     _, refusals = _checked(classes, values, {option.name for option in missing}, check)
@@ -275,7 +278,7 @@ def faults_of(values: dict[str, Any], classes: Sequence[type], check: Callable[.
 def _checked(
     classes: Sequence[type], values: dict[str, Any], unusable: set[str], check: Callable[..., None]
 ) -> tuple[list[Any], list[str]]:
-    """An instance of each class, and what is refused of them and of what they are together."""
+    """An instance of each class, and what is wrong with each by itself and with all of them together."""
     instances, problems = _instances(classes, values, unusable)
     problems += broken_rules(instances, between=True, without=unusable)
     problems += [] if unusable else _told(lambda: check(*instances))
@@ -283,7 +286,7 @@ def _checked(
 
 
 def _instances(classes: Sequence[type], values: dict[str, Any], unusable: set[str]) -> tuple[list[Any], list[str]]:
-    """An instance of each class, refused or not, and what the classes refuse."""
+    """An instance of each class, even where the class refuses its values, and what the classes refuse."""
     instances: list[Any] = []
     problems: list[str] = []
     for cls in classes:
@@ -301,7 +304,7 @@ def _instances(classes: Sequence[type], values: dict[str, Any], unusable: set[st
 
 
 def _unchecked(cls: type, values: dict[str, Any]) -> Any:
-    """An instance that its class would refuse, to have its conflicts with other classes told as well."""
+    """An instance that its class would refuse: with it, its conflicts with other classes can be told as well."""
     instance: Any = object.__new__(cls)
     for option in options_of(cls):
         setattr(instance, option.name, values.get(option.name, option.default))
@@ -309,7 +312,7 @@ def _unchecked(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _told(check: Callable[[], None]) -> list[str]:
-    """What `check` refuses."""
+    """What `check` refuses, as a list of messages."""
     try:
         check()
     except UserError as problem:
@@ -318,14 +321,14 @@ def _told(check: Callable[[], None]) -> list[str]:
 
 
 def _print_config(instances: Sequence[Any], sources: dict[str, str]) -> None:
-    """Every option with its value and its source, and the environment that is read beside them."""
+    """Print every option with its value and source, and the environment variables that a run reads besides."""
     for name, value in resolved(*instances).items():
         print(f"{yaml_line(name, value)}  # {sources.get(name, 'default')}")
     print(*_environment(), sep="\n")
 
 
 def _stray_arguments(extra: Sequence[str], known: Sequence[str]) -> list[str]:
-    """What is wrong with the arguments that argparse did not know; values behind an unknown option go with it."""
+    """What is wrong with the arguments that argparse did not know; values behind an unknown option count as its own."""
     problems = []
     behind_unknown = False
     for argument in extra:
@@ -338,7 +341,7 @@ def _stray_arguments(extra: Sequence[str], known: Sequence[str]) -> list[str]:
     return problems
 
 
-# Variables that the libraries and the launchers read, by how their names begin
+# How the names of variables begin that the libraries and launchers read
 _VARIABLES = (
     "TANDEM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "ACCELERATE_", "FSDP_", "WANDB_", "OPENAI_", "PT_HPU_",
     "PYTORCH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "WORLD_SIZE", "RANK",
@@ -347,7 +350,7 @@ _VARIABLES = (
 
 
 def _environment() -> list[str]:
-    """Lines on the environment variables that a run reads beside its options; of a secret only that it is set."""
+    """Lines with the environment variables that a run reads beside its options. Of a secret only that it is set."""
     lines = []
     for name, value in sorted(os.environ.items()):
         if name.startswith(_VARIABLES):

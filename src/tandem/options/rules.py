@@ -1,4 +1,4 @@
-"""The rules that options carry (`opt(…, low=1, needs="use_peft")`), enforced: bounds, and what has no effect."""
+"""Enforces the rules that options carry (`opt(…, low=1, needs="use_peft")`): bounds, and that each has an effect."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ from tandem.options.fields import Option, flags, options_of, refuse, shown
 
 
 class Options:
-    """Base of the dataclasses of options: an instance keeps the rules of its fields, or is not made.
+    """Base of the dataclasses of options: making an instance that breaks a rule of its fields raises a `UserError`.
 
-    What one field cannot say (two options that exclude each other) is said by `conflicts`.
+    Rules that a single field cannot express (two options that exclude each other) are in `conflicts`.
     """
 
     def __post_init__(self) -> None:
@@ -23,16 +23,16 @@ class Options:
         return [*broken_rules([self]), *self.conflicts()]
 
     def conflicts(self) -> Iterable[str]:
-        """What is wrong beyond the fields' own rules; must bear values that break those."""
+        """What is wrong beyond the fields' own rules. It is called with values that break those as well."""
         return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A condition on another option, and what to tell with it.
+    """A condition on another option, with a reason for messages.
 
-    Written `name` (it is on), `name=value` (or `name=this|that`; of a list: one of its items is), or `name!=value`;
-    behind a comma, a reason.
+    Written as `name` (the option is true), `name=value`, `name=this|that` (either) or `name!=value`, with the reason
+    behind a comma. A list meets `name=value` if one of its items is the value.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Condition:
         return self.differs != any(_is(each, text) for each in _items(value) for text in self.values)
 
     def told(self) -> str:
-        """The condition as a command line would meet it: the flag alone where any other value would do."""
+        """The flag, and the values if only certain ones will do, with which a command line meets the condition."""
         if self.differs or self.values == ("true",):
             return f"--{self.name}{self.reason}"
         return f"--{self.name} {' or '.join(self.values)}{self.reason}"
 
     def met(self, value: Any) -> str:
-        """The condition as this command line meets it."""
+        """The flag and value by which this command line meets the condition."""
         if self.differs or len(self.values) == 1:
             return self.told()
         return f"--{self.name} {shown(value)}{self.reason}"
@@ -75,12 +75,12 @@ def _is(value: Any, text: str) -> bool:
 
 
 def broken_rules(instances: Sequence[Any], *, between: bool = False, without: Iterable[str] = ()) -> list[str]:
-    """What is wrong with the options of the dataclasses `instances` by the rules of their fields.
+    """Which rules the options in `instances` break, a sentence each.
 
     Args:
-        between: only the conditions on options of another class, which is then one of `instances`; else only bounds
-            and conditions on the same class.
-        without: options whose values are not to be looked at: missing, or wrong already.
+        between: check only conditions on options of the other instances; else only bounds and conditions on options of
+            the same instance.
+        without: options that are left aside, because they are missing or known to be wrong.
     """
     skipped = set(without)
     everything = _values(instances)
@@ -129,7 +129,7 @@ def _inside(number: float, low: float | None, above: float | None, high: float |
 
 
 def _bounds_told(low: float | None, above: float | None, high: float | None, below: float | None) -> str:
-    """The bounds, behind "must"."""
+    """The bounds in words that follow "must"."""
     if low is not None and high is not None:
         return f"be between {low} and {high}"
     if low == 0 and below is None:
@@ -139,7 +139,7 @@ def _bounds_told(low: float | None, above: float | None, high: float | None, bel
 
 
 def _without_effect(options: Iterable[Option], own: Mapping[str, Any], usable: Mapping[str, Any]) -> list[str]:
-    """The changed options whose conditions on `usable` values are not met; those of one reason in one sentence."""
+    """The changed options that have no effect beside the `usable` values; those of one reason in one sentence."""
     found: dict[str, list[str]] = {}
     for option in options:
         if own[option.name] == option.default:

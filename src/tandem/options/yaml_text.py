@@ -1,4 +1,4 @@
-"""YAML in and out: without objects, without a key that is there twice, and with text as it is written."""
+"""YAML in and out: no Python objects, no key twice, and plain values as the text that stands in the file."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from tandem.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without objects, and without YAML's silence about a key that is there twice."""
+    """YAML without Python objects, which refuses a key that is there twice: PyYAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -21,8 +21,11 @@ class StrictLoader(yaml.SafeLoader):
 
 
 class TextLoader(StrictLoader):
-    """YAML in which a plain value is the text that is written there, for `convert` to read by its option's type; only
-    null is nothing. YAML 1.1 would make 42798 of the revision 0123456, and 45000 of the name 12:30:00."""
+    """YAML in which every plain value but null stays the text that stands in the file.
+
+    `parsing.convert` reads it by its option's type. YAML 1.1 would read the revision 0123456 as 42798, and the name
+    12:30:00 as 45000.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML declares it so
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
@@ -37,7 +40,7 @@ def read_yaml(path: str, what: str = "--config") -> dict[str, Any]:
         what: what the file is, for the errors.
 
     Raises:
-        UserError: it cannot be read, or is no mapping.
+        UserError: it cannot be read, or holds no mapping.
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=TextLoader)
@@ -66,7 +69,7 @@ def yaml_line(name: str, value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML in which a line break that only Unicode knows is read back as what it was: escaped."""
+    """YAML in which Unicode's further line breaks are escaped, so that they are read back as they were."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
