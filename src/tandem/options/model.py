@@ -143,9 +143,7 @@ class TextOptions(Options):
     """Text to tokens."""
 
     use_chat_template: bool = opt(True, "render conversations with the tokenizer's chat template, else as transcripts")
-    max_length: int | None = opt(
-        1024, "longest sequence in tokens; the answer's end is cut; none: no limit", low=2
-    )
+    max_length: int | None = opt(1024, "longest sequence in tokens; the answer's end is cut; none: no limit", low=2)
     max_prompt_length: int | None = opt(None, "longest prompt in tokens; its oldest turns are dropped first", low=1)
 
     def conflicts(self) -> Iterator[str]:
