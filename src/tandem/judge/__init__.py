@@ -1,1 +1,1 @@
-"""Which of two models answers better, by a judge whose own trustworthiness is measured in the same run."""
+"""Which of two models answers better, by the verdicts of a judge whose trustworthiness is measured in the same run."""

@@ -1,10 +1,10 @@
-"""Who may ask the judge now: the pace that the server bears, and the money that is left."""
+"""Which requests to the judge may be sent now, by the rate that the server allows and the budget that is left."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-HALVING_PAUSE = 1.0  # seconds in which further 429s are taken for the same congestion
+HALVING_PAUSE = 1.0  # seconds after a 429 in which further ones count as part of the same congestion
 
 
 class OverBudget(Exception):
@@ -12,10 +12,10 @@ class OverBudget(Exception):
 
 
 class Admission:
-    """Who may ask now: at most `limit` requests at a time, and none that might overrun the budget.
+    """Admits requests: at most `limit` at a time, and none that might overrun the budget.
 
-    The limit is halved at a 429 and grows by one after as many replies as it allows at a time (additive increase,
-    multiplicative decrease). A request that waits out a Retry-After keeps its place, which slows the rest down too.
+    The limit is halved at a 429, and grows by one after `limit` replies (additive increase, multiplicative decrease).
+    A request that waits out a Retry-After keeps its place, so that fewer others are sent meanwhile.
     """
 
     def __init__(self, maximum: int, left: float | None) -> None:
@@ -29,7 +29,7 @@ class Admission:
 
     @contextlib.asynccontextmanager
     async def request(self, worst_cost: float) -> AsyncIterator[None]:
-        """Wait for a place, and keep `worst_cost` of the budget back while the block runs."""
+        """Wait for a place, and reserve `worst_cost` of the budget while the block runs."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._active < self.limit and self._affordable(worst_cost))
             self.check(worst_cost)
@@ -51,21 +51,21 @@ class Admission:
         return self.left is None or self._reserved + worst_cost <= self.left
 
     def _affordable(self, worst_cost: float) -> bool:
-        # With requests under way, some of what they hold back may come free: wait rather than give up
+        # Requests under way may cost less than is reserved for them: wait for them before giving up
         return self._within_budget(worst_cost) or self._active == 0
 
     def check(self, worst_cost: float) -> None:
-        """Raise OverBudget if `worst_cost` might not be left."""
+        """Raise OverBudget if the budget, less what is reserved, does not cover `worst_cost`."""
         if not self._within_budget(worst_cost):
             raise OverBudget
 
     def spend(self, cost: float) -> None:
-        """Take what a reply cost off the budget."""
+        """Subtract the cost of a reply from the budget."""
         if self.left is not None:
             self.left -= cost
 
     def too_many_requests(self) -> None:
-        """The server answered 429."""
+        """Slow down: the server has answered 429."""
         now = asyncio.get_running_loop().time()
         if now - self._halved_at >= HALVING_PAUSE:
             self._halved_at = now

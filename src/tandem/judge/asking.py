@@ -1,4 +1,4 @@
-"""Rounds of asking: everything that has no verdict yet, until it has one or its tries are used up."""
+"""Asks the judge, round after round, for all verdicts that are missing, until they are there or given up."""
 
 import asyncio
 import collections
@@ -13,12 +13,12 @@ from tandem.judge.log import VerdictLog, guessed_tokens, lost, tokens_of
 from tandem.judge.options import JudgeOptions
 from tandem.judge.requests import Call
 
-PILOT = 10  # calls, the labelled ones first, of which one at least must get its verdict before the rest are asked
-REQUESTS_PER_CALL = 2  # that may fail for good, each after its own retries
+PILOT = 10  # calls that are asked first; if none of them gets a verdict, the rest are not asked
+REQUESTS_PER_CALL = 2  # requests, each with its own retries, after whose failure a call is given up
 
 
 def worst_cost(options: JudgeOptions, call: Call) -> float:
-    """What a call may cost at most; 0 without prices."""
+    """The most that a call may cost; 0 where no prices are given."""
     return options.cost(guessed_tokens(call), options.max_output_tokens) or 0.0
 
 
@@ -30,11 +30,12 @@ async def ask_all(
     calls: Mapping[str, Call],
     log: VerdictLog,
 ) -> None:
-    """Rounds over all calls without a verdict, up to --max_attempts.
+    """Ask all calls that have no verdict, in up to --max_attempts rounds.
 
-    Refusals are asked again as well, and requests that failed in spite of the openai package's own retries once more: a
-    run that was interrupted asks them again anyway, and the summary must not depend on that. The first calls go to
-    `pilot`, and the rest to `backend` only if one of them got its verdict.
+    A call that the judge refused is asked again, and so, once, is one whose request failed in spite of the openai
+    package's retries: a run that goes on after an interruption would do the same, and the summary must not depend on
+    whether it was interrupted. The first calls go to `pilot`; the rest go to `backend`, if one of the first got its
+    verdict.
 
     Raises:
         UserError: no further request can succeed, the judge gives no verdicts, or --max_cost is reached.
@@ -47,7 +48,7 @@ async def ask_all(
                 reply = await asked.ask(call)
                 if reply.body is None:
                     log.add_error(call, reply.error)
-                    failures[call.key] += asked.retries  # else nobody has retried it yet
+                    failures[call.key] += asked.retries  # a backend that does not retry leaves that to the rounds
                     return
                 reading = log.add_reply(call, reply.body)
                 admission.spend(options.cost(*tokens_of(call, reply.body, reading)) or 0.0)
@@ -80,10 +81,10 @@ async def ask_all(
 
 
 async def _in_parallel(tasks: list, limit: int) -> None:
-    """Run coroutines, `limit` at a time; at an error the others finish what they have begun, and stop.
+    """Run coroutines, `limit` at a time. After an error those that run are finished, and no more are begun.
 
     Raises:
-        Exception: of those that came, one that the user can act on first.
+        Exception: the first of those that were raised, a `UserError` before others.
     """
     waiting = iter(tasks)
 
@@ -103,17 +104,17 @@ async def _in_parallel(tasks: list, limit: int) -> None:
 
 
 def raise_first(outcomes: Iterable[BaseException | None]) -> None:
-    """Raise what ended the workers; a cause that the user can act on goes first."""
+    """Raise the first error that ended a worker, if any; a `UserError` goes before others."""
     errors = [outcome for outcome in outcomes if outcome is not None]
     for error in sorted(errors, key=lambda one: not isinstance(one, UserError)):
         raise error
 
 
 def refuse_unusable(options: JudgeOptions, calls: Iterable[Call], log: VerdictLog) -> None:
-    """Stop where the judge has given no verdict on `PILOT` calls or more.
+    """Stop if the judge was asked `PILOT` calls or more and has given no verdict at all.
 
     Raises:
-        UserError: the commonest reason, and what mends it.
+        UserError: with the most frequent reason, and what to do about it.
     """
     calls = list(calls)
     if any(map(log.is_judged, calls)):

@@ -1,10 +1,10 @@
-"""Strengths from pairwise verdicts, with intervals: of models over many prompts, and of the answers to one.
+"""Strengths from pairwise verdicts, with intervals: of models over many prompts, and of several answers to one prompt.
 
-The model of Bradley and Terry (1952): the chance that i beats j is expit(θ_i − θ_j), a tie counts as half a win.
+The model of Bradley and Terry (1952): the probability that i beats j is expit(θ_i − θ_j); a tie counts as half a win.
 
-`fit` is for models: a binomial GLM, whose errors are clustered by prompt, since verdicts on one prompt are not
-independent. `strengths` is for what was compared a few times, so that some won or lost every comparison and no
-likelihood has a maximum. A normal prior gives one: θ_i ~ N(0, PRIOR²), as in Davidson and Solomon 1973.
+`fit` is for models: a binomial GLM with errors clustered by prompt, since verdicts on one prompt are not independent.
+`strengths` is for answers that were compared only a few times: where one won or lost every comparison, the likelihood
+has no maximum. A normal prior, θ_i ~ N(0, PRIOR²), gives the posterior one (Davidson and Solomon 1973).
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ import numpy as np
 from tandem.intervals import LEVEL, Array, Estimate, estimate
 from tandem.judge.statistics import MIN_PROMPTS, separated
 
-PRIOR = 1.5  # standard deviation of strengths in nats: of two answers the better wins 8 times out of 10 on average
+PRIOR = 1.5  # standard deviation of strengths in nats: on average the better of two answers wins 8 times out of 10
 NO_BOUND = "some model won or lost all of its comparisons: its strength has no bound"
 _STEPS = 50
 _TOLERANCE = 1e-10
 _DRAWS = 4000
-_FREEDOM = 5  # degrees of freedom of the t distribution that is drawn from, whose tails are wider than the posterior's
+_FREEDOM = 5  # degrees of freedom of the proposal, a t distribution: its tails are wider than the posterior's
 
 
 def fit(
     first: Array, second: Array, scores: Array, units: Array, names: Sequence[str], covariate: Array | None = None
 ) -> dict[str, Estimate]:
-    """Strength of each of `names` in log-odds; they sum to zero, so that a strength is that against the average model.
+    """The strength of each of `names` in log-odds. Strengths sum to zero: each is relative to the average model.
 
-    No value can be had where some models were never compared, even by way of others, or where one of them, or one part
-    of them, won every comparison or lost it: then each estimate says why. `ranks` are the best and the worst place
-    that the intervals of the differences leave, not corrected for their number.
+    There are no values where some models cannot be compared even by way of others, or where one model, or a group of
+    them, won or lost every comparison with the rest: each estimate then says why. `ranks` are the best and the worst
+    rank that the 95% intervals of the differences allow, not corrected for multiple comparisons.
 
     Args:
         first: int (m,) index into `names` of one side of each comparison
-        second: int (m,) of the other side
-        scores: (m,) in [0, 1], what the first side scored: win 1, tie ½, loss 0, or a mean of these
-        units: (m,) the prompt of each comparison, by any number
-        covariate: (m,) what else may explain a score, as the difference in length; 0 where it has no say
+        second: int (m,) index of the other side
+        scores: (m,) in [0, 1], the score of the first side: win 1, tie ½, loss 0, or a mean of these
+        units: (m,) a number for the prompt of each comparison
+        covariate: (m,) what else may explain a score, as the difference in length; 0 where it favours neither side
 
     Raises:
         ValueError: fewer than two names, a comparison of a name with itself, or a score outside of [0, 1].
@@ -51,7 +51,7 @@ def fit(
     counts = np.bincount(np.concatenate([first, second]), minlength=len(names))
     if why := _why_none(first, second, clusters, len(names)):
         return _none(names, counts, why)
-    # The last strength is minus the sum of the others
+    # Since strengths sum to zero, the last one is minus the sum of the others
     contrast = np.vstack([np.eye(len(names) - 1), -np.ones(len(names) - 1)])
     rows = contrast[first] - contrast[second]
     if covariate is not None and np.ptp(covariate) > 0:
@@ -71,7 +71,7 @@ def fit(
 
 
 def _likeliest(scores: Array, rows: Array, units: Array, contrast: Array) -> tuple[Array, Array]:
-    """All strengths and their covariance, clustered by unit, from the free ones."""
+    """The maximum likelihood estimate of all strengths, (n,), and their covariance, (n, n), clustered by unit."""
     import statsmodels.api as sm
 
     model = sm.GLM(scores, rows, family=sm.families.Binomial())
@@ -81,14 +81,14 @@ def _likeliest(scores: Array, rows: Array, units: Array, contrast: Array) -> tup
 
 
 def _quantile(freedom: int) -> float:
-    """Student's, since the covariance is from so many clusters; the normal one covers too little of 20 prompts."""
+    """The quantile of Student's t for a 95% interval: with 20 clusters the normal one's intervals are too short."""
     from scipy.stats import t
 
     return float(t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def _ranks(strengths: Array, covariance: Array, reach: float) -> list[list[int]]:
-    """The best and the worst rank of each, by which of the others are surely stronger or weaker."""
+    """The best and the worst rank of each, given which of the others are significantly stronger or weaker."""
     variance = np.diag(covariance)
     error = np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0.0))
     lead = strengths[None, :] - strengths[:, None]  # of the column's over the row's
@@ -113,16 +113,16 @@ def _none(names: Sequence[str], counts: Array, why: str) -> dict[str, Estimate]:
 
 
 def strengths(first: Array, second: Array, scores: Array, count: int, prior: float = PRIOR) -> list[Estimate]:
-    """The posterior mode of each of `count` strengths, less their mean, with the posterior's central 95% interval.
+    """The posterior mode of each of `count` strengths, minus their mean, with the posterior's central 95% interval.
 
-    Of so few comparisons the posterior is no normal distribution, and Laplace's interval would cover 92.7%. Quantiles
-    are by importance sampling from a t distribution about the mode, with fixed draws.
+    With so few comparisons the posterior is not normal, and Laplace's approximation would cover only 92.7%. Quantiles
+    are computed by importance sampling from a t distribution around the mode, with a fixed seed.
 
     Args:
         first: int (m,) index of one side of each comparison
-        second: int (m,) of the other
-        scores: (m,) in [0, 1], what the first side scored: win 1, tie ½, loss 0
-        count: answers; one that was never compared has the prior's interval
+        second: int (m,) index of the other side
+        scores: (m,) in [0, 1], the score of the first side: win 1, tie ½, loss 0
+        count: number of answers; one that was never compared has the prior's interval
         prior: standard deviation of the strengths
     """
     design = np.zeros((len(first), count))
@@ -140,7 +140,7 @@ def strengths(first: Array, second: Array, scores: Array, count: int, prior: flo
 
 
 def _posterior(design: Array, scores: Array, prior: float, mode: Array, information: Array) -> tuple[Array, Array]:
-    """Strengths (draws, count) and their weights, which sum to 1."""
+    """Strengths drawn from the proposal, (draws, count), and their importance weights, (draws,), which sum to 1."""
     noise, count = np.random.default_rng(0), len(mode)
     normal = noise.standard_normal((_DRAWS, count))
     scale = np.sqrt(_FREEDOM / noise.chisquare(_FREEDOM, (_DRAWS, 1)))
@@ -161,7 +161,7 @@ def _quantiles(values: Array, weights: Array, levels: Sequence[float]) -> list[f
 
 
 def _mode(design: Array, scores: Array, prior: float) -> tuple[Array, Array]:
-    """The posterior's mode and its information there, by Newton's method; the log-posterior is strictly concave."""
+    """The posterior's mode and the information matrix there, by Newton's method: the log-posterior is concave."""
     mode = np.zeros(design.shape[1])
     own = np.eye(len(mode)) / prior**2
     for _ in range(_STEPS):
@@ -169,7 +169,7 @@ def _mode(design: Array, scores: Array, prior: float) -> tuple[Array, Array]:
         gradient = design.T @ (scores - chance) - mode / prior**2
         information = (design * (chance * (1 - chance))[:, None]).T @ design + own
         step = np.linalg.solve(information, gradient)
-        mode = mode + step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-300))  # no step beyond what is sane
+        mode = mode + step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-300))  # at most 2 nats at a time
         if np.abs(step).max() < _TOLERANCE:
             break
     return mode, information

@@ -1,4 +1,4 @@
-"""How far the judge can be trusted, measured in the same run."""
+"""How far the judge can be trusted, measured in the run that it judges."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from tandem.judge.requests import Comparison
 
 
 def labelled_comparisons(rows: Sequence[Mapping[str, Any]], limit: int, seed: int) -> list[Comparison]:
-    """Canonical rows as comparisons whose side 2 is the answer that people chose; `limit` of them, drawn by `seed`."""
+    """At most `limit` canonical rows, drawn by `seed`, as comparisons whose side 2 is the answer that people chose."""
     drawn = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
     return [_labelled(rows[index]) for index in sorted(drawn)]
 
@@ -23,7 +23,7 @@ def _labelled(row: Mapping[str, Any]) -> Comparison:
 
 
 def self_comparisons(comparisons: Sequence[Comparison], limit: int) -> list[Comparison]:
-    """The first `limit` prompts with one answer on both sides, the sides taking turns."""
+    """The first `limit` prompts with one answer shown as both: in turn that of side 1 and that of side 2."""
     chosen = []
     for index, pair in enumerate(comparisons[:limit]):
         answer, label = ((pair.answer_1, pair.label_1), (pair.answer_2, pair.label_2))[index % 2]
@@ -32,16 +32,16 @@ def self_comparisons(comparisons: Sequence[Comparison], limit: int) -> list[Comp
 
 
 def agreement(votes: Array, length_difference: Array, identical: Array, missing: int) -> dict[str, Any]:
-    """The judge against people, on pairs whose side 2 is the one they chose.
+    """How well the judge agrees with people, on pairs whose side 2 is the answer that people chose.
 
-    Accuracy: a pair is right if the judge's mean over both orders favours the chosen answer, and half right at a tie;
-    Wilson's interval over pairs (a little too long where there are ties, which is the safe side). Cohen's κ: every
-    verdict (A, B, tie) against the place where the chosen answer stood; no interval, since calls are not independent.
+    Accuracy: the judge is right on a pair if its mean over both orders favours the chosen answer, and half right at a
+    tie. Wilson's interval over pairs; with ties it is a little too long, which errs on the safe side. Cohen's κ: every
+    verdict (A, B, tie) against the position of the chosen answer; no interval, since calls are not independent.
 
     Args:
         votes: int (n, 2, 3)
-        length_difference: (n,) characters of chosen less those of rejected
-        identical: bool (n,), left out: a label on equal answers is noise
+        length_difference: (n,) characters of chosen minus those of rejected
+        identical: bool (n,), pairs that are left out: a label on equal answers is noise
         missing: pairs without a verdict in one order or both
     """
     same = int(identical.sum())
@@ -67,8 +67,8 @@ def _kappa(votes: Array) -> float | None:
         return None
     from sklearn.metrics import cohen_kappa_score
 
-    # Confusion of (place of the chosen answer, verdict) as weighted pairs. The chosen one, side 2, stands as B in the
-    # first order and as A in the second, so that a win is B there and A here.
+    # The confusion matrix of (position of the chosen answer, verdict) as weighted pairs. The chosen answer, side 2, is
+    # B in the first order and A in the second.
     people, judge, weights = [], [], []
     for order, (chosen, rejected) in enumerate((("B", "A"), ("A", "B"))):
         for outcome, verdict in enumerate((rejected, "tie", chosen)):
@@ -79,7 +79,7 @@ def _kappa(votes: Array) -> float | None:
 
 
 def self_agreement(votes: Array, missing: int) -> dict[str, Any]:
-    """The judge on an answer against itself: whatever it prefers, it prefers a position."""
+    """How the judge decides between an answer and itself: any preference is one for a position."""
     calls = int(votes.sum())
     ties = int(votes[..., 1].sum())
     return {

@@ -1,4 +1,4 @@
-"""What is compared: two files of answers, or one against the data's own."""
+"""Reads what is compared: two files of answers, or one file and the chosen answers of the data."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,13 @@ class Answers(NamedTuple):
 
 
 def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) -> list[Comparison]:
-    """The answers of both generation files, joined by prompt; a prompt that occurs twice counts once, which is said.
+    """The answers of both generation files, joined by prompt.
 
-    Answers are what is said once reasoning is taken away; which of them are none is noted.
+    Of a prompt that occurs twice in a file, the first answer counts, and a line says so.
 
-    Labels are what stands after `generations_` in the files' names. With `--against chosen` side 1 is the answer that
-    people chose in the held-out `pairs`.
+
+    Answers are compared without their reasoning; one that is none (empty, cut off) is marked. Labels are what follows
+    `generations_` in the files' names. With `--against chosen`, side 1 is the chosen answer of the held-out `pairs`.
 
     Raises:
         UserError: a file is missing, a row of it cannot be read, or the sides answer different prompts.
@@ -44,7 +45,7 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
 
 
 def label_of(file: Path) -> str:
-    """What stands after `generations_` in a file's name."""
+    """What follows `generations_` in a file's name."""
     return file.name.split(".")[0].removeprefix("generations_")
 
 

@@ -1,6 +1,6 @@
 """What a judge's verdicts say, in words: every sentence belongs to a cause, and every cause has one sentence.
 
-A number that is missing is never a cause by itself: what is said is why it is missing.
+A missing number is never a cause by itself: the sentence says why it is missing.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from tandem.intervals import LEVEL, Estimate, estimate
 
 CHANCE = 0.5
 SIGNIFICANCE = 1 - LEVEL
-ONE_PLACE = 0.25  # how far from ½ the share of the answer shown first is when it is told
-MANY = 0.05  # share of answers that are none, above which it is told with the conclusion
-REASONS_TOLD = 5  # why verdicts were lost, in one sentence
+ONE_PLACE = 0.25  # a preference for a position is told if the first answer's share of decisions is this far from ½
+MANY = 0.05  # a side's answers that are none (empty, cut off) are told if they are more than this share
+REASONS_TOLD = 5  # at most so many reasons for lost verdicts in a sentence
 
 
 class Cause(enum.StrEnum):
-    """What a sentence rests on."""
+    """What a sentence says, whatever its numbers."""
 
     # why the judge is not believed
     NOT_TRIED = "not_tried"
@@ -37,9 +37,9 @@ class Cause(enum.StrEnum):
     LENGTH_MAY_EXPLAIN = "length_may_explain"
     LENGTH_NOT_MODELLED = "length_not_modelled"
     PEOPLE_DO_NOT_SAY_SO = "people_do_not_say_so"
-    # that they show one
+    # that they do show one
     WON = "won"
-    # what is to be known besides
+    # what readers must know with any conclusion
     NON_ANSWERS = "non_answers"
     WHOLE_ANSWERS = "whole_answers"
     WHOLE_NONE_DECISIVE = "whole_none_decisive"
@@ -90,7 +90,7 @@ SENTENCES = {
     Cause.LABELS_NOT_DRAWN: "The labelled pairs are not the first of label.html: the correction holds only if they "
     "were drawn at random",
 }
-# What a page may say of a judge that is not believed for that reason
+# What report.html says of a judge that is not believed, by the reason
 WEAKNESS = {
     Cause.NOT_TRIED: "Nothing says that this judge can decide anything.",
     Cause.TRIED_WITHOUT_VERDICT: "Nothing says that this judge can decide anything: tried, it gave no verdict.",
@@ -123,7 +123,7 @@ class Finding:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As judge_summary.json holds it."""
+        """The finding as judge_summary.json holds it."""
         return {"cause": str(self.cause), **self.facts}
 
 
@@ -139,7 +139,7 @@ def untried(labelled: Mapping[str, Any]) -> Finding | None:
 
 
 def distrust(labelled: Mapping[str, Any], result: Mapping[str, Any], max_flip_rate: float) -> list[Finding]:
-    """Why this judge's verdicts must not name a winner; empty if they may."""
+    """Why no winner may be named by this judge's verdicts; empty if one may."""
     found = []
     accuracy = labelled["accuracy"]
     if (why := untried(labelled)) is not None:
@@ -158,10 +158,10 @@ def distrust(labelled: Mapping[str, Any], result: Mapping[str, Any], max_flip_ra
 
 
 def doubts(result: Mapping[str, Any], label_1: str, label_2: str) -> list[Finding]:
-    """Why the verdicts, taken at their word, show no winner; empty if they show one.
+    """Why the verdicts, if the judge is believed, show no winner; empty if they show one.
 
-    A winner leads on the prompts where both orders agree (Wilson interval and sign test), would still lead if it had
-    lost every prompt that is missing, and leads where length cannot be the reason.
+    A winner leads on the prompts where both orders agree (by Wilson's interval and the sign test), would still lead if
+    it had lost every prompt without a verdict, and leads for another reason than length.
     """
     counts = result["orders_agree"]
     rate = counts["win_rate"]
@@ -189,10 +189,10 @@ def _undecided(result: Mapping[str, Any]) -> Finding:
 def _doubts_of_length(result: Mapping[str, Any], leader: str, leads: bool) -> Iterator[Finding]:
     default = result["decided_by_non_answers"]["win_rate"]
     if default["value"] is not None and (default["low"] > CHANCE if leads else default["high"] < CHANCE):
-        return  # the lead is there without a prompt on which two answers could differ in length
+        return  # it leads by prompts that the other side gave no whole answer to: there length explains nothing
     controlled = result["length_controlled"]
     if controlled["value"] is None:
-        # No model to take length out with: look where the leader has no advantage in length
+        # Length cannot be modelled: look at the prompts where the leader's answer is not the longer one
         fair = result["when_not_longer"]["side_2" if leads else "side_1"]
         if fair["value"] is None or fair["low"] <= CHANCE:
             facts = {"leader": leader, "n": fair["n"], "why": controlled["why"]}
@@ -212,7 +212,7 @@ def _doubts_of_people(result: Mapping[str, Any], leader: str, leads: bool) -> It
 
 
 def non_answers(result: Mapping[str, Any], label_1: str, label_2: str) -> list[Finding]:
-    """Each side more than 5% of whose answers are none, and what the rest of the prompts say."""
+    """The sides that gave no whole answer on more than 5% of the prompts, and what the other prompts say."""
     found = []
     for side, label in (("side_2", label_2), ("side_1", label_1)):
         about = result.get("non_answers", {}).get(side)
@@ -237,7 +237,12 @@ def _whole(whole: Mapping[str, Any], label_2: str) -> Finding:
 
 
 def lost_verdicts(lost: Sequence[Mapping[str, Any]], asked: int) -> list[Finding]:
-    """That verdicts were lost, and why. `lost`: rows of `status`, `reason` and `count`, of `asked` verdicts."""
+    """That verdicts were lost, and why, if any were.
+
+    Args:
+        lost: rows of `status`, `reason` and `count`
+        asked: number of verdicts that were asked for
+    """
     if not lost:
         return []
     counts: dict[tuple[str, str], int] = {}
@@ -260,12 +265,12 @@ def conclude(
 ) -> dict[str, Any]:
     """What judge_summary.json says first.
 
-    `winner` (a label or None), `conclusion`, `why` (reasons against a winner), `warnings` (the last part of the
-    conclusion) and `causes` (of each sentence, in their order).
+    `winner` (a label or None), `conclusion`, `why` (the reasons against a winner), `warnings` (sentences that are part
+    of the conclusion too) and `causes` (of each sentence, in order).
 
     Args:
         labels: of side 1 and of side 2
-        besides: what is to be known with any conclusion
+        besides: further findings that are told with any conclusion
     """
     winner = None
     against = distrust(labelled, result, max_flip_rate)

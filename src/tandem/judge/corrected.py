@@ -1,11 +1,11 @@
 """The score of side 2 corrected for the judge's errors. Arithmetic only.
 
-What is estimated is the mean over prompts of what people say: side 2 is better 1, neither ½, side 1 is better 0. So a
-tie counts as half a win, of people and of the judge alike, and the number beside it is the judge's `mean_score`.
+The quantity is the mean over prompts of what people say: 1 if side 2 is better, ½ if neither is, 0 if side 1 is. A tie
+counts as half a win, in people's labels and in the judge's verdicts; the judge's own number for it is `mean_score`.
 
-Two ways, by what is known of the judge's errors. With people's labels on a random subset of the compared pairs,
-prediction-powered inference, which holds whatever the judge's errors are. With labelled pairs of a data set alone,
-Rogan and Gladen's, which assumes that the judge errs on the models' pairs as often as on those.
+There are two estimates, by what is known of the judge's errors. With people's labels on a random subset of the compared
+pairs: prediction-powered inference, valid whatever the judge's errors are. With labelled pairs of a data set only:
+Rogan and Gladen's estimate, which assumes that the judge errs on the models' answers as often as on those pairs.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ import numpy as np
 
 from tandem.intervals import LEVEL, Array, Estimate, estimate
 
-MIN_LABELS = 30  # fewer than these have no interval that covers enough where a side wins nearly always
+MIN_LABELS = 30  # with fewer labels, intervals cover too little where one side wins nearly always
 CHANCE = 0.5
-UNSEEN = 0.4  # squared error added to that of the labels: a judge without a fault on them may have some elsewhere
+UNSEEN = 0.4  # added to the sum of squared errors on the labels: a judge without errors there may make some elsewhere
 
 
 class Band(NamedTuple):
-    """Estimates with their intervals, arrays of one shape."""
+    """Estimates with the ends of their intervals: arrays of one shape."""
 
     value: Array
     low: Array
@@ -31,9 +31,9 @@ def from_labels(people: Array, judged: Array, others: Array) -> tuple[Estimate, 
     """People's mean score over all compared pairs, from labels on a random subset; and the weight λ of the judge.
 
     Args:
-        people: (n,) in [0, 1], what people say on the labelled prompts
-        judged: (n,) in [0, 1], what the judge says on the same; ½ where it gave no verdict
-        others: (m,) in [0, 1], what it says on the other prompts
+        people: (n,) in [0, 1], people's scores of side 2 on the labelled prompts
+        judged: (n,) in [0, 1], the judge's scores on the same prompts; ½ where it gave no verdict
+        others: (m,) in [0, 1], the judge's scores on the other prompts
     """
     if len(people) < MIN_LABELS:
         why = f"people labelled {len(people)} of the compared pairs; {MIN_LABELS} are needed"
@@ -43,7 +43,7 @@ def from_labels(people: Array, judged: Array, others: Array) -> tuple[Estimate, 
 
 
 def labels_alone(people: Array) -> Estimate:
-    """The mean of people's scores, (n,), as `from_labels` has it without a judge."""
+    """The mean of people's scores, (n,), with the interval that `from_labels` gives without a judge."""
     if len(people) < MIN_LABELS:
         return estimate(None, None, None, len(people), f"fewer than {MIN_LABELS} labels")
     band, _ = powered(people, np.full(people.shape, CHANCE), np.zeros(0))
@@ -51,14 +51,14 @@ def labels_alone(people: Array) -> Estimate:
 
 
 def powered(people: Array, judged: Array, others: Array) -> tuple[Band, Array]:
-    """Prediction-powered estimates of a mean, and λ; leading axes are problems of their own.
+    """Prediction-powered estimates of a mean, and λ, one for each index of the leading axes.
 
-    θ = mean(H) + λ (mean(f of the others) − mean(f)), variance var(H − λf)/n + λ² var(f of the others)/m, by
-    Angelopoulos, Bates, Fannjiang, Jordan and Zrnic 2023 (Prediction-powered inference, Science 382); λ, which makes it
-    smallest, by Angelopoulos, Duchi and Zrnic 2023 (PPI++, section 6), kept in [0, 1]. A judge that knows nothing gets
-    λ near 0 and costs nothing. The interval is Wilson's with the number of labels that would give that variance (as
-    Kott and Carr 1997 have it for surveys), since the normal one covers too little near 0 and 1, with Student's
-    quantile.
+    With H people's scores and f the judge's, θ = mean(H) + λ (mean(f of the others) − mean(f)), with the variance
+    var(H − λf)/n + λ² var(f of the others)/m (Angelopoulos, Bates, Fannjiang, Jordan and Zrnic 2023, Prediction-powered
+    inference, Science 382). λ minimises the variance (Angelopoulos, Duchi and Zrnic 2023, PPI++, section 6) and is
+    clipped to [0, 1]: a judge that knows nothing gets a λ near 0 and does no harm. The interval is Wilson's, for the
+    number of labels that would give this variance (Kott and Carr 1997 do so for surveys), with Student's quantile: the
+    normal interval covers too little near 0 and 1.
 
     Args:
         people: (…, n)
@@ -84,7 +84,7 @@ def powered(people: Array, judged: Array, others: Array) -> tuple[Band, Array]:
 
 
 def _wilson(value: Array, variance: Array, n: int) -> Band:
-    """Wilson's interval of a share with that variance."""
+    """Wilson's interval of a share `value` that was estimated from `n` labels with this variance."""
     from scipy.stats import t
 
     reach = t.ppf((1 + LEVEL) / 2, n - 2)
@@ -95,16 +95,17 @@ def _wilson(value: Array, variance: Array, n: int) -> Band:
 
 
 def from_error_rates(judged: Array, right: Array) -> Estimate:
-    """People's mean score over the compared pairs if the judge is right on them as often as on labelled ones.
+    """People's mean score over the compared pairs, if the judge is right on them as often as on the labelled pairs.
 
-    The judge sees each pair in both orders and no names, so that it errs alike whichever side is the better one: its
-    mean score is ½ + (2a − 1)(θ − ½), a its accuracy. That is Rogan and Gladen 1978 (Estimating prevalence from the
-    results of a screening test) with sensitivity and specificity a. The interval is Fieller's (1954), for the quotient
-    of two means, which stays right where a is little above ½. None where the judge is not better than chance.
+    The judge sees each pair in both orders and without names, so that its error rate does not depend on which side is
+    better: its mean score is ½ + (2a − 1)(θ − ½), with a its accuracy. Solved for θ, this is Rogan and Gladen 1978
+    (Estimating prevalence from the results of a screening test) with sensitivity and specificity a. The interval is
+    Fieller's (1954) for a quotient of two means, which is valid where a is only a little above ½ too. There is no value
+    where the judge is not better than chance.
 
     Args:
         judged: (n,) in [0, 1], the judge's score of side 2 on the compared pairs
-        right: (k,) in [0, 1], how far the judge was right on each pair labelled by people
+        right: (k,) in [0, 1], whether the judge was right on each pair labelled by people, ½ for a tie
     """
     if min(len(judged), len(right)) < MIN_LABELS:
         return estimate(None, None, None, len(right), f"fewer than {MIN_LABELS} compared or labelled pairs")

@@ -1,4 +1,4 @@
-"""The corrected score of a run: which verdicts and labels go into `judge.corrected`, and what is said of it."""
+"""The corrected score of a run: takes verdicts and labels to `judge.corrected`, and words the result."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,15 +24,16 @@ def correct(
     labelled: tuple[Array, Array],
     accuracy: Estimate,
 ) -> dict[str, Any]:
-    """What people would say of side 2, on average, a tie as half a win; beside the judge's `mean_score`.
+    """Estimates of the mean score that people would give side 2, a tie as half a win.
 
-    `by_people` from labels on the compared pairs, `people_alone` what these labels say without the judge, `weight` λ;
-    `by_error_rates` from how often the judge is right on labelled pairs. Pairs with one answer on both sides are ties.
+    `by_people` is from labels on compared pairs and the verdicts, with the judge's weight λ in `weight`;
+    `people_alone` is from these labels alone; `drawn` is whether they are on a random subset. `by_error_rates` is from
+    how often the judge is right on labelled pairs. Pairs with the same answer on both sides count as ties.
 
     Args:
         calls: on the compared pairs
-        judged: votes (n, 2, 3) on pairs judged in both orders, and bool (n,) which are identical
-        labelled: the same of the labelled pairs
+        judged: votes (n, 2, 3) on pairs judged in both orders, and bool (n,), which of them are identical
+        labelled: the same for the labelled pairs
         accuracy: of the judge on the labelled pairs
     """
     comparisons = list({id(call.comparison): call.comparison for call in calls}.values())
@@ -52,7 +53,7 @@ def _by_people(
 ) -> dict[str, Any]:
     differing = {pair.prompt_id for pair in comparisons if not pair.identical}
     labels = read_labels(str(options.human_labels), comparisons)
-    labels = {key: score for key, score in labels.items() if key in differing}  # the others are ties by themselves
+    labels = {key: score for key, score in labels.items() if key in differing}  # identical answers are ties anyway
     said = _said(calls, log)
     people = np.array(list(labels.values()))
     judge = np.array([said.get(key, CHANCE) for key in labels])
@@ -71,7 +72,7 @@ def _scores(votes: Array, identical: Array) -> Array:
 
 
 def _said(calls: Iterable[Call], log: VerdictLog) -> dict[str, float]:
-    """The judge's mean score of side 2 by prompt, from whatever verdicts there are."""
+    """The judge's mean score of side 2 by prompt, from all verdicts that there are, be it in one order only."""
     scores: dict[str, list[float]] = {}
     for call in calls:
         if record := log.verdict(call):
@@ -81,7 +82,7 @@ def _said(calls: Iterable[Call], log: VerdictLog) -> dict[str, float]:
 
 
 def _with_ties(found: Estimate, share: float) -> Estimate:
-    """An estimate of the pairs that differ, as one of all pairs; the others are ties."""
+    """An estimate over the pairs that differ, a `share` of all, as one over all pairs: the others are ties."""
     mixed = {
         end: None if found[end] is None else CHANCE + share * (found[end] - CHANCE) for end in ("value", "low", "high")
     }
@@ -89,7 +90,7 @@ def _with_ties(found: Estimate, share: float) -> Estimate:
 
 
 def findings(found: Mapping[str, Any], label_2: str) -> list[Finding]:
-    """What is told of it with the conclusion."""
+    """What the conclusion says of the corrected score."""
     people = found["by_people"]
     if people is None:
         return []

@@ -1,8 +1,8 @@
 """People's labels on some of the compared pairs: the page that asks for them, and the file that it saves.
 
-`label.html` shows the pairs of a random draw in its order, the answers as A and B without names, on sides that are
-drawn for each pair. The file has a line a label: `prompt_id`, `verdict` (A, B or tie), `a` and `b` (digests of the
-answers shown), `annotator`. Which side was which is nowhere in the page: the digests say it.
+`label.html` shows pairs in a random order, the answers as A and B without names; which side is A is drawn for each
+pair. The file has a line a label: `prompt_id`, `verdict` (A, B or tie), `a` and `b` (digests of the answers shown),
+`annotator`. The page does not say which model an answer is from; the digests tell it later.
 """
 
 import base64
@@ -25,14 +25,14 @@ PAGE = "label.html"
 
 
 def draw(comparisons: Sequence[Comparison], seed: int) -> list[Comparison]:
-    """The pairs whose answers differ in a random order, of which any first part is a random subset."""
+    """The pairs whose answers differ, in a random order: the first n of them are a random subset, for any n."""
     differing = [pair for pair in comparisons if not pair.identical]
     random.Random(f"{seed} labels").shuffle(differing)
     return differing
 
 
 def write_page(folder: Path, comparisons: Sequence[Comparison], count: int, seed: int) -> None:
-    """Write `label.html` with `count` pairs at most; the answers' text is put on screen as text."""
+    """Write `label.html` with at most `count` pairs. Answers are shown as plain text: nothing in them is run."""
     pairs = [_shown(pair, seed) for pair in draw(comparisons, seed)[:count]]
     templates = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": True}
@@ -64,9 +64,9 @@ def _shown(pair: Comparison, seed: int) -> dict[str, Any]:
 
 
 def read_labels(file: str | Path, comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """What people say of side 2 by prompt id: better 1, neither ½, worse 0; several people's mean.
+    """People's score of side 2 by prompt id: better 1, neither ½, worse 0; the mean where several people labelled it.
 
-    Of two labels by one annotator on one pair the later counts.
+    Of two labels by one annotator on one pair, the later one counts.
 
     Raises:
         UserError: the file cannot be read, a line is no label, or it is on answers that are not compared here.
@@ -111,6 +111,6 @@ def _lines(file: str | Path) -> list[Mapping[str, Any]]:
 
 
 def is_first_part(labels: Mapping[str, float], comparisons: Sequence[Comparison], seed: int) -> bool:
-    """Whether the labelled pairs are those that the page asks first, and so a random subset."""
+    """Whether the labelled pairs are the first ones of the page, which makes them a random subset."""
     asked = {pair.prompt_id for pair in draw(comparisons, seed)[: len(labels)]}
     return labels.keys() <= asked

@@ -1,4 +1,4 @@
-"""raw.jsonl and verdicts.jsonl: what the judge has said, and what it cost."""
+"""raw.jsonl and verdicts.jsonl: the judge's replies, the verdicts in them, and what they cost."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -12,14 +12,14 @@ from tandem.judge.requests import Call
 from tandem.judge.verdicts import Reading
 from tandem.runs import append_jsonl, read_jsonl
 
-BYTES_PER_TOKEN = 3  # few texts have fewer: token counts guessed with it are rather too high
+BYTES_PER_TOKEN = 3  # few texts have fewer, so that numbers of tokens guessed with it are rarely too low
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """Lines of a file of this room.
+    """The records of a file of JSON lines.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     try:
         return read_jsonl(file)
@@ -28,7 +28,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 class VerdictLog:
-    """raw.jsonl and verdicts.jsonl: what was said so far, and where it is written down."""
+    """Reads what raw.jsonl and verdicts.jsonl hold of earlier runs, and adds to them."""
 
     def __init__(self, options: JudgeOptions) -> None:
         self._options = options
@@ -39,8 +39,8 @@ class VerdictLog:
         self._attempts: collections.Counter[str] = collections.Counter()
         self._used: collections.Counter[str] = collections.Counter()
         self._cost: float | None = None if options.price_in is None else 0.0
-        self._unpriced = 0  # replies whose price is not known
-        self.lenient = False  # how replies are read: True for a server that enforces no schema
+        self._unpriced = 0  # replies whose cost is not known
+        self.lenient = False  # whether replies are read leniently: True for a server that enforces no schema
         for number, record in enumerate(read_log(self._verdict_file), start=1):
             try:
                 self._remember(record)
@@ -63,7 +63,7 @@ class VerdictLog:
     def _add_cost(self, record: Mapping[str, Any]) -> None:
         tokens, cost = (record["input_tokens"] or 0, record["output_tokens"] or 0), record.get("cost")
         if cost is None and record.get("model") in (None, self._options.judge_model):
-            cost = self._options.cost(*tokens)  # of this judge, when nobody had said its prices
+            cost = self._options.cost(*tokens)  # this judge's reply, from when its prices were not given
         if cost is not None:
             self._cost = (self._cost or 0.0) + cost
         elif any(tokens):
@@ -78,7 +78,8 @@ class VerdictLog:
         return self.is_ok(call) and not call.free
 
     def may_be_asked(self, call: Call) -> bool:
-        """Whether to ask for the verdict; a reply that met the limit of tokens would meet the same limit again."""
+        """Whether to ask the call: not if it has a verdict, nor if its reply reached the limit of tokens, as it would
+        again."""
         return self.status(call) not in ("ok", "incomplete")
 
     def verdict(self, call: Call) -> dict[str, Any] | None:
@@ -91,14 +92,14 @@ class VerdictLog:
         return record["status"] if record else "not_asked"
 
     def detail(self, call: Call) -> str:
-        """What the last attempt says of itself, where the call has no verdict."""
+        """The detail of the last attempt, for a call that has no verdict."""
         return (self._last.get(call.key) or {"detail": ""})["detail"]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens and cost of all attempts, those of earlier runs too; requests that failed have no known tokens.
+        """Tokens and cost of all attempts, those of earlier runs too; the tokens of failed requests are not known.
 
-        `cost` is at the prices given when each reply came, None where none was ever given; `unpriced` counts the
-        replies of other judges that it leaves out since their prices were not given.
+        `cost` is by the prices that were given when each reply came, and None if there were never any; `unpriced`
+        counts replies of other judges that are not in `cost` because their prices were not given.
         """
         return {
             "replies": self._used["replies"],
@@ -109,7 +110,7 @@ class VerdictLog:
         }
 
     def add_reply(self, call: Call, body: str) -> Reading:
-        """Write the reply down, then read it."""
+        """Write the reply down, then read it, so that a kill between the two loses nothing."""
         attempt = self._attempts[call.key] + 1
         append_jsonl(self._raw_file, {"key": call.key, "attempt": attempt, "body": body})
         return self._add_body(call, attempt, body)
@@ -124,7 +125,7 @@ class VerdictLog:
         self._add(call, self._attempts[call.key] + 1, Reading("error", detail=detail), (0, 0))
 
     def add_tie(self, call: Call) -> None:
-        """Write down the verdict on identical answers, which nobody needs to be asked for."""
+        """Write down a tie between identical answers, for which the judge need not be asked."""
         self._add(call, 0, Reading("ok", "tie", detail="identical answers"), (0, 0))
 
     def _add(self, call: Call, attempt: int, reading: Reading, tokens: tuple[int, int]) -> None:
@@ -143,7 +144,7 @@ class VerdictLog:
         self._remember(record)
 
     def recover(self, by_key: Mapping[str, Call]) -> None:
-        """Read replies that a killed run wrote down and had no time to read."""
+        """Read replies that a run wrote down and was killed before it read them."""
         for record in read_log(self._raw_file):
             call = by_key.get(record["key"])
             if call is not None and record["attempt"] > self._attempts[call.key] and not self.is_ok(call):
@@ -151,19 +152,19 @@ class VerdictLog:
 
 
 def tokens_of(call: Call, body: str, reading: Reading) -> tuple[int, int]:
-    """Tokens as the server counts them, else a guess, so that --max_cost also holds where it counts none."""
+    """Input and output tokens as the server counts them, else guessed, so that --max_cost holds without counts too."""
     if reading.input_tokens is not None and reading.output_tokens is not None:
         return reading.input_tokens, reading.output_tokens
     return guessed_tokens(call), len(body.encode()) // BYTES_PER_TOKEN
 
 
 def guessed_tokens(call: Call) -> int:
-    """Tokens of a call's prompt, rather too many than too few."""
+    """The number of tokens of a call's prompt, guessed so that it is rarely too low."""
     return sum(len(message["content"].encode()) for message in call.messages) // BYTES_PER_TOKEN + 1
 
 
 def lost(calls: Iterable[Call], log: VerdictLog) -> list[tuple[str, str, int]]:
-    """Status, reason and number of the calls that were asked and have no verdict, the commonest first."""
+    """Status, reason and number of the calls that were asked and have no verdict, the most frequent first."""
     ends = collections.Counter(
         (log.status(call), log.detail(call)) for call in calls if log.status(call) not in ("ok", "not_asked")
     )

@@ -1,4 +1,4 @@
-"""Options of the judge. Light to import: a wrong command line is answered before anything heavy is loaded."""
+"""Options of the judge. Nothing heavy is imported here, so that a wrong command line is answered at once."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ class JudgeOptions(Options):
     generations_a: str | None = opt(None, "instead of --run_dir: answers of the model judged against")
     generations_b: str | None = opt(None, "instead of --run_dir: answers of the model to be judged")
     output_dir: str | None = opt(
-        None, "folder of replies and verdicts, with <its name>_summary.json beside it; unset: judge/ by the generations"
+        None, "folder of replies and verdicts, with <its name>_summary.json beside it; unset: judge/ beside the answers"
     )
     calibration_pairs: int = opt(
-        100, "held-out human-labelled pairs the judge is first tried on; 0: no winner is named", low=0
+        100, "held-out, human-labelled pairs that the judge is tested on first; 0: no winner is named", low=0
     )
     self_pairs: int = opt(10, "answers judged against themselves, to show a preference for a position", low=0)
     label_pairs: int = opt(
         100, "compared pairs that label.html, in the judge's folder, asks people about, blind; 0: no page", low=0
     )
     human_labels: str | None = opt(
-        None, "file that label.html saved: the score is corrected for the judge's errors by it"
+        None, "file that label.html saved: people's labels, by which the score is corrected for the judge's errors"
     )
     max_flip_rate: float = opt(
         0.4, "name no winner if the judge changes sides with the order more often than this", low=0, high=1
@@ -89,13 +89,13 @@ class JudgeOptions(Options):
 
     @property
     def url(self) -> str:
-        """The server's address, `checked_url`; of a backend of the user's own, its name."""
+        """The server's address, as `checked_url` gives it; the name of the backend, if it is the user's own."""
         assert self.base_url is not None
         return self.judge_backend or self.base_url
 
     @property
     def generation_files(self) -> tuple[Path, Path]:
-        """Files with the answers of the model judged against, and of the model to be judged."""
+        """The files of side 1, which is judged against, and of side 2, which is judged."""
         if self.run_dir is None:
             return Path(str(self.generations_a)), Path(str(self.generations_b))
         folder = Path(self.run_dir)
@@ -108,12 +108,12 @@ class JudgeOptions(Options):
 
     @property
     def summary_file(self) -> Path:
-        """The summary stands beside the judge's folder: judge_summary.json for judge/."""
+        """The file of the summary, beside the judge's folder: judge_summary.json for judge/."""
         folder = self.folder.absolute()
         return folder.with_name(f"{folder.name}_summary.json")
 
     def cost(self, input_tokens: float, output_tokens: float) -> float | None:
-        """Price of so many tokens, in the currency of the prices; None without prices."""
+        """The price of so many tokens, in the currency of the prices; None without prices."""
         if self.price_in is None or self.price_out is None:
             return None
         return (input_tokens * self.price_in + output_tokens * self.price_out) / 1e6

@@ -1,4 +1,4 @@
-"""Options of a ranking of several models. Light to import."""
+"""Options of a ranking of several models. Nothing heavy is imported here."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from tandem.servers.address import checked_url
 
 
 def _judges(name: str) -> Any:
-    """An option that means here, of each judge, what it means for one."""
+    """The option of this name of `JudgeOptions`, which here holds for each judge."""
     field = JudgeOptions.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
@@ -47,7 +47,7 @@ class RankOptions(Options):
     base_url: list[str] | None = opt(
         None, "server of all judges, or of each in their order; unset: $OPENAI_BASE_URL, or OpenAI's own"
     )
-    max_prompts: int | None = opt(None, "compare on the first so many prompts only", low=1)
+    max_prompts: int | None = opt(None, "compare only on the first N prompts", low=1)
     calibration_pairs: int = _judges("calibration_pairs")
     max_flip_rate: float = _judges("max_flip_rate")
     samples: int = _judges("samples")
@@ -94,7 +94,7 @@ class RankOptions(Options):
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """Label and file of each."""
+        """Label and file of each model's answers."""
         found = []
         for given in self.answers:
             label, equals, file = given.partition("=")
@@ -104,7 +104,7 @@ class RankOptions(Options):
         return found
 
     def _each(self, given: list[Any] | None) -> list[Any]:
-        """What was given once for all judges, or for each, as one each."""
+        """A value for each judge, from one for all judges or one each."""
         values = given or [None]
         return values * len(self.judge_model) if len(values) == 1 else values
 
@@ -114,7 +114,7 @@ class RankOptions(Options):
         return list(zip(self.judge_model, self._each(self.base_url), strict=True))
 
     def of_judge(self, index: int) -> JudgeOptions:
-        """What one judge is asked with, and where its verdicts go."""
+        """The options of one judge, with a folder of its own for its verdicts."""
         model, url = self.judges[index]
         name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', model)[:60]}_{sha256_json([url, model])[:8]}"
         files = [str(file) for _, file in self.files]

@@ -1,4 +1,4 @@
-"""Several models ranked by the verdicts of one judge or more on every pair of them."""
+"""Ranks several models by the verdicts of one or more judges on every pair of models."""
 
 import itertools
 import operator
@@ -23,18 +23,18 @@ Key = tuple[str, str, str]  # prompt, label of side 1, label of side 2
 
 
 class Said(NamedTuple):
-    """What a judge says of one comparison."""
+    """A judge's decision on one comparison, from its verdicts in both orders."""
 
     comparison: Comparison
-    score: float  # of side 2: win 1, tie ½, loss 0, the mean of both orders
-    outcome: int  # of side 2: 1, 0 or −1
+    score: float  # of side 2, the mean of both orders: win 1, tie ½, loss 0
+    outcome: int  # of side 2: 1 won, 0 tie, −1 lost
 
 
 def all_pairs(options: RankOptions) -> list[Comparison]:
     """Every pair of models on every prompt, or on the first of the first file.
 
     Raises:
-        UserError: a file is missing, a row of it cannot be read, or two answer different prompts.
+        UserError: a file is missing, a row of it cannot be read, or two files answer different prompts.
     """
     sides = [read_answers(file, label) for label, file in options.files]
     # Files of one run differ in their order: a backend writes answers down as they get ready
@@ -45,12 +45,12 @@ def all_pairs(options: RankOptions) -> list[Comparison]:
 def rank(options: RankOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
     """Have each judge compare every pair in both orders, and rank the models; returns what ranking.json holds.
 
-    A judge's replies and verdicts lie in its folder under `judges/`, as `judge.run` leaves them, so that the same call
-    again, or one with a model or a judge more, asks only for what has no verdict yet. With `dry_run` nothing is asked
-    or written and the estimate of each judge is returned.
+    A judge's replies and verdicts are in a folder of its own below `judges/`, as `judge.run` writes them: the same call
+    again, or one with further models or judges, asks only what has no verdict yet. With `dry_run` nothing is asked or
+    written, and an estimate for each judge is returned.
 
     Raises:
-        UserError: nothing to compare, or what `judge.run.judge` raises.
+        UserError: there is nothing to compare, or for the reasons of `judge.run.judge`.
     """
     ranks.refuse_several("rank")
     if not comparisons:
@@ -121,11 +121,11 @@ def _one_judge(
 
 
 def strengths_of(labels: Sequence[str], said: Mapping[Key, Said]) -> dict[str, Any]:
-    """Strengths of the models, as they are and with length controlled, and how each fares against each.
+    """Strengths of the models, raw and with length controlled, and the score of each model against each other one.
 
-    `models`: by label `strength` (log-odds against the average model), `length_controlled` and `mean_score`, what it
-    scores on average against the others. `against`: rows of `label`, `other` and the mean `score`. Where a model won
-    or lost everything, strengths are held back by a prior (`bounded_by` says why) and not clustered by prompt.
+    `models` has, by label, `strength` (log-odds against the average model), `length_controlled`, and `mean_score`, the
+    average score against the others. `against` has rows of `label`, `other` and the mean `score`. Where a model won or
+    lost everything, strengths are kept finite by a prior (`bounded_by` says why), without clustering by prompt.
     """
     first = np.array([labels.index(key[2]) for key in said], dtype=np.int64)
     second = np.array([labels.index(key[1]) for key in said], dtype=np.int64)
@@ -153,7 +153,10 @@ def strengths_of(labels: Sequence[str], said: Mapping[Key, Said]) -> dict[str, A
 def _length_controlled(
     labels: Sequence[str], said: Mapping[Key, Said], data: tuple[Array, Array, Array, Array]
 ) -> dict[str, Estimate]:
-    """The strengths were all answers equally long; pairs with an answer that is none are left out."""
+    """The strengths that the models would have if all answers were equally long.
+
+    Comparisons with an answer that is none (empty, cut off) are left out.
+    """
     pairs = [each.comparison for each in said.values()]
     whole = np.array([pair.non_answer_1 is None and pair.non_answer_2 is None for pair in pairs], dtype=bool)
     length = np.array([len(pair.answer_2) - len(pair.answer_1) for pair in pairs], dtype=float)[whole]
@@ -186,7 +189,7 @@ def _against(labels: Sequence[str], said: Mapping[Key, Said]) -> list[dict[str, 
 
 
 def averaged(judges: Sequence[Mapping[Key, Said]]) -> dict[Key, Said]:
-    """What the judges say together: the mean of their scores, where all of them gave a verdict."""
+    """The mean of the judges' scores on each comparison that all of them decided."""
     shared = [key for key in judges[0] if all(key in each for each in judges)]
     found = {}
     for key in shared:
@@ -196,7 +199,7 @@ def averaged(judges: Sequence[Mapping[Key, Said]]) -> dict[Key, Said]:
 
 
 def agreement(said: Sequence[Mapping[Key, Said]]) -> list[dict[str, Any]]:
-    """Cohen's κ of every two judges over win, tie and loss of the comparisons that both judged in both orders."""
+    """Cohen's κ of every two judges, over win, tie and loss on the comparisons that both decided."""
     from sklearn.metrics import cohen_kappa_score
 
     rows = []
@@ -217,7 +220,7 @@ def agreement(said: Sequence[Mapping[Key, Said]]) -> list[dict[str, Any]]:
 
 
 def conclusion(result: Mapping[str, Any]) -> str:
-    """The ranking in a sentence: who surely leads, or why that cannot be said."""
+    """The ranking in a sentence: which model surely leads, if one does, or why there is no ranking."""
     together = result["together"]
     if together is None:
         reasons = "; ".join(f"{judge['model']}: {judge['distrust'][0]}" for judge in result["judges"])

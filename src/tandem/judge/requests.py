@@ -1,4 +1,4 @@
-"""What the judge is asked: comparisons, the prompts rendered from them, and the key of each call."""
+"""What the judge is asked: comparisons, the prompts that are rendered from them, and the key of each call."""
 
 import dataclasses
 import functools
@@ -22,26 +22,26 @@ Kind = Literal["labelled", "self", "main"]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt. Side 2 is the one that is scored: the tuned model's, or the one humans chose."""
+    """Two answers to one prompt. Side 2 is the one that is scored: the tuned model's, or the one that people chose."""
 
     prompt_id: str
-    messages: Sequence[Mapping[str, Any]]  # the conversation so far: role, content
+    messages: Sequence[Mapping[str, Any]]  # the prompt, as a conversation: role, content
     answer_1: str
     answer_2: str
     label_1: str
     label_2: str
-    non_answer_1: str | None = None  # why a side is no whole answer (`data.non_answers`)
+    non_answer_1: str | None = None  # why the side's text is no whole answer (`data.non_answers`)
     non_answer_2: str | None = None
 
     @property
     def identical(self) -> bool:
-        """A tie at no cost."""
+        """Whether both answers are the same: a tie, which costs nothing."""
         return self.answer_1 == self.answer_2
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One verdict to be had. Calls with equal keys are one call."""
+    """One verdict that is asked for. Calls with equal keys are the same call."""
 
     key: str
     kind: Kind
@@ -52,12 +52,12 @@ class Call:
 
     @property
     def free(self) -> bool:
-        """Identical answers are a tie and nobody is asked, unless it is the judge that is tried on them."""
+        """Whether it is a tie without asking: answers are identical, and it is no test of how the judge takes that."""
         return _is_free(self.kind, self.comparison)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a line of verdicts.jsonl says about the call, besides the verdict."""
+        """The fields of a line of verdicts.jsonl that say which call it is of."""
         shown = (self.comparison.label_1, self.comparison.label_2)
         a, b = shown if self.order == "12" else shown[::-1]
         return {
@@ -77,18 +77,18 @@ def _is_free(kind: Kind, comparison: Comparison) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Everything but the comparison that a verdict depends on."""
+    """All that a verdict depends on besides the comparison."""
 
     base_url: str
     model: str
-    schema_enforced: bool  # else the schema is asked for in words, with worked examples
+    schema_enforced: bool  # whether the server enforces it; else the form is described in words, with worked examples
     temperature: float | None
     max_output_tokens: int
-    code: str | None = None  # of a backend of the user's own, its version
+    code: str | None = None  # the digest of the user's own backend, if it is one (`objects.version_of`)
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Sampling parameters by their names in the Responses API; one that is unset is left to the server."""
+        """Sampling parameters by their names in the Responses API. One that is unset is missing: the server decides."""
         given = {"temperature": self.temperature, "max_output_tokens": self.max_output_tokens}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -115,11 +115,11 @@ class Judge:
         if self.code is not None:
             content["code"] = self.code
         if _is_free(kind, comparison):
-            content["free"] = True  # not to be taken for the judge's own verdict on the same text
+            content["free"] = True  # the key must differ from that of the judge's own verdict on the same text
         return Call(sha256_json(content), kind, comparison, order, sample, messages)
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> Request:
-        """What the server is asked, in no form yet."""
+        """The request to the server, in neither form of the interface yet."""
         return Request(
             self.model,
             messages,
@@ -130,20 +130,20 @@ class Judge:
 
 
 def text_digest(text: str) -> str:
-    """Tells whether an answer is still the one that was judged."""
+    """A digest of an answer's text, by which it is known again."""
     return sha256_json(text)[:16]
 
 
 def verdict_schema() -> dict[str, Any]:
-    """`Verdict` as a strict output format."""
+    """The schema of `Verdict`, in the form of strict structured output."""
     return {"strict": True, "name": Verdict.__name__, "schema": Verdict.model_json_schema()}
 
 
 def render(comparison: Comparison, order: Order, *, worked_examples: bool) -> list[dict[str, str]]:
     """The chat messages that ask for a verdict, answer 1 as A if `order` is "12".
 
-    With `worked_examples` the reply's form is shown by example, as earlier turns: small models that are asked for JSON
-    in words alone seldom give any.
+    With `worked_examples`, earlier turns show the reply's form by example: small models seldom write JSON when only
+    told to.
     """
     a, b = (comparison.answer_1, comparison.answer_2)[:: 1 if order == "12" else -1]
     question = {"role": "user", "content": _question(comparison.messages, a, b)}
@@ -166,8 +166,8 @@ def _question(messages: Sequence[Mapping[str, Any]], answer_a: str, answer_b: st
     return _template().render(turns=turns, answer_a=answer_a, answer_b=answer_b)
 
 
-# Tags of the judge's own prompt, and the marks with which chat templates separate turns: a local server's tokenizer
-# may take them for control tokens wherever they stand.
+# Tags of the judge's own prompt, and the control tokens with which chat templates separate turns, which a local
+# server's tokenizer may accept anywhere in a text
 _DELIMITERS = re.compile(
     r"(<)(?=\s*/?\s*(?:conversation|turn|answer_[ab])\b"
     r"|\||\uff5c|/?s>|<?/?SYS>|(?:start|end)_of_turn>|/?(?:bos|eos|pad|unk|think)>)"
@@ -177,9 +177,9 @@ _DELIMITERS = re.compile(
 
 
 def neutralise(text: Any) -> str:
-    """Judged text with every delimiter broken by a space, so that it cannot end its block and speak as another.
+    """Judged text with a space in every delimiter, so that it cannot close its block and pose as another speaker.
 
-    Lone surrogates, which no server can be sent, become question marks.
+    Lone surrogates, which cannot be sent in a request, become question marks.
     """
     return _DELIMITERS.sub(lambda match: match[0] + " ", str(text).encode(errors="replace").decode())
 
@@ -191,7 +191,7 @@ def _prompt_file(name: str) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    # `finalize` sees every value that is put in, so that none can be forgotten
+    # `finalize` is applied to every value that the template inserts, so that none is forgotten
     environment = jinja2.Environment(
         finalize=neutralise, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )

@@ -1,4 +1,4 @@
-"""The judge from end to end: what to ask, asking it, what was said, what follows from it."""
+"""The judge from end to end: plans the calls, asks them, and writes verdicts and summary."""
 
 import asyncio
 import json
@@ -29,35 +29,33 @@ SERVER_FILE = "server.json"
 
 
 def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
-    """Have every comparison judged in both orders, after trying the judge on `labelled` ones; returns the summary.
+    """Have every comparison judged in both orders, after a test of the judge on `labelled` ones; returns the summary.
 
-    In `options.folder`: `label.html` (asks people about some of the pairs), `server.json` (what was found out about
-    the server), `raw.jsonl` (every reply, before it is
-    read), `verdicts.jsonl` (a line an attempt), `usage.json` (what all attempts cost), `winners.json`
-    (who won each
-    prompt, with the keys of its verdicts), `batches.jsonl` with --batch.
-    Beside that folder: `judge_summary.json`, which depends on the verdicts alone and not on how often the run was
-    interrupted. The same call again asks only for what has no verdict yet.
+    Writes to `options.folder`: `label.html` (asks people about some of the pairs), `server.json` (what was found out
+    about the server), `raw.jsonl` (every reply, before it is read), `verdicts.jsonl` (a line an attempt), `usage.json`
+    (what all attempts cost), `winners.json` (who won each prompt, with the keys of its verdicts), and with --batch
+    `batches.jsonl`. Beside that folder it writes `judge_summary.json`, which depends on the verdicts alone, and not on
+    how often the run was interrupted. The same call again asks only what has no verdict yet.
 
     Args:
-        options: with `dry_run`, nothing is asked or written and the estimate is returned instead
-        comparisons: side 2 is the model to be judged, the same labels throughout
+        options: with `dry_run`, nothing is asked or written, and the estimate is returned instead
+        comparisons: side 2 is the model to be judged; all have the same two labels
         labelled: side 2 is the answer that people chose (`calibration.labelled_comparisons`)
 
     Raises:
-        UserError: nothing to judge, the server cannot be used, --max_cost is reached, or another judge is at work in
-            the folder.
+        UserError: there is nothing to judge, the server cannot be used, --max_cost is reached, or another process
+            judges in the same folder.
     """
     ranks.refuse_several("judge")
     if not comparisons:
         raise UserError("there is nothing to judge: no prompt was answered by both models")
     if options.human_labels is not None:
-        read_labels(options.human_labels, comparisons)  # what is wrong with it is told before anything is paid
+        read_labels(options.human_labels, comparisons)  # a fault in the file is told before anything costs money
     if options.dry_run:
         return dry_run(options, comparisons, labelled)
     with locked(options.folder):
         judge, plan, log, asked = gather(options, comparisons, labelled)
-        if options.label_pairs:  # after the server has answered: one that cannot be used leaves nothing
+        if options.label_pairs:  # only now, so that a server that cannot be used leaves no files
             write_page(options.folder, comparisons, options.label_pairs, options.seed)
         summary = summarise(options, judge, plan, log, asked)
         write_json(options.folder / "winners.json", winners(plan["main"], log))
@@ -69,9 +67,9 @@ def judge(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Se
 def gather(
     options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]
 ) -> tuple[Judge, Plan, VerdictLog, dict[str, Any]]:
-    """Have everything asked that has no verdict yet; the caller holds the lock of `options.folder`.
+    """Ask all that has no verdict yet; the caller holds the lock of `options.folder`.
 
-    Returns the judge, all calls, what was said, and how the server was asked (`Endpoint.state`).
+    Returns the judge, all calls, the log with the verdicts, and how the server was asked (`Endpoint.state`).
 
     Raises:
         UserError: see `judge`.
@@ -82,14 +80,14 @@ def gather(
 
 
 def dry_run(options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]) -> dict[str, Any]:
-    """What `judge` would ask; nothing is asked or written."""
+    """What `judge` would ask, and its cost at most; nothing is asked or written."""
     return _dry_run(options, comparisons, labelled, VerdictLog(options))
 
 
 def _plan(
     options: JudgeOptions, judge: Judge, comparisons: Sequence[Comparison], labelled: Sequence[Comparison]
 ) -> Plan:
-    """All calls, in the order in which they are asked: whether the judge can judge comes first."""
+    """All calls, in the order in which they are asked: those that test the judge come first."""
     return {
         "labelled": judge.calls("labelled", labelled, options.samples),
         "self": judge.calls("self", calibration.self_comparisons(comparisons, options.self_pairs), options.samples),
@@ -107,8 +105,8 @@ def _judge_of(options: JudgeOptions, schema_enforced: bool) -> Judge:
 def _known_server(options: JudgeOptions) -> dict[str, Any] | None:
     """What an earlier run found out about the server: `schema_enforced`, and how it is asked.
 
-    It is kept since the form of the question is part of each call's key: an answer that changed with the probe's luck
-    would have everything judged anew.
+    It is kept because each call's key depends on it: if another probe gave another result by chance, everything would
+    be judged anew.
     """
     file = options.folder / SERVER_FILE
     try:
@@ -151,7 +149,7 @@ async def _have_judged(
 
 
 def _calls_of(plan: Plan, log: VerdictLog) -> dict[str, Call]:
-    """All calls by key, once what earlier runs have heard is read and what needs no asking is written down."""
+    """All calls by key. Replies that earlier runs left unread are read, and ties without asking are written down."""
     calls = {call.key: call for part in plan.values() for call in part}
     log.recover(calls)
     for call in calls.values():
@@ -179,7 +177,7 @@ async def _ask(
     try:
         await ask_all(options, single, batch, admission, calls, log)
     except UserError:
-        batch.settle()  # all that it brought was written down before
+        batch.settle()  # the replies of its batches are written down already
         raise
     batch.settle()
 
@@ -188,7 +186,7 @@ async def _probed(options: JudgeOptions, client: AsyncClient, known: Mapping[str
     enforced = None if known is None else known["schema_enforced"]
     if enforced is None:
         enforced, replies = await enforces_schema(client, _judge_of(options, True))
-        if enforced is None:  # every probe met the limit of tokens, which shows nothing to be remembered
+        if enforced is None:  # every probe reached the limit of tokens, so that there is nothing to remember
             return _judge_of(options, True)
         judge = _judge_of(options, enforced)
         found = {"base_url": judge.base_url, "model": judge.model, "schema_enforced": enforced}
@@ -206,7 +204,7 @@ async def _probed(options: JudgeOptions, client: AsyncClient, known: Mapping[str
 def _dry_run(
     options: JudgeOptions, comparisons: Sequence[Comparison], labelled: Sequence[Comparison], log: VerdictLog
 ) -> dict[str, Any]:
-    """What the run would ask, at most; before the server is known, prompts count with their worked examples."""
+    """See `dry_run`. Until the server was probed, prompts are counted with worked examples, their longest form."""
     known = _known_server(options) or {"schema_enforced": False}
     plan = _plan(options, _judge_of(options, known["schema_enforced"]), comparisons, labelled)
     calls = {call.key: call for part in plan.values() for call in part}

@@ -1,8 +1,8 @@
-"""Arithmetic on verdicts. The prompt is the unit of every interval, never the call.
+"""Arithmetic on verdicts. The unit of every interval is the prompt, never the call.
 
-`votes`, the input of most functions, is an integer array (n prompts, 2 orders, 3): how many verdicts of that prompt in
-that order were a loss, a tie and a win of side 2, the side that is scored. The first order shows side 1 first, the
-second shows side 2 first. Both orders of every prompt hold the same number of verdicts or more than none.
+`votes`, the input of most functions, is an integer array (n prompts, 2 orders, 3): how many verdicts on a prompt in an
+order were a loss, a tie and a win of side 2, the side that is scored. The first order shows side 1 first, the second
+shows side 2 first. Every prompt has at least one verdict in each order.
 """
 
 from typing import Any
@@ -15,35 +15,38 @@ MIN_PROMPTS = 20  # a cluster-robust interval from fewer clusters is too short
 
 
 def order_scores(votes: Array) -> Array:
-    """Mean score of side 2 per prompt and order, (n, 2): win 1, tie ½, loss 0."""
+    """Mean score of side 2 by prompt and order, (n, 2): win 1, tie ½, loss 0."""
     return (votes[..., 2] + votes[..., 1] / 2) / votes.sum(-1)
 
 
 def prompt_scores(votes: Array) -> Array:
-    """Mean score of side 2 per prompt over both orders, (n,)."""
+    """Mean score of side 2 by prompt, over both orders, (n,)."""
     return order_scores(votes).mean(1)
 
 
 def order_outcomes(votes: Array) -> Array:
-    """What each order says, (n, 2): 1 side 2 won, −1 it lost, 0 tie."""
+    """The outcome for side 2 in each order, (n, 2): 1 won, 0 tie, −1 lost."""
     return np.sign(votes[..., 2] - votes[..., 0])
 
 
 def strict_outcomes(votes: Array) -> Array:
-    """A prompt is won or lost only if both orders say so, (n,); all else is a tie."""
+    """The outcome for side 2 by prompt, (n,): won or lost only if both orders say so, else a tie."""
     outcomes = order_outcomes(votes)
     return np.where(outcomes[:, 0] == outcomes[:, 1], outcomes[:, 0], 0)
 
 
 def mean_outcomes(votes: Array) -> Array:
-    """A prompt is won if its mean score is above ½, (n,). In integers: a half must not be missed by rounding."""
+    """The outcome for side 2 by prompt, (n,): won if its mean score is above ½, lost if below.
+
+    Computed in integers, so that no rounding turns a mean of exactly ½ into something else.
+    """
     lead = votes[..., 2] - votes[..., 0]
     calls = votes.sum(-1)
     return np.sign(lead[:, 0] * calls[:, 1] + lead[:, 1] * calls[:, 0])
 
 
 def count(outcomes: Array) -> dict[str, Any]:
-    """Wins, ties and losses; the share won of the decisive prompts; the exact two-sided sign test of ½."""
+    """Wins, ties and losses, the share of wins among wins and losses, and the p of the exact two-sided sign test."""
     from scipy.stats import binomtest
 
     wins, ties, losses = (int((outcomes == outcome).sum()) for outcome in (1, 0, -1))
@@ -65,12 +68,13 @@ def mean_score(scores: Array, seed: int) -> Estimate:
 
 
 def length_controlled(votes: Array, length_difference: Array) -> Estimate:
-    """Share won by side 2 were both answers equally long and shown in either order.
+    """The share that side 2 would win if both answers were equally long.
 
-    Binomial GLM, score ~ 1 + tanh(d / sd(d)) + order, d the length of answer 2 less that of answer 1, order ±½; one
-    row per prompt and order, errors clustered by prompt. The value is the model's at d = 0 and order 0. d is scaled
-    but not centred, so that 0 stays "equally long" (Dubois et al. 2024, Length-Controlled AlpacaEval, without its
-    terms for model and instruction, which need outside data). `length_effect` is the coefficient of tanh, in log-odds.
+    A binomial GLM, score ~ 1 + tanh(d / sd(d)) + order, with d the length of answer 2 minus that of answer 1 and order
+    ±½; a row for each prompt and order, errors clustered by prompt. The value is the model's prediction at d = 0 and
+    order 0. d is scaled but not centred, so that 0 means "equally long" (Dubois et al. 2024, Length-Controlled
+    AlpacaEval, without its terms for model and instruction, which need outside data). `length_effect` is the
+    coefficient of tanh, in log-odds.
 
     Args:
         votes: (n, 2, 3)
@@ -113,9 +117,9 @@ def length_controlled(votes: Array, length_difference: Array) -> Estimate:
 
 
 def separated(rows: Array, score: Array) -> bool:
-    """Whether some direction of the parameters predicts every score perfectly, so that no finite fit exists.
+    """Whether the scores are separated: some direction of the parameters predicts them perfectly, and no fit is finite.
 
-    The linear program of Konis (2007, Linear programming algorithms for detecting separated data in binary logistic
+    By the linear program of Konis (2007, Linear programming algorithms for detecting separated data in binary logistic
     regression models). A score between 0 and 1 counts as a success and a failure at once.
 
     Args:
@@ -127,7 +131,8 @@ def separated(rows: Array, score: Array) -> bool:
     pure = (score == 0) | (score == 1)
     signed = rows[pure] * np.where(score[pure] == 1, 1.0, -1.0)[:, None]
     mixed = rows[~pure]
-    # The greatest total by which a bounded direction gets the pure scores right, none of them wrong, mixed ones at 0
+    # Maximise the total by which a direction, bounded, is right on the pure scores; it must be wrong on none of them,
+    # and 0 on the mixed ones
     result = linprog(
         -signed.sum(0),
         A_ub=-signed if len(signed) else None,
@@ -140,7 +145,7 @@ def separated(rows: Array, score: Array) -> bool:
 
 
 def when_not_longer(votes: Array, length_difference: Array) -> dict[str, Estimate]:
-    """For each side, its share won of the decisive prompts on which its answer is not the longer one."""
+    """For each side, its share of the decisive prompts on which its answer is not the longer one."""
     outcomes = strict_outcomes(votes)
     result = {}
     for side, sign in (("side_1", -1), ("side_2", 1)):
@@ -150,7 +155,10 @@ def when_not_longer(votes: Array, length_difference: Array) -> dict[str, Estimat
 
 
 def first_position_rate(votes: Array) -> Estimate:
-    """Share of the verdicts other than tie that favour the answer shown first; n counts verdicts, so no interval."""
+    """The share of verdicts other than ties that favour the answer shown first.
+
+    There is no interval, since n counts verdicts, which are not independent.
+    """
     first = votes[:, 0, 0].sum() + votes[:, 1, 2].sum()
     named = votes[..., 0].sum() + votes[..., 2].sum()
     if named == 0:
@@ -159,14 +167,14 @@ def first_position_rate(votes: Array) -> Estimate:
 
 
 def flip_rate(votes: Array) -> Estimate:
-    """Share of prompts whose winner changes with the order, among those where both orders name one."""
+    """The share of prompts on which the winner changes with the order, among those where both orders name one."""
     outcomes = order_outcomes(votes)
     decided = outcomes[(outcomes != 0).all(1)]
     return wilson((decided[:, 0] != decided[:, 1]).sum(), len(decided), "no prompt has a winner in both orders")
 
 
 def bounds(votes: Array, missing: int) -> dict[str, dict[str, Estimate]]:
-    """The result if side 2 had lost, or won, every prompt that has no verdict in both orders."""
+    """The result if side 2 had lost, or won, all `missing` prompts: those without a verdict in one order or both."""
     outcomes = strict_outcomes(votes)
     wins, losses = int((outcomes == 1).sum()), int((outcomes == -1).sum())
     total, n = float(prompt_scores(votes).sum()) if len(votes) else 0.0, len(votes) + missing
@@ -180,11 +188,11 @@ def bounds(votes: Array, missing: int) -> dict[str, dict[str, Estimate]]:
 
 
 def decided_by_non_answers(votes: Array, spoiled: Array) -> dict[str, Any]:
-    """The decisive prompts that a side lost with an answer that is none; `win_rate` is side 2's among them.
+    """The decisive prompts on which the losing side gave no whole answer; `win_rate` is side 2's among them.
 
     Args:
         votes: (n, 2, 3)
-        spoiled: bool (n, 2), side 1 and side 2 gave no whole answer
+        spoiled: bool (n, 2), whether side 1 and side 2 gave no whole answer
     """
     outcomes = strict_outcomes(votes)
     wins = int(((outcomes == 1) & spoiled[:, 0]).sum())
@@ -204,12 +212,13 @@ def summarise(
 
     Args:
         votes: int (n, 2, 3), prompts judged in both orders; identical answers as ties
-        length_difference: (n,) characters of answer 2 less those of answer 1
-        identical: bool (n,) byte-identical answers, which no judge saw: left out of the judge's own habits
+        length_difference: (n,) characters of answer 2 minus those of answer 1
+        identical: bool (n,), whether the answers are the same: the judge did not see them, so that they are left out
+            of the rates that describe the judge
         missing: prompts without a verdict in one order or both
         seed: of the bootstrap
-        spoiled: bool (n, 2), side 1 and side 2 gave no whole answer (empty, cut off): what such a prompt says of
-            length says nothing, so that both models of length leave it out
+        spoiled: bool (n, 2), whether side 1 and side 2 gave no whole answer (empty, cut off). The length of such an
+            answer explains nothing: both estimates about length leave the prompt out
     """
     seen = votes[~identical]
     if spoiled is None:

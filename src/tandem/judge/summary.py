@@ -1,4 +1,4 @@
-"""What follows from the verdicts: judge_summary.json and winners.json."""
+"""The contents of judge_summary.json and winners.json, from the verdicts."""
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ Plan = dict[Kind, list[Call]]
 def summarise(
     options: JudgeOptions, judge: Judge, plan: Plan, log: VerdictLog, asked: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """judge_summary.json, from the verdicts and how the server was `asked` for them (`Endpoint.state`)."""
+    """What judge_summary.json holds; `asked` is how the server was asked (`Endpoint.state`)."""
     votes = {kind: votes_of(calls, log) for kind, calls in plan.items()}
     labelled = calibration.agreement(*votes["labelled"][:4])
     main, length, identical, missing, spoiled = votes["main"]
@@ -62,7 +62,7 @@ def summarise(
 
 
 def lost_verdicts(plan: Plan, log: VerdictLog) -> list[dict[str, Any]]:
-    """Why there is no verdict, and how often: rows of `kind`, `status`, `reason` and `count`."""
+    """Verdicts that were asked for and lost: rows of `kind`, `status`, `reason` and `count`."""
     return [
         {"kind": kind, "status": status, "reason": reason, "count": count}
         for kind, calls in plan.items()
@@ -71,10 +71,11 @@ def lost_verdicts(plan: Plan, log: VerdictLog) -> list[dict[str, Any]]:
 
 
 def winners(calls: Iterable[Call], log: VerdictLog) -> list[dict[str, Any]]:
-    """A row for each prompt: `prompt_id`, `winner_model_vs_<side 1>`, and what it rests on.
+    """A row for each prompt: `prompt_id`, `winner_model_vs_<side 1>`, `calls` and `answers`.
 
-    The winner is `model` (side 2), the label of side 1 or `tie`, if both orders say so; else `disagree` or `unjudged`.
-    `calls` are the keys of its verdicts in verdicts.jsonl, and `answers` the digests (`text_digest`) of both sides.
+    The winner is `model` (side 2), the label of side 1 or `tie`, if both orders agree; else `disagree` or `unjudged`.
+    `calls` are the keys of the prompt's verdicts in verdicts.jsonl, and `answers` the digests (`text_digest`) of both
+    sides.
     """
     asked: dict[int, list[Call]] = {}
     for call in calls:
@@ -96,7 +97,7 @@ def winners(calls: Iterable[Call], log: VerdictLog) -> list[dict[str, Any]]:
 
 
 def non_answers(calls: Iterable[Call]) -> dict[str, Any]:
-    """Of each side, by its label: how many answers there are, and how many are none, by reason."""
+    """For each side, how many answers it has, and how many of them are none, by reason."""
     comparisons = list({id(call.comparison): call.comparison for call in calls}.values())
     found = {}
     for side in ("1", "2"):
@@ -109,9 +110,9 @@ def non_answers(calls: Iterable[Call]) -> dict[str, Any]:
 
 
 def votes_of(calls: Iterable[Call], log: VerdictLog) -> tuple[Array, Array, Array, int, Array]:
-    """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, prompts left out, (n, 2) no answer.
+    """(n, 2, 3) votes, (n,) length difference in characters, (n,) identical, prompts left out, (n, 2) no whole answer.
 
-    A prompt with no verdict in one of the orders is left out: half of it would carry the judge's bias of position.
+    A prompt without a verdict in one of the orders is left out: one order alone has the judge's position bias in it.
     """
     cast = votes_cast(calls, log)
     scored = [comparison for comparison, votes in cast if votes.sum(1).all()]
@@ -137,7 +138,7 @@ def votes_cast(calls: Iterable[Call], log: VerdictLog) -> list[tuple[Comparison,
 
 
 def _accounting(calls: Sequence[Call], log: VerdictLog) -> dict[str, int]:
-    """How every verdict that was wanted ended; the parts add up to `verdicts`."""
+    """How many calls ended in which way; the parts add up to `verdicts`."""
     ends = collections.Counter("identical" if call.free else log.status(call) for call in calls)
     kinds = ("ok", "identical", "refusal", "malformed", "incomplete", "error", "not_asked")
     return {"verdicts": len(calls)} | {kind: ends[kind] for kind in kinds}

@@ -1,4 +1,4 @@
-"""What one reply of a judge means: a verdict, or the reason why there is none. Pure: text in, `Reading` out."""
+"""Reads a reply of the judge: a verdict, or the reason why there is none. Pure: text in, `Reading` out."""
 
 import ast
 import contextlib
@@ -19,8 +19,8 @@ ORDERS: tuple[Order, Order] = ("12", "21")  # which answer is shown first, as A
 
 
 class Verdict(BaseModel):
-    # No docstring: it would go into the schema that the judge is sent. The rationale comes first so that the verdict
-    # is written after the reasons for it.
+    # No docstring: pydantic would put it into the schema that the judge is sent. The rationale comes first, so that the
+    # judge writes its reasons before its verdict.
     model_config = ConfigDict(extra="forbid", strict=True)
 
     rationale: str
@@ -29,7 +29,7 @@ class Verdict(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One reply, read. `verdict` is set exactly if `status` is ok; tokens are None where the server names none."""
+    """What a reply says. `verdict` is set if and only if `status` is ok; tokens are None if the server counts none."""
 
     status: Status
     verdict: str | None = None
@@ -40,12 +40,12 @@ class Reading:
 
 
 def read_reply(body: str, *, lenient: bool = False) -> Reading:
-    """Read the body of one reply, a Responses API's or a chat completion.
+    """Read the body of one reply, of the Responses API or of chat completions.
 
-    A refusal is what the server marks as one. A reply is malformed if it is in neither form, or if its text is not
-    exactly one JSON object of the schema `Verdict`; prose or a code fence around the object is let pass, since
-    servers that ignore schemas add them, and so is reasoning that ends with `</think>`. `lenient` is for servers that
-    enforce no schema: see `find_verdict`.
+    A refusal is what the server marks as one. A reply is malformed if it is in neither form, or if its text does not
+    hold exactly one verdict as a JSON object of the schema `Verdict`. Prose or a code fence around the object, which
+    servers that ignore schemas add, is accepted, and so is reasoning that ends with `</think>`. `lenient` is for
+    servers that enforce no schema: see `find_verdict`.
     """
     try:
         reply = dialects.read_reply(body)
@@ -72,10 +72,10 @@ def read_reply(body: str, *, lenient: bool = False) -> Reading:
 def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:
     """The one verdict that `text` holds, or why it holds none.
 
-    Reasoning may hold drafts and is not read. Two different verdicts in the rest are none: the first may be quoted from
-    a judged answer. `lenient` takes what small models write where no schema holds them: verdicts and names of keys in
-    either case, raw newlines in the rationale, further keys, one object around the verdict's, and Python's quotes and
-    commas.
+    Reasoning is not read, since it may hold drafts. Two different verdicts count as none: one may be a quotation from a
+    judged answer. `lenient` accepts what small models write where no schema is enforced: verdicts and keys in upper or
+    lower case, raw newlines in the rationale, further keys, an object around the verdict's, and Python's quotes and
+    trailing commas.
     """
     found: list[Verdict] = []
     problem = "no JSON object in the reply"
@@ -92,7 +92,7 @@ def find_verdict(text: str, *, lenient: bool = False) -> Verdict | str:
 
 
 def _is_object(text: str) -> bool:
-    """Whether all of a reply is one object, whose rationale may speak of tags of reasoning."""
+    """Whether the whole reply is one object; then a reasoning tag in it is part of the rationale."""
     return isinstance(_object(text), dict)
 
 
@@ -120,7 +120,7 @@ def _lower_keys(value: Any) -> Any:
 
 
 def _object(value: Any) -> Any:
-    """`value`, or what it holds where it is JSON once more."""
+    """`value`, or what it stands for where it is a text of JSON."""
     try:
         return json.loads(value, strict=False) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -145,7 +145,7 @@ def _json_objects(text: str, lenient: bool) -> list[Any]:
 
 
 def _python_objects(text: str) -> list[Any]:
-    """Objects with quotes or a last comma that JSON does not know."""
+    """Objects with quotes or trailing commas that Python takes and JSON does not."""
     objects = []
     for found in _FLAT_OBJECT.findall(text):
         for written in (found, found.translate(_TYPOGRAPHIC)):
@@ -162,18 +162,18 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def short(value: Any, limit: int = 300) -> str:
-    """`value` as one line of at most `limit` characters that any file can hold."""
+    """`value` as one line of at most `limit` characters, without what cannot be written to a file."""
     text = _printable(" ".join(str(value).split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _printable(text: str) -> str:
-    """`text` with question marks for lone surrogates, which JSON may hold and no file can."""
+    """`text` with question marks for lone surrogates, which JSON may hold but a UTF-8 file cannot."""
     return text.encode(errors="replace").decode()
 
 
 def vote(verdict: str, order: str) -> int:
-    """Index of a verdict among (loss, tie, win) of answer 2: 0, 1 or 2."""
+    """The index of a verdict's outcome for answer 2 in (loss, tie, win): 0, 1 or 2."""
     if verdict == "tie":
         return 1
     first_wins = verdict == "A"
@@ -181,9 +181,9 @@ def vote(verdict: str, order: str) -> int:
 
 
 def outcome(records: Iterable[Mapping[str, Any]]) -> str:
-    """won, lost or tie for answer 2 by the verdicts on one prompt, if both orders say so; else disagree or unjudged.
+    """The outcome for answer 2 on one prompt: won, lost or tie if both orders agree, else disagree or unjudged.
 
-    A record has `status`, `verdict` and `order`; verdicts of one order are added up.
+    A record has `status`, `verdict` and `order`. Of several verdicts in one order the majority counts.
     """
     leads: dict[str, int] = {}
     for record in records:

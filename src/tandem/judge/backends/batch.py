@@ -1,4 +1,4 @@
-"""OpenAI's Batch API: cheaper, up to a day."""
+"""OpenAI's Batch API, which is cheaper and takes up to a day."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from tandem.runs import append_jsonl, read_jsonl
 from tandem.servers.client import AsyncClient
 from tandem.servers.dialects import body_of
 
-BATCH_POLL = 30.0  # seconds between two looks at a batch
+BATCH_POLL = 30.0  # seconds between two queries of a batch's status
 BATCH_REQUESTS = 50_000  # OpenAI's limit for one batch
 BATCH_BYTES = 150_000_000  # under OpenAI's limit of 200 MB for its file
 LOG = "batches.jsonl"
@@ -25,10 +25,10 @@ _ROUTES = {"responses": "/v1/responses", "chat": "/v1/chat/completions"}
 
 
 class BatchBackend:
-    """A `Backend` that has all expected calls answered at once, and then hands the answers out.
+    """A `Backend` that sends all expected calls as batches, waits for them, and then hands the replies out.
 
-    `batches.jsonl` in `folder` holds each batch's id from before the first look at it, so that a run that was killed
-    goes on waiting for the same batch. One killed between the creation and that line finds the batch by the digest of
+    `batches.jsonl` in `folder` holds each batch's id as soon as the batch is created, so that a killed run, started
+    again, waits for the same batch. If it was killed before that line was written, it finds the batch by the digest of
     its requests. A batch counts as collected once its replies are written down.
     """
 
@@ -37,16 +37,16 @@ class BatchBackend:
     def __init__(
         self, client: AsyncClient, judge: Judge, folder: Path, afford: Callable[[Sequence[Call]], None]
     ) -> None:
-        """`afford` raises OverBudget where calls might cost more than is left."""
+        """`afford` raises OverBudget if calls might cost more than is left."""
         self._client = client
         self._judge = judge
         self._folder = folder
         self._afford = afford
         self._replies: dict[str, Reply] = {}
-        self._fetched: list[tuple[str, str]] = []  # batches whose replies are here, id and status
+        self._fetched: list[tuple[str, str]] = []  # id and status of batches that were fetched and not yet written down
 
     async def expect(self, calls: Sequence[Call]) -> None:
-        """See `Backend`. First waits for the batches of an earlier run, then creates those of the calls left."""
+        """See `Backend`. Waits for batches of an earlier run first, then creates batches of the remaining calls."""
         self.settle()
         self._replies = {}
         with self._errors():
@@ -67,7 +67,7 @@ class BatchBackend:
         return self._replies.get(call.key) or Reply(error="batch: the server sent no reply to this call")
 
     def settle(self) -> None:
-        """What the batches brought is on disk: they need not be fetched again."""
+        """Mark the fetched batches as collected: their replies are on disk by now."""
         for batch_id, status in self._fetched:
             self._mark(batch_id, status)
         self._fetched = []
@@ -88,7 +88,7 @@ class BatchBackend:
             raise UserError(f"{where} failed: {self._client.say(error)}; run the same command again to go on") from None
 
     async def _create(self, lines: list[bytes], route: Any) -> None:
-        # Rounds that repeat the same requests must differ, hence the number of batches so far
+        # A later round may repeat the same requests in a new batch: the number of batches so far tells them apart
         number = len(read_jsonl(self._folder / LOG))
         digest = hashlib.sha256(b"".join(lines)).hexdigest()[:32] + f"-{number}"
         batches, files = self._client.openai.batches, self._client.openai.files
@@ -102,7 +102,7 @@ class BatchBackend:
         append_jsonl(self._folder / LOG, {"event": "created", "batch_id": batch.id, "requests": len(lines)})
 
     async def _collect(self) -> None:
-        """Wait for every batch on disk that was not collected yet, and fetch its replies."""
+        """Wait for each batch in batches.jsonl that was not collected yet, and fetch its replies."""
         batches, files = self._client.openai.batches, self._client.openai.files
         fetched = {batch_id for batch_id, _ in self._fetched}
         for batch_id in open_batches(self._folder):
@@ -118,7 +118,7 @@ class BatchBackend:
             if batch.status != "failed":
                 self._fetched.append((batch_id, batch.status))
             else:
-                self._mark(batch_id, "failed")  # nothing is to be had of it
+                self._mark(batch_id, "failed")  # it has no replies
                 problems = batch.errors.data if batch.errors and batch.errors.data else []
                 reason = self._client.scrub(str(problems[0].message)) if problems else "no reason given"
                 raise UserError(f"--batch: {self._client.url} refused batch {batch_id}: {reason}")
@@ -129,7 +129,7 @@ class BatchBackend:
                 result = json.loads(line)
                 key, response = str(result["custom_id"]), result.get("response") or {}
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # a torn line: its call has no verdict and is asked again
+                continue  # a damaged line: its call stays without a verdict and is asked again
             if response.get("status_code") == 200:
                 self._replies[key] = Reply(self._client.scrub(json.dumps(response.get("body"))))
             else:
@@ -139,7 +139,7 @@ class BatchBackend:
 
 
 def batch_files(requests: Iterable[tuple[str, Mapping[str, Any]]], route: str) -> Iterator[list[bytes]]:
-    """Lines of the Batch API's input files, of keys and bodies; each file within the API's limits."""
+    """The lines of input files for the Batch API, made of keys and bodies; each file is within the API's limits."""
     lines: list[bytes] = []
     size = 0
     for key, body in requests:

@@ -1,4 +1,4 @@
-"""A judge behind a server with the Responses API or chat completions, asked one request a call."""
+"""A judge behind a server with the Responses API or chat completions, asked by one request a call."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from tandem.servers.client import AsyncClient
 from tandem.servers.dialects import NO_REPLY
 
 PROBES = 4
-ERRORS_IN_A_ROW = 20  # requests that failed for good, one after another, after which the server is taken for gone
+ERRORS_IN_A_ROW = 20  # failed requests, one after another, after which the server is taken for gone
 
 
 class ServerBackend:
-    """A `Backend` over one client."""
+    """A `Backend` that asks one server."""
 
     retries = True
 
@@ -55,7 +55,7 @@ def _mend(error: openai.APIError) -> str:
 
 
 def client_of(options: JudgeOptions, known: Mapping[str, Any] | None, on_429: Any) -> AsyncClient:
-    """The client of the judge's server: the Responses API first, then chat completions."""
+    """The client of the judge's server, which tries the Responses API first, then chat completions."""
     return AsyncClient(
         options.url,
         ("responses", "chat"),
@@ -67,13 +67,13 @@ def client_of(options: JudgeOptions, known: Mapping[str, Any] | None, on_429: An
 
 
 async def enforces_schema(client: AsyncClient, judge: Judge) -> tuple[bool | None, list[str]]:
-    """Whether the server holds replies to a schema, and the replies that show it; None where all were cut off.
+    """Whether the server makes replies follow a schema, and the replies that show it; None if all were cut off.
 
-    A request that asks for something else than a verdict: what comes back has the schema's form only if the server
-    forces it. Repeated, since one bad reply must not decide the form of all that follow.
+    The request asks for something other than a verdict: a reply has the form of a verdict only if the server enforces
+    the schema. It is repeated, so that a single bad reply does not decide how all calls are asked.
 
     Raises:
-        UserError: the server cannot be reached, refuses both forms, or sends nothing that the API would.
+        UserError: the server cannot be reached, refuses both forms, or sends nothing that is a reply.
     """
     where = f"--base_url {client.url}"
     request = judge.request([{"role": "user", "content": "Name a colour."}])
@@ -97,7 +97,7 @@ async def enforces_schema(client: AsyncClient, judge: Judge) -> tuple[bool | Non
         refused = client.say(error)
     except openai.APIError as error:
         raise UserError(f"{where} does not answer: {client.say(error)}{_mend(error)}") from None
-    # It may be the schema that it does not take
+    # Perhaps it is the schema that the server refuses
     try:
         return False, [refused, await client.ask(dataclasses.replace(request, schema=None))]
     except openai.APIError as error:
