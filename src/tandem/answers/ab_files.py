@@ -1,7 +1,8 @@
-"""A/B files for outside judges, people or programs: answers without names, and the names kept apart.
+"""A/B files for outside judges, people or programs: the answers without names, and the names in a file apart.
 
 `ab_questions.jsonl` goes to the judge: `prompt_id`, `messages`, `answer_a`, `answer_b`. `ab_key.json` stays here and
-says whose answer A is. The judge's file has a line for each prompt: `prompt_id` and `verdict`, A, B or tie.
+says which model answer A is from. The judge sends back a file with a line for each prompt: `prompt_id` and `verdict`,
+which is A, B or tie.
 """
 
 import json
@@ -20,7 +21,7 @@ Row = Mapping[str, Any]  # prompt_id, messages, and `answers` by label
 
 
 def policy_is_a(prompt_id: str, seed: int) -> bool:
-    """Whether the policy's answer to a prompt is shown as A; drawn for each prompt by itself."""
+    """Whether the policy's answer to a prompt is shown as A, at random for each prompt."""
     return random.Random(f"{seed} {prompt_id}").random() < 0.5
 
 
@@ -45,11 +46,11 @@ def write_questions(folder: Path, rows: Sequence[Row], policy: str, against: str
 
 
 def read_winners(file: Path, folder: Path, rows: Sequence[Row], policy: str, against: str) -> dict[str, str]:
-    """Who won by an outside judge's file: `model` (the policy), `against` or `tie`, by prompt id.
+    """The winners by prompt id, from an outside judge's file: `model` (the policy), `against` or `tie`.
 
     Raises:
-        UserError: there are no questions in `folder`, they were about other answers than those of `rows`, or a line of
-            the file is no verdict on one of them.
+        UserError: there are no questions in `folder`, they are about other answers than those of `rows`, or a line of
+            the file is not a verdict on one of them.
     """
     a_is = _key_of_these_answers(folder, rows, policy, against)
     winners: dict[str, str] = {}
@@ -66,7 +67,7 @@ def read_winners(file: Path, folder: Path, rows: Sequence[Row], policy: str, aga
 
 
 def winner(verdict: str, model_is_a: bool, against: str) -> str:
-    """A verdict on A and B as one on the model and the side it is compared with."""
+    """The winner that a verdict on A and B means: `model`, `against` or `tie`."""
     if verdict == TIE:
         return TIE
     return MODEL if (verdict == "A") == model_is_a else against
@@ -94,7 +95,7 @@ def _key_of_these_answers(folder: Path, rows: Sequence[Row], policy: str, agains
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    # Not `read_jsonl`: others may leave out the newline at the end
+    # Not `read_jsonl`, which drops a last line without a newline: other programs may leave the newline out
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Answers of several models to the same prompts, side by side, with what a glance at them would count."""
+"""Puts answers of several models to the same prompts side by side, with simple statistics."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +29,9 @@ class CompareOptions(Options):
     base_model: str = opt(REQUIRED, "model before training: folder or Hub name, or name served")
     finetuned_model: str = opt(REQUIRED, "model or adapter after DPO")
     sft_model: str | None = opt(None, "model or adapter after SFT, as a third column")
-    policy: str = opt("dpo", "the side that is looked at", choices=("dpo", "sft", "base"))
+    policy: str = opt("dpo", "the model of interest", choices=("dpo", "sft", "base"))
     against: str = opt(
-        "base", "the side it is held against; chosen: the data's own answer", choices=("base", "sft", CHOSEN)
+        "base", "what it is compared with; chosen: the data's own answers", choices=("base", "sft", CHOSEN)
     )
     shuffle_ab: bool = opt(False, "write ab_questions.jsonl for outside judges, sides shuffled; ab_key.json tells them")
     ab_verdicts: str | None = opt(None, "an outside judge's verdicts on ab_questions.jsonl: prompt_id and A, B or tie")
@@ -48,7 +48,7 @@ class CompareOptions(Options):
 
     @property
     def models(self) -> dict[str, str]:
-        """Models to compare, by label."""
+        """The models to compare, by label."""
         named = {"base": self.base_model, "sft": self.sft_model, "dpo": self.finetuned_model}
         return {label: name for label, name in named.items() if name is not None}
 
@@ -56,10 +56,10 @@ class CompareOptions(Options):
 def compare(
     options: CompareOptions, engine: GenerationOptions, sampling: SamplingOptions, pairs: Sequence[Row]
 ) -> dict[str, Any]:
-    """Have every model answer the same prompts under the same sampling, and write `dpo_comparison_results.json`.
+    """Have every model answer the same prompts with the same sampling, and write `dpo_comparison_results.json`.
 
-    Answers already in `output_dir` are used as they are. Beside the results: `side_by_side.html`, and with
-    `--shuffle_ab` the files of `tandem.answers.ab_files`.
+    Answers that are already in `output_dir` are used as they are. Also written are `generation_samples.json` (the first
+    ten prompts), `side_by_side.html`, and with `--shuffle_ab` the files of `tandem.answers.ab_files`.
     """
     ranks.refuse_several("compare")
     folder = Path(options.output_dir)
@@ -105,7 +105,7 @@ def _in_order(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _with_winners(rows: Sequence[dict[str, Any]], winners: Mapping[str, str], against: str) -> dict[str, Any]:
-    """`rows` get `winner_model_vs_<against>`; returns the counts, with Wilson's 95% interval on decisive prompts."""
+    """Add `winner_model_vs_<against>` to `rows`; returns the counts, with Wilson's 95% interval on decisive prompts."""
     from tandem.intervals import wilson
 
     name = f"winner_model_vs_{against}"
@@ -125,11 +125,12 @@ def _with_winners(rows: Sequence[dict[str, Any]], winners: Mapping[str, str], ag
 
 
 def statistics(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Shares and means over one side's answers; None for what its records do not say.
+    """Shares and means over one side's answers; None where its records lack the field.
 
     `repetition` is 1 − distinct / all word trigrams, 0 for an answer of fewer than four words. `refusal` is a guess
-    (`tandem.answers.refusals`). All but `mean_tokens` count what is said once reasoning is taken away; `empty` is where
-    nothing is said. A record has `text`; `n_tokens` and `finish_reason` where a model drew it.
+    (`tandem.answers.refusals`). All but `mean_tokens` and `truncated` are of the text without its reasoning; `empty` is
+    the share of answers without any such text. A record has `text`, and if a model drew it, `n_tokens` and
+    `finish_reason`.
     """
     texts = [spoken(record["text"]) for record in records]
     tokens = [record["n_tokens"] for record in records if record.get("n_tokens") is not None]
@@ -146,14 +147,14 @@ def statistics(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def repetition(text: str) -> float:
-    """Share of a text's trigrams of words that have come before in it; 0 where there are none."""
+    """The share of a text's word trigrams that occurred in it before; 0 if it has fewer than two."""
     words = text.split()
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if len(trigrams) > 1 else 0.0
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """The statistics as a Markdown table, a side a row."""
+    """The statistics as a Markdown table, with a row for each side."""
     names = list(next(iter(results["statistics"].values())))
     rows = [
         [label, *("–" if values[name] is None else f"{values[name]:.3g}" for name in names)]
@@ -165,5 +166,5 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 def _page(results: Mapping[str, Any]) -> bytes:
     from tandem.report.side_by_side import render_side_by_side
 
-    # A lone surrogate, which JSON may hold, has no UTF-8
+    # A lone surrogate, which JSON may hold, cannot be encoded as UTF-8
     return render_side_by_side(results).encode(errors="replace")

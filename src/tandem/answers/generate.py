@@ -1,4 +1,4 @@
-"""Answers of models to held-out prompts, a line a prompt, resumable."""
+"""Has models answer held-out prompts: a file of lines for each model, which a killed run goes on with."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ from tandem.options.model import check_models, is_adapter
 from tandem.options.rules import Options
 from tandem.runs import append_jsonl, locked, read_jsonl, sha256_json
 
-MANY = 0.05  # share of answers that are none, above which it is told
+MANY = 0.05  # answers that are none (empty, cut off) are told if they are more than this share
 _LABEL = re.compile(r"\w[\w.-]*")
 
 
@@ -47,7 +47,7 @@ class GenerateOptions(Options):
 
     @property
     def by_label(self) -> dict[str, str]:
-        """Models by label."""
+        """The models by label."""
         return {label: model for label, _, model in (given.partition("=") for given in self.models)}
 
 
@@ -58,14 +58,14 @@ def generate(
     options: GenerationOptions,
     folder: Path,
 ) -> dict[str, Path]:
-    """Have every model, by label, answer the same prompts under the same sampling; returns their files by label.
+    """Have every model, by label, answer the same prompts with the same sampling; returns their files by label.
 
-    What `folder`/generations_<label>.jsonl holds already is kept, and a killed run goes on where it was; with nothing
-    missing, nothing is loaded.
+    Answers that `folder`/generations_<label>.jsonl holds already are kept, so that a killed run goes on where it was.
+    If none is missing, no model is loaded.
 
     Raises:
-        UserError: a file holds answers of another model, of a model trained since or of other sampling, another
-            process writes into the folder, or the backend cannot answer.
+        UserError: a file holds answers of another model, of other weights of the same model or of other sampling,
+            another process writes into the folder, or the backend cannot answer.
     """
     if options.backend == "openai" and sampling.max_prompt_length != SamplingOptions.max_prompt_length:
         raise UserError("--max_prompt_length has no effect with --backend openai: the server has the tokenizer")
@@ -89,7 +89,7 @@ def generate(
             from tandem.answers.backends.open import open_backend
 
             with open_backend(unfinished.values(), options, sampling) as backend:
-                # Models on one base follow each other: an backend that shares it loads it once
+                # Models with the same base follow each other, so that a backend can keep the base in memory
                 for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
                     backend.load(models[label])
                     _write_answers(backend, label, prompts, wanted[label], sources[label], files[label])
@@ -129,10 +129,10 @@ def _write_answers(
 
 
 def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions) -> dict[str, Any]:
-    """The fields of a line that say where the answer comes from."""
+    """The fields of a line that say what the answer was drawn with."""
     base, adapter, max_prompt_length, weights = model, None, None, None
     drawn = asdict(sampling.sampling)
-    if options.backend != "openai":  # there, the server's names say nothing
+    if options.backend != "openai":  # with a server, `model` is only a name: its weights and template are not known
         max_prompt_length = sampling.max_prompt_length
         if not options.is_own:
             drawn["template"] = [options.chat_template, options.chat_template_kwargs, options.system_prompt]
@@ -154,7 +154,7 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
 
 
 def _setting(options: GenerationOptions) -> dict[str, Any]:
-    """What changes an answer besides the model and the sampling; None where it does not matter."""
+    """What an answer depends on besides the model and the sampling; None for what does not matter to the backend."""
     if options.backend == "openai":
         return {"base_url": options.base_url, "dtype": None}
     from tandem.answers.backends.base import weights_dtype
@@ -167,8 +167,9 @@ _SETTINGS = {"code": "another version of --backend", "base_url": "another server
 
 
 def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:
-    """Refuse a file with lines that are not what `source` would draw. Which backend drew them makes no difference, nor
-    where a model lies whose weights are known.
+    """Refuse a file with lines that were drawn with something other than `source` says.
+
+    The backend may be another, and so may the place of a model whose weights are known to be the same.
 
     Args:
         kind: what a line is, for the message: answers, draws.
@@ -179,14 +180,14 @@ def refuse_others(file: Path, kind: str, records: Sequence[Mapping[str, Any]], s
     model = source["adapter"] or source["model"]
     for record in records:
         named = all(record.get(name) == source[name] for name in ("model", "adapter"))
-        # Older lines have none, nor those of the Hub's models and of servers
+        # Older lines have no digest of the weights, and neither have models of the Hub or of servers
         known = record.get("weights") and source["weights"]
         same = record["weights"] == source["weights"] if known else named
         if named and not same:
             raise UserError(f"{file}: holds {kind} of {model} with other weights than it has now; move it away")
         if not same or any(record.get(name) != source[name] for name in ("sampling", "seed")):
             raise UserError(f"{file}: holds {kind} of another model than {model} or of other sampling; move it away")
-        for name, words in _SETTINGS.items():  # which older lines do not name
+        for name, words in _SETTINGS.items():  # older lines lack these fields
             was, now = record.get(name), source.get(name)
             if None not in (was, now) and was != now:
                 raise UserError(f"{file}: holds {kind} of {words} ({was}, now {now}); move it away")
@@ -204,10 +205,10 @@ def _say_server_may_have_changed(file: Path, count: int, model: str) -> None:
 
 
 def _answered(file: Path, source: Mapping[str, Any]) -> set[str]:
-    """Prompts that `file` holds answers to.
+    """The ids of the prompts that `file` holds answers to.
 
     Raises:
-        UserError: they are not what `source` would draw.
+        UserError: see `refuse_others`.
     """
     records = read_jsonl(file)
     refuse_others(file, "answers", records, source)

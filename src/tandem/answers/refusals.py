@@ -1,12 +1,12 @@
-"""A guess at whether an answer refuses: one of a few phrases stands near its beginning. A heuristic, for a glance only.
+"""Guesses whether an answer is a refusal, by a few phrases near its beginning. It is a heuristic, for a first look.
 
-It knows English, and misses a refusal in other words. "As an AI" and "I'm sorry" alone are left out, since many helpful
-answers open with them, and so is "I don't know".
+It knows English only, and misses refusals in other words. "As an AI", "I'm sorry" and "I don't know" are not among the
+phrases: many helpful answers open with them.
 """
 
 import re
 
-OPENING = 200  # characters in which a refusal shows
+OPENING = 200  # characters at the beginning in which the phrases are looked for
 
 UNABLE = (
     "can't", "cannot", "can not", "won't", "will not", "am unable to", "'m unable to", "am not able to",
@@ -23,5 +23,5 @@ _PATTERN = re.compile(rf"\bi ?(?:{'|'.join(UNABLE)}) (?:{'|'.join(TO_DO)})\b|\b(
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an opening says so in these words, whatever the case and the kind of apostrophe."""
+    """Whether a text opens with one of the phrases, in upper or lower case and with either kind of apostrophe."""
     return _PATTERN.search(text[:OPENING].lower().replace("’", "'")) is not None

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness on each model, before and after training; the harness is the extra `benchmark`.
+"""Tasks of lm-evaluation-harness on the reference and the policies. The harness is in the extra `benchmark`.
 
-Two tasks need no download, since their data is made here: `tandem_sums` (which of four is the sum; by log-likelihood)
-and `tandem_words` (say a word so many times; by an exact answer). They say whether training has broken what any model
-of a few hundred million weights half can, and nothing of how good a model is.
+Two tasks need no download, since their data is made here: `tandem_sums` (which of four numbers is the sum, by
+log-likelihood) and `tandem_words` (say a word n times, by exact match). A model of a few hundred million weights gets
+about half of them right: they show whether training broke that, and nothing about how good a model is.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from tandem.options.fields import opt
 from tandem.options.rules import Options
 
 PACKAGE = "lm_eval"
-RESAMPLES = 1000  # of metrics that have no standard error by a formula
+RESAMPLES = 1000  # bootstrap samples for metrics whose standard error has no formula
 QUESTIONS = 200
 _WORDS = "lamp river stone paper green north apple seven cloud bread".split()  # noqa: SIM905
 
@@ -31,7 +31,7 @@ class BenchmarkOptions(Options):
     benchmark: list[str] | None = opt(
         None, "tasks of lm-evaluation-harness to run on every model; tandem_sums and tandem_words need no download"
     )
-    benchmark_limit: int | None = opt(None, "first so many questions of each task", low=1, needs="benchmark!=none")
+    benchmark_limit: int | None = opt(None, "ask only the first N questions of a task", low=1, needs="benchmark!=none")
     benchmark_tasks: str | None = opt(None, "folder with tasks of your own, as YAML files", needs="benchmark!=none")
     benchmark_fewshot: int | None = opt(
         None, "examples before each question; unset: as many as the task says", low=0, needs="benchmark!=none"
@@ -49,7 +49,7 @@ def check_tasks(options: BenchmarkOptions) -> None:
     """Look the tasks up before anything is measured.
 
     Raises:
-        UserError: there is no task of such a name, or this is one of several processes.
+        UserError: there is no task of that name, or this is one of several processes.
     """
     if not options.benchmark:
         return
@@ -64,10 +64,10 @@ def run_benchmarks(options: BenchmarkOptions, models: Mapping[str, Any], batch_s
     """A row for each task and metric: `task`, `metric`, `higher_is_better` and `models`, an estimate by label.
 
     Args:
-        models: by label, a function that returns the model and its tokenizer; one is in memory at a time
+        models: by label, a function that loads a model and its tokenizer; only one is in memory at a time
 
     Raises:
-        UserError: a task cannot be run, as where its data cannot be had.
+        UserError: a task cannot be run, for example because its data cannot be downloaded.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for label, load in models.items():
@@ -104,7 +104,7 @@ def _metrics(
             apply_chat_template=options.benchmark_chat,
             task_manager=_manager(options),
         )
-    except Exception as error:  # of data that cannot be had, of a task's own code: the harness raises what comes
+    except Exception as error:  # a missing data set, an error in a task's own code: the harness passes all on
         raise UserError(f"--benchmark {' '.join(options.benchmark or [])}: {first_line(error)}") from error
     for task, values in found["results"].items():
         counts = found.get("n-samples", {}).get(task, {})
@@ -119,7 +119,7 @@ def _metrics(
 
 
 def task_estimate(value: float, error: Any, count: int) -> Estimate:
-    """A task's `value` over `count` questions with an interval, from the standard `error` that its harness gives."""
+    """A task's `value` over `count` questions, with an interval from the harness's standard `error`."""
     if not isinstance(error, int | float):
         return estimate(value, None, None, count, "the task has no standard error of it")
     if count > 1 and abs(error**2 * (count - 1) - value * (1 - value)) < 1e-9:  # a mean of zeros and ones
@@ -131,7 +131,7 @@ def task_estimate(value: float, error: Any, count: int) -> Estimate:
 
 
 def own_tasks() -> dict[str, dict[str, Any]]:
-    """The tasks whose data is made here, as the harness takes them."""
+    """The tasks whose data is made here, in the harness's form."""
     common = {"test_split": "test", "num_fewshot": 0, "metadata": {"version": 1.0}}
     return {
         "tandem_sums": common
@@ -166,7 +166,7 @@ def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def sums() -> list[dict[str, Any]]:
-    """Sums of two numbers below 50, each with three others that are near: `a`, `b`, `choices` and the right `label`."""
+    """Sums of two numbers below 50: `a`, `b`, `choices` (the sum and three numbers near it) and the right `label`."""
     draw, rows = random.Random(1), []
     for _ in range(QUESTIONS):
         a, b = draw.randrange(50), draw.randrange(50)
@@ -177,7 +177,7 @@ def sums() -> list[dict[str, Any]]:
 
 
 def repetitions() -> list[dict[str, Any]]:
-    """A `word`, how many `times` it is to be said, and the `target`."""
+    """Words to repeat: `word`, how many `times`, and the `target`."""
     draw, rows = random.Random(2), []
     for _ in range(QUESTIONS):
         word, times = draw.choice(_WORDS), draw.randrange(2, 6)

@@ -1,4 +1,4 @@
-"""results.json as Markdown."""
+"""results.json as Markdown tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from tandem.markdown_table import markdown_table
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The metrics, the models' differences and the breakdown, as Markdown tables."""
     models = results["models"]
-    # The reference lacks some of the metrics, so the order is a policy's
+    # The reference, which comes first, lacks some metrics: their order is that of the last policy
     names = list(dict.fromkeys(name for metrics in reversed(models.values()) for name in metrics))
     tables = [
         markdown_table(

@@ -1,4 +1,4 @@
-"""KL of a round's policy from round 0, on the policy's own held-out answers."""
+"""The KL divergence of a round's policy from that of round 0, on the policy's own held-out answers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,15 @@ LOG_RATIOS = "log_ratios.json"
 def divergence(
     folder: Path, records: Sequence[Record], base: Sequence[Record], options: RoundsOptions
 ) -> dict[str, Any] | None:
-    """KL(π‖π₀) by the mean log-ratio log π(y|x) − log π₀(y|x) of the policy's own answers, as `evaluation` has it.
+    """KL(π‖π₀) as the mean log-ratio log π(y|x) − log π₀(y|x) of the policy's own answers, like `evaluation`'s.
 
-    Answers are those that `records` hold, as they were drawn: at a temperature other than 1 they are of a sharper
-    policy than π. Only whole answers count. The log-ratios stand in `folder`, so that each is computed once.
+    The answers are those of `records`, however they were drawn: at a temperature other than 1 they are not from π, but
+    from a sharper or flatter distribution. Only whole answers count. The log-ratios are kept in `folder`, so that each
+    is computed once.
 
     Returns:
-        `per_token` and `per_answer`, estimates in nats whose intervals resample prompts; or `why` there are none; or
-        None if no prompts are asked for.
+        `per_token` and `per_answer`, estimates in nats whose intervals resample prompts; where there are none, `why`;
+        or None if --kl_prompts is 0.
     """
     if not options.kl_prompts:
         return None
@@ -37,7 +38,7 @@ def divergence(
     if why is None:
         try:
             ratios, lengths = _log_ratios(folder / LOG_RATIOS, own, base[0], options)
-        except UserError as error:  # a model that lies elsewhere now takes nothing from the other measures
+        except UserError as error:  # a model that was moved must not cost the other measurements
             why = first_line(error)
     if why is not None:
         return {"per_token": None, "per_answer": None, "why": why}
@@ -49,7 +50,7 @@ def divergence(
 
 
 def _unknown(own: Sequence[Record], record: Record, first: Record) -> str | None:
-    """Why the models of answers cannot be asked for log-probabilities; None where they can."""
+    """Why the models that drew the answers cannot give log-probs; None if they can."""
     if not own:
         return "there is no whole answer"
     if "model" not in record or "model" not in first:
@@ -64,7 +65,7 @@ def _ratio(sums: Array, counts: Array, axis: int) -> Any:
 
 
 def _log_ratios(file: Path, own: Sequence[Record], first: Record, options: RoundsOptions) -> tuple[Array, Array]:
-    """(n,) log-ratios in nats and (n,) tokens of the answers."""
+    """The answers' log-ratios in nats, (n,), and their numbers of tokens, (n,)."""
     texts = [[record["prompt_id"], record["text"]] for record in own]
     key = sha256_json([own[0].get("weights"), first.get("weights"), _name(own[0]), _name(first), texts])
     known = _known(file)
@@ -80,7 +81,7 @@ def _log_ratios(file: Path, own: Sequence[Record], first: Record, options: Round
 def _known(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is only a memory: what cannot be read is computed anew
+    except (OSError, ValueError):  # only a cache: what cannot be read is computed anew
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -91,7 +92,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def _tokenized(records: Sequence[Record]) -> list[dict[str, list[int]]]:
-    """Prompt and answer of each record as the model saw them. A scorer of pairs wants a second answer: one token."""
+    """Prompt and answer of each record as the model saw them. The scorer takes pairs: the second answer is a token."""
     from tandem.answers.backends.base import encode
     from tandem.data.tokenized import plain_ids
     from tandem.models.load import load_tokenizer
@@ -114,7 +115,7 @@ def _logps(name: str, record: Record, pairs: list[dict[str, list[int]]], batch_s
 
     if is_adapter(name) or Path(name).is_dir():
         check_model(name)
-    # Float32 sums even of bfloat16 weights: a difference of rounding would be a difference of models
+    # No autocast: its rounding would be taken for a difference between the models
     scorer = load_scorer(name, record.get("dtype") or "float32", batch_size=batch_size, bf16=False)
     logps: Array = scorer.pair_logps(pairs, None, name)[:, 0]
     return logps

@@ -1,4 +1,4 @@
-"""Scores of a function of the user's, for answers that code can check."""
+"""Scores by a function of the user's, for answers that code can check."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from tandem.data.formats import Message
 from tandem.errors import UserError, one_line
 from tandem.objects import load_object, version_of
 
-FIRST = 10  # answers of which one at least must get its score
+FIRST = 10  # answers after which a function that raised an exception on every one is given up
 
 ScoreFunction = Callable[[Sequence[Message], str, Mapping[str, Any]], Any]
 
@@ -16,7 +16,7 @@ ScoreFunction = Callable[[Sequence[Message], str, Mapping[str, Any]], Any]
 class Function:
     """`function(prompt, answer, row) -> float`: prompt as messages, answer as text, row as the data has it.
 
-    None is no score; an exception is none either, and is told with its reason.
+    A result of None means no score; so does an exception, whose message is reported.
 
     Raises:
         UserError: there is no such function.
@@ -31,19 +31,20 @@ class Function:
 
     @property
     def version(self) -> str:
-        """A digest of the file that the function is in: what it has scored counts until that changes."""
+        """A digest of the file that the function is in: its scores are valid as long as the file stays the same."""
         return version_of(self.name)
 
     def score(self, messages: Sequence[Message], answer: str, row: Mapping[str, Any]) -> tuple[float | None, str]:
-        """A finite score, or None and why.
+        """A finite score, or None and the reason.
 
         Raises:
-            UserError: none of the first answers could be scored for exceptions, or the function gives no number.
+            UserError: the function raised an exception on each of the first answers, or returned something that is
+                neither a number nor None.
         """
         self._asked += 1
         try:
             value = self._function([dict(message) for message in messages], answer, dict(row))  # type: ignore[arg-type]
-        except Exception as error:  # it is the user's, and an answer may be anything
+        except Exception as error:  # the user's code, on answers that may be anything
             reason = one_line(f"{type(error).__name__}: {error}")[:200]
             if not self._scored and self._asked >= FIRST:
                 raise UserError(

@@ -1,9 +1,9 @@
-"""Instructions that code can check: a set of prompts to try rounds on, and the function that scores them.
+"""Instructions that code can check: a set of prompts to try rounds on, and the function that scores answers to them.
 
     python -m tandem.rounds.instructions FOLDER    writes train.jsonl and test.jsonl
 
-A prompt that is trained on asks for one or two of six constraints; the held-out prompts ask for pairs that no prompt in
-training has.
+A training prompt asks for one or two of six constraints; a held-out prompt asks for two that no training prompt
+combines.
 """
 
 import itertools
@@ -27,7 +27,7 @@ _TOPICS = (
 )  # fmt: skip
 _OPENERS = ("Well", "Indeed", "Today", "Perhaps", "Sure", "Listen")
 
-# Each constraint: the sentence that asks for it, given what is drawn for it, and whether an answer keeps it
+# For each constraint the sentence that asks for it, with a place for its value, and the check of an answer
 _WORDS = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 CONSTRAINTS: dict[str, tuple[str, Callable[[str, Any], bool]]] = {
     "lower_case": ("Write in lower case only.", lambda text, _: text == text.lower()),
@@ -43,10 +43,10 @@ CONSTRAINTS: dict[str, tuple[str, Callable[[str, Any], bool]]] = {
 
 
 def rows(count: int, *, held_out: bool, seed: int = SEED) -> list[dict[str, Any]]:
-    """`count` different prompts: `prompt`, and `constraints` with what each is given."""
+    """`count` different prompts: `prompt`, and `constraints` with their values."""
     noise = random.Random(f"{seed} {held_out}")
     names = list(CONSTRAINTS)
-    # Each constraint and the next, around: every one is in two of the held-out pairs
+    # Held-out are the pairs of neighbours in the circle of constraints, so that each constraint is in two of them
     apart = {frozenset(pair) for pair in zip(names, names[1:] + names[:1], strict=True)}
     pairs = list(itertools.combinations(names, 2))
     own: list[tuple[str, ...]] = [pair for pair in pairs if (frozenset(pair) in apart) == held_out]
@@ -71,18 +71,18 @@ def kept(answer: str, row: Mapping[str, Any]) -> Iterator[bool]:
 
 
 def success(prompt: Any, answer: str, row: Mapping[str, Any]) -> float:
-    """1 where all constraints are kept, else 0: for `--score_function tandem.rounds.instructions:success`."""
+    """1 if the answer keeps all constraints, else 0: for `--score_function tandem.rounds.instructions:success`."""
     return float(all(kept(answer, row)))
 
 
 def share(prompt: Any, answer: str, row: Mapping[str, Any]) -> float:
-    """Share of the constraints that are kept: ranks answers of which none, or each, keeps all."""
+    """The share of constraints that the answer keeps, which also ranks answers none of which keeps all."""
     found = list(kept(answer, row))
     return sum(found) / len(found)
 
 
 def write(folder: Path) -> None:
-    """The set as files that `data.sources` reads."""
+    """Write the set as files that `data.sources` reads."""
     for name, found in (("train", rows(TRAINED, held_out=False)), ("test", rows(HELD_OUT, held_out=True))):
         write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in found))
 

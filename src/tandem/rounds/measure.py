@@ -1,4 +1,4 @@
-"""What the rounds have brought on the held-out prompts, measured against round 0."""
+"""Measures the rounds on the held-out prompts, against round 0."""
 
 import itertools
 import json
@@ -65,7 +65,10 @@ def _read(folder: Path) -> dict[int, list[Record]]:
 
 
 def _by_prompt(records: Sequence[Record], name: str | None, of_none: float | None) -> dict[str, float]:
-    """The mean score of each prompt; by the scorer that ranks, or another. A non-answer counts `of_none`."""
+    """The mean score of each prompt, by the scorer `name`, or the one that ranks if None.
+
+    An answer that is none (empty, cut off) has the score `of_none`; where that is None, it is left out.
+    """
     values: dict[str, list[float]] = {}
     for record in records:
         score = record["score"] if name is None else record.get("scores", {}).get(name)
@@ -96,7 +99,7 @@ def _row(number: int, records: Sequence[Record], base: Sequence[Record], options
 
 
 def _add_judged(row: dict[str, Any], file: Path) -> None:
-    """What the summary of a judge that compared a round with round 0 says beyond its verdicts, to that judge's numbers.
+    """Add to a judge's numbers what its summary says beyond single verdicts, where it compared the round with round 0.
 
     Raises:
         UserError: the summary is damaged.
@@ -117,7 +120,7 @@ def _add_judged(row: dict[str, Any], file: Path) -> None:
 def _by_scorer(
     records: Sequence[Record], base: Sequence[Record], name: str | None, options: RoundsOptions
 ) -> dict[str, Any]:
-    """What one scorer says of a round and of its lead over round 0; the one that ranks where `name` is None."""
+    """One scorer's numbers for a round and its lead over round 0; `name` None is the scorer that ranks."""
     own, first = (_by_prompt(each, name, options.non_answer_score) for each in (records, base))
     return {
         "mean_score": bootstrap(mean, [np.array(list(own.values()))], options.seed) if own else None,
@@ -127,7 +130,7 @@ def _by_scorer(
 
 
 def _difference(own: Mapping[str, float], base: Mapping[str, float], seed: int) -> Estimate:
-    """Mean score less round 0's over prompts that both have a score on; prompts are resampled."""
+    """The mean difference of scores from round 0's, over prompts with a score in both; prompts are resampled."""
     both = sorted(own.keys() & base.keys())
     if not both:
         return estimate(None, None, None, 0, _NONE_IN_BOTH)
@@ -135,30 +138,30 @@ def _difference(own: Mapping[str, float], base: Mapping[str, float], seed: int) 
 
 
 def _win_rate(own: Mapping[str, float], base: Mapping[str, float]) -> Estimate:
-    """Prompts with a higher score than round 0's, ties as ½. A non-answer, −∞, loses against any answer."""
+    """The share of prompts with a higher score than round 0's, ties as ½. A non-answer, −∞, loses to any answer."""
     both = own.keys() & base.keys()
     points = sum(0.5 if own[key] == base[key] else float(own[key] > base[key]) for key in both)
     return wilson(points, len(both), _NONE_IN_BOTH)
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float | None:
-    """Distinct over all word bigrams of all answers (Li et al. 2016, distinct-2); None where there is none."""
+    """Distinct word bigrams over all word bigrams of all answers (Li et al. 2016, distinct-2); None without any."""
     pairs = [pair for words in map(str.split, texts) for pair in itertools.pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
 def _best(rows: Sequence[dict[str, Any]], rounds: Mapping[int, Sequence[Record]], options: RoundsOptions) -> int:
-    """The best round; gives each row its `gain` over the best before it, prompt by prompt, and whether to `stop` there.
+    """The best round. Adds to each row its `gain` over the best round before it, prompt by prompt, and its `stop`.
 
-    A round is better where that gain's interval is above 0. Each row has its own `stop`, so that a pipeline that is run
-    again takes the turns it took.
+    A round is better than the best before it if the interval of its gain is above 0; otherwise `stop` is true. Each row
+    keeps its own `stop`, so that a pipeline that is run again decides after each round as it did before.
     """
     best = rows[0]
     best["gain"], best["stop"] = None, False
     for row in rows[1:]:
         own, before = (_by_prompt(rounds[one["round"]], None, options.non_answer_score) for one in (row, best))
         row["gain"] = gain = _difference(own, before, options.seed)
-        row["stop"] = gain["low"] is None or gain["low"] <= 0  # too few prompts have no interval, and show nothing
+        row["stop"] = gain["low"] is None or gain["low"] <= 0  # without an interval, nothing shows that it is better
         if not row["stop"]:
             best = row
     number: int = best["round"]
@@ -166,7 +169,7 @@ def _best(rows: Sequence[dict[str, Any]], rounds: Mapping[int, Sequence[Record]]
 
 
 def _over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rounds whose score has risen beyond its interval while another scorer's has not."""
+    """Warnings of rounds whose score has risen significantly while another scorer's has not."""
     found = []
     for row in rows[1:]:
         if (row["difference"]["low"] or 0) <= 0:
@@ -185,7 +188,7 @@ def _over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """What to know first, and a row a round."""
+    """Warnings and conclusion, then a table with a row for each round."""
     table = rounds_table(results)
     rows = [[f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row] for row in table.rows]
     lines = markdown_table([column.name for column in table.columns], rows)

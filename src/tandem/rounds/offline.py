@@ -1,8 +1,8 @@
-"""Pairs that others wrote, without those of held-out prompts, for the rounds to mix in.
+"""Pairs of a data set, without those on held-out prompts, for the rounds to mix in.
 
     python -m tandem.rounds.offline PAIRS HELD_OUT_PROMPTS OUT
 
-Both may be of one data set: PROMPTS of its prompts and OFFLINE_PAIRS of its answers.
+A pipeline may take its prompts (PROMPTS) and such pairs (OFFLINE_PAIRS) from the same data set.
 """
 
 import json
@@ -18,7 +18,7 @@ from tandem.runs import write_atomic
 
 
 def without_held_out(pairs: str, held_out: Path, out: Path) -> str:
-    """Write the pairs whose prompts are not held out as JSON lines; returns what was left out.
+    """Write the pairs whose prompts are not held out as JSON lines; returns a line on how many were left out.
 
     Raises:
         UserError: a file cannot be read, or nothing is left.

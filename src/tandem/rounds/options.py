@@ -1,4 +1,4 @@
-"""Options of the stages of a round. Light to import."""
+"""Options of the stages of a round. Nothing heavy is imported here."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class SampleOptions(GenerateOptions):
             yield f"--part must be from 1 to --parts {self.parts}, not {self.part}"
 
     def own_part(self, items: Sequence[Item]) -> list[Item]:
-        """Every `parts`-th of `items`.
+        """The items of this `part`: every `parts`-th one.
 
         Raises:
             UserError: there are fewer items than parts.
@@ -120,7 +120,7 @@ class ScoreOptions(Options):
 
     @property
     def scorers(self) -> list[str]:
-        """Names of the scorers, in the order in which they are asked."""
+        """The names of the scorers, in the order in which they are asked."""
         judges = [self.judge_model] if self.judge_model else []
         by_kind = {"reward": self.reward_models, "function": self.score_function, "judge": judges}
         return [f"{kind}:{name}" for kind, names in by_kind.items() for name in names]
@@ -161,7 +161,7 @@ class PairOptions(Options):
 
     @property
     def selection(self) -> select.Selection:
-        """What these options ask for."""
+        """How pairs are selected, by these options."""
         most = self.max_pairs_per_prompt or (2**31 if self.pair_strategy == select.ALL else 1)
         return select.Selection(self.pair_strategy, self.min_score_margin, most, self.max_length_ratio)
 
@@ -174,10 +174,10 @@ class RoundsOptions(Options):
     seed: int = opt(42, "seed of the bootstrap", low=0)
     non_answer_score: float | None = opt(
         None,
-        "what an answer that is none counts in mean scores, as 0 where a score is success; unset: it has no score, and "
-        "its prompt is in no difference",
+        "score of an answer that is none (empty, cut off), such as 0 where a score is success; unset: it has none, and "
+        "its prompt is left out of differences",
         above=-math.inf,
         below=math.inf,
     )
-    kl_prompts: int = opt(64, "held-out answers of a round that its KL from round 0 is estimated on; 0: none", low=0)
-    kl_batch_size: int = opt(8, "answers in a batch of these", low=1, unless="kl_prompts=0")
+    kl_prompts: int = opt(64, "held-out answers of a round on which its KL from round 0 is estimated; 0: none", low=0)
+    kl_batch_size: int = opt(8, "batch size when these are scored", low=1, unless="kl_prompts=0")

@@ -1,4 +1,4 @@
-"""Preference pairs of scored answers, with where they come from and a report on what became of the rest."""
+"""Makes preference pairs of scored answers, with their provenance and a report on the prompts without a pair."""
 
 import functools
 import json
@@ -27,10 +27,10 @@ from tandem.runs import locked, write_atomic, write_json
 
 
 def make_pairs(options: PairOptions) -> dict[str, Any]:
-    """Write the pairs and their report into `output_dir`, and have the data check read them; returns the report.
+    """Write the pairs and their report to `output_dir`, and run the data check on them; returns the report.
 
     Raises:
-        UserError: the scores cannot be read, no prompt gives a pair, or the data check stops on what it finds.
+        UserError: the scores cannot be read, no prompt gives a pair, or the data check fails.
     """
     ranks.refuse_several("make_pairs")
     records = read_records(options.scores, scored=True)
@@ -48,7 +48,7 @@ def make_pairs(options: PairOptions) -> dict[str, Any]:
     folder = Path(options.output_dir)
     with locked(folder):
         file = folder / PAIRS
-        file.unlink(missing_ok=True)  # pairs of other scores, which must not be trained on if this fails
+        file.unlink(missing_ok=True)  # pairs of an earlier run must not be trained on if this one fails
         write_json(folder / PAIRS_REPORT, report)
         if not rows:
             told = ", ".join(f"{why} {count}" for why, count in without.most_common())
@@ -61,7 +61,7 @@ def make_pairs(options: PairOptions) -> dict[str, Any]:
 
 
 def _pairs_of(answers: Sequence[Record], options: PairOptions, seed: str) -> tuple[list[select.Pair], str | None]:
-    """Index pairs into `answers`. An answer that was drawn twice is one: the first, with the mean of its scores."""
+    """Index pairs into `answers`, or why there are none. Equal answers count once, with the mean of their scores."""
     alike: dict[str, list[int]] = {}
     for index, answer in enumerate(answers):
         alike.setdefault(answer["text"].strip(), []).append(index)
@@ -82,14 +82,14 @@ def _pairs_of(answers: Sequence[Record], options: PairOptions, seed: str) -> tup
 
 
 def _mean_score(answers: Sequence[Record]) -> float | None:
-    """None where one of them is no answer, as their text is then none."""
+    """The mean score of equal answers, over those that are whole and have a score; None if none does."""
     scores = [answer["score"] for answer in answers if not non_answers.non_answer(answer)]
     known = [score for score in scores if score is not None]
     return statistics.fmean(known) if known else None
 
 
 def _row(chosen: Record, rejected: Record, number: int) -> dict[str, Any]:
-    """One pair in the format `messages`, with its provenance."""
+    """A pair in the format `messages`, with its provenance."""
     origin = ("label", "model", "adapter", "draw", "seed", "score", "scorer", "scores", "n_tokens", "sampling")
     return {
         "prompt": chosen["messages"],
@@ -136,7 +136,7 @@ def _report(groups: dict[str, list[Record]], rows: Sequence[dict[str, Any]], wit
 
 
 def _spread(values: Any) -> dict[str, float] | None:
-    """Mean and quartiles; None of nothing."""
+    """Mean, quartiles, least and most of `values`; None where there are none."""
     if not len(values):
         return None
     quartiles = np.quantile(np.asarray(values, float), [0, 0.25, 0.5, 0.75, 1])
@@ -145,7 +145,7 @@ def _spread(values: Any) -> dict[str, float] | None:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """What became of the prompts, and what the pairs are like, in a few lines."""
+    """A few lines on how many prompts gave a pair, and on the pairs' margins and lengths."""
     reasons = [*report["prompts_without_pairs"].items()]
     lines = [
         f"{report['pairs']} pairs of {report['prompts_with_pairs']} of {report['prompts']} prompts "

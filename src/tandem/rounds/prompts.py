@@ -1,4 +1,4 @@
-"""Prompts of any data set that Tandem reads, with or without answers, kept apart from the held-out ones."""
+"""Reads the prompts of any data set that Tandem reads, with or without answers; held-out ones apart from the others."""
 
 import sys
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ from tandem.data.sources import (
 )
 from tandem.errors import UserError, one_line
 
-# What stands in for the answers that a row of prompts lacks, so that the formats' own readers can be used
+# Placeholders for answers that a row lacks, so that the formats' own readers can read it
 _TEXTS = {"chosen": "-", "rejected": "."}
 _MESSAGES = {side: [{"role": "assistant", "content": text}] for side, text in _TEXTS.items()}
 _CONVERSATIONS = ("messages", "conversations")
-_ANSWERS = ("chosen", "completion", "response")  # columns of the one that the data prefers
+_ANSWERS = ("chosen", "completion", "response")  # columns that may hold the preferred answer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the row that it is from, and the answer that the data prefers, where there is one."""
+    """A prompt, the row that it is from, and the preferred answer, if the data has one."""
 
     messages: list[Message]
     row: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Prompt:
 
 
 def training_prompts(options: DataOptions) -> list[Prompt]:
-    """The distinct prompts of the training part, without those that are held out as well.
+    """The distinct prompts of the training part, without those that are held out too.
 
     Raises:
         UserError: the data cannot be read, or all of its prompts are held out.
@@ -85,7 +85,7 @@ def held_out_prompts(options: DataOptions) -> list[Prompt]:
 
 
 def _halves(options: DataOptions) -> tuple[list[Prompt], list[Prompt]]:
-    # The reader of pairs draws the same prompts, whose ids are of the prompt as it is there: text, or messages
+    # Keyed by the prompt as the reader of pairs has it, text or messages, so that the same prompts are held out
     rows = [{"prompt": key, "found": found} for key, found in _keyed(options, options.dataset_train_split)]
     halves = split_by_prompt(rows, options.val_ratio, options.data_seed)
     train, held_out = ([row["found"] for row in half] for half in halves)
@@ -114,7 +114,7 @@ def _read(options: DataOptions, split: str) -> list[Prompt]:
 
 
 def _keyed(options: DataOptions, split: str) -> list[tuple[str | list[Message], Prompt]]:
-    """Each prompt as the reader of pairs has it, and as messages."""
+    """Each prompt as the reader of pairs has it, text or messages, and as a `Prompt`."""
     found: list[tuple[str | list[Message], Prompt]] = []
     bad: list[str] = []
     balance = Balance(f"{options.dataset_name} ({split})")
@@ -137,7 +137,7 @@ def _keyed(options: DataOptions, split: str) -> list[tuple[str | list[Message], 
 
 
 def _read_row(row: Row, options: DataOptions, balance: Balance) -> tuple[Row, str | None]:
-    """A canonical row with the prompt of `row`, and the answer that the data prefers, where there is one."""
+    """A canonical row with the prompt of `row`, and the preferred answer, if there is one."""
     pair_format = options.data_format or detect_format(shaped := known_shape(row, options.data_format))
     if pair_format is not None and "chosen" in shaped and "rejected" in shaped:
         pair = to_canonical(shaped, pair_format, balance)
@@ -157,7 +157,7 @@ def _read_row(row: Row, options: DataOptions, balance: Balance) -> tuple[Row, st
 
 
 def _of_conversation(row: Row, column: str, balance: Balance) -> tuple[Row, str | None]:
-    """The conversation up to its last user's turn; an answer that follows is the data's own."""
+    """The conversation up to its last turn of the user or a tool, and the assistant's answer after it, if any."""
     tracked = TrackedRow(known_shape({"messages": row[column]}, None))
     turns = read_turns(tracked, "messages")
     last = max((at for at, turn in enumerate(turns) if turn["role"] in ("user", "tool")), default=None)

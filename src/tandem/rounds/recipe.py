@@ -1,4 +1,4 @@
-"""A recipe's dpo.yaml for the rounds after the first, which go on training the adapter of the round before.
+"""A recipe's dpo.yaml for the rounds after the first, which train the adapter of the round before further.
 
 python -m tandem.rounds.recipe dpo.yaml    prints it without the options that make a new adapter
 """
@@ -11,10 +11,10 @@ from tandem.options.yaml_text import read_yaml, to_yaml
 
 
 def of_later_rounds(path: str) -> str:
-    """The YAML at `path` without `use_peft` and what needs it.
+    """The YAML at `path` without `use_peft` and the options that need it.
 
     Raises:
-        UserError: it cannot be read, or trains in 4 bits, which no later round could go on with.
+        UserError: it cannot be read, or asks for 4-bit weights, on which later rounds cannot train an adapter further.
     """
     values = read_yaml(path)
     if str(values.get("load_in_4bit")).lower() == "true":

@@ -1,10 +1,10 @@
-"""The files of a round's answers: a line for each drawn answer, with its prompt, and after scoring its score.
+"""The files of a round's answers: a line for each answer, with its prompt, and after scoring with its score.
 
     prompts.jsonl   prompt_id, messages, row (the data's own row, for a function that scores)
     samples.jsonl   prompt_id, messages, text, label, draw, n_tokens, finish_reason, model, adapter, sampling, …
     scores.jsonl    the same, with score, scorer, scores (by scorer) and non_answer
 
-Files of other makers are read as well: what is needed is a prompt, `text`, and for pairs `score`.
+Files of other programs are read as well, if their lines have a prompt, `text`, and for pairs `score`.
 """
 
 import json
@@ -25,7 +25,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_there(path: str | Path) -> None:
-    """Refuse a file that is not there.
+    """Refuse a path that is not a file.
 
     Raises:
         UserError: naming it.
@@ -35,12 +35,12 @@ def check_there(path: str | Path) -> None:
 
 
 def read_records(path: str | Path, *, scored: bool = False) -> list[Record]:
-    """The lines of `samples.jsonl`, or of `scores.jsonl` if `scored`, checked and with what they may leave out.
+    """The lines of `samples.jsonl`, or of `scores.jsonl` if `scored`, checked, and completed where fields are missing.
 
     A record has `prompt_id`, `messages`, `text`, `label`, `draw` and, if `scored`, `score`, a finite number or None.
 
     Raises:
-        UserError: naming file, row and field of what is wrong.
+        UserError: naming the file, row and field that is wrong.
     """
     check_there(path)
     path = Path(path)
@@ -68,7 +68,7 @@ def read_records(path: str | Path, *, scored: bool = False) -> list[Record]:
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """What tells one answer of a file from the others."""
+    """The key that identifies an answer in a file."""
     return record["label"], record["prompt_id"], record["draw"]
 
 
@@ -124,7 +124,7 @@ def read_prompt_ids(path: Path) -> set[str]:
     """The ids of the prompts in a `prompts.jsonl`.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the file is missing, empty or damaged.
     """
     try:
         found = {record["prompt_id"] for record in read_jsonl(path)}
@@ -145,13 +145,13 @@ def by_prompt(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of records, whole or not at all."""
-    # A lone surrogate, which JSON may hold, has no UTF-8
+    # A lone surrogate, which JSON may hold, cannot be encoded as UTF-8
     lines = (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     write_atomic(path, "".join(lines).encode(errors="replace"))
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: a column of a data set may be a date, bytes or NaN."""
+    """`value` as what JSON can hold: a column of a data set may hold dates, bytes or NaN."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

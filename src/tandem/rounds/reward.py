@@ -1,4 +1,4 @@
-"""Scores of a reward model: a sequence classifier with one output, as transformers computes it."""
+"""Scores by a reward model: a sequence classifier with one output, as transformers computes it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ TOO_LONG, NOT_FINITE = "too_long", "not_finite"
 
 
 class RewardModel:
-    """A model that gives a conversation, which ends with an answer, one number."""
+    """A model that maps a conversation, which ends with an answer, to a number."""
 
     def __init__(self, name: str, dtype: str | None, batch_size: int) -> None:
         check_model(name)
@@ -45,12 +45,12 @@ class RewardModel:
         return list(encoded["input_ids"])
 
     def scores(self, texts: Sequence[tuple[Sequence[Message], str]]) -> Iterator[tuple[int, float | None, str]]:
-        """For each of `texts` (prompt, answer) its index, its score or None, and why; those of like length together."""
+        """For each of `texts` (prompt, answer) its index, and its score, or None and the reason; the longest first."""
         encoded = [self.ids(messages, answer) for messages, answer in texts]
         fitting = [index for index, ids in enumerate(encoded) if len(ids) <= self._longest]
         for index in sorted(set(range(len(texts))) - set(fitting)):
             yield index, None, TOO_LONG
-        order = sorted(fitting, key=lambda index: -len(encoded[index]))  # what may not fit in memory comes first
+        order = sorted(fitting, key=lambda index: -len(encoded[index]))  # if memory runs out, it does so at the start
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             for index, value in zip(batch, self._forward([encoded[index] for index in batch]), strict=True):
@@ -62,7 +62,7 @@ class RewardModel:
         width, config = max(map(len, rows)), self._model.config.get_text_config()
         pad = config.pad_token_id
         if pad is None:
-            # The model reads its value off the last token that is no padding: any token that is in no row will do
+            # The model reads its value at the last token that is not padding: any token that is in no row will do
             used = {token for row in rows for token in row}
             pad = next(token for token in range(config.vocab_size) if token not in used)
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self._model.device)

@@ -1,4 +1,4 @@
-"""Several answers of each model to each prompt, drawn one by one and kept as they come."""
+"""Draws several answers of each model to each prompt, and keeps each as it comes."""
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
@@ -21,16 +21,16 @@ from tandem.rounds.prompts import Prompt
 from tandem.rounds.records import Record, write_records
 from tandem.runs import append_jsonl, locked, read_jsonl
 
-Drawn = dict[tuple[str, int], Record]  # by prompt id and number
+Drawn = dict[tuple[str, int], Record]  # by prompt id and number of the draw
 
 
 def sample(
     options: SampleOptions, backend: GenerationOptions, sampling: SamplingOptions, prompts: Sequence[Prompt]
 ) -> Path:
-    """Have every model answer the prompts of this part `num_samples` times; returns `samples.jsonl`.
+    """Have every model answer the prompts of this part `num_samples` times; returns the path of `samples.jsonl`.
 
-    Every draw goes into draws_<label>.jsonl as it comes, and a killed run asks for no more than is missing.
-    `samples.jsonl`, with all of them in the order of the models, the prompts and the draws, is written last.
+    Each draw is written to draws_<label>.jsonl as it comes, so that a run after a kill draws only what is missing.
+    `samples.jsonl`, with all draws ordered by model, prompt and number, is written last.
 
     Raises:
         UserError: a file holds draws of another model or of other sampling, or the backend cannot answer.
@@ -58,7 +58,7 @@ def sample(
             from tandem.answers.backends.open import open_backend
 
             with open_backend(unfinished.values(), backend, sampling) as drawer:
-                # Models on one base follow each other: an backend that shares it loads it once
+                # Models with the same base follow each other, so that a backend can keep the base in memory
                 for label in sorted(unfinished, key=lambda label: sources[label]["model"]):
                     drawer.load(unfinished[label])
                     _draw(drawer, label, prompts, options.num_samples, missing[label], sources[label], files[label])
@@ -108,7 +108,7 @@ def _drawn(file: Path, source: Mapping[str, Any]) -> Drawn:
     """The draws that `file` holds.
 
     Raises:
-        UserError: they are not what `source` would draw.
+        UserError: the file is damaged, or for the reasons of `refuse_others`.
     """
     try:
         records = read_jsonl(file)

@@ -1,4 +1,4 @@
-"""A score for each answer, by one or several scorers, kept by content as it is found."""
+"""Scores each answer by one or several scorers, and keeps each score as it comes."""
 
 import contextlib
 import statistics
@@ -23,9 +23,9 @@ Found = Iterator[tuple[int, float | None, str]]
 
 
 def score(options: ScoreOptions) -> dict[str, Any]:
-    """Write `scores.jsonl` and its report into `output_dir`; returns the report.
+    """Write `scores.jsonl` and its report to `output_dir`; returns the report.
 
-    A scorer is asked once for each text, and a killed run asks for no more than is missing: what was found stands in
+    A scorer is asked once for each text, and a run after a kill asks only what is missing: scores are kept in
     scores_cache.jsonl under a digest of the scorer, the prompt, the answer and, for a function, the row.
 
     Raises:
@@ -62,10 +62,10 @@ def score(options: ScoreOptions) -> dict[str, Any]:
 
 
 def _refuse_failed(by_scorer: dict[str, list[tuple[float | None, str]]]) -> None:
-    """Refuse a scorer that failed on every answer: nothing could be made of its silence.
+    """Refuse a scorer that failed on every answer.
 
     Raises:
-        UserError: naming it and why.
+        UserError: naming the scorer and the reason.
     """
     for name, values in by_scorer.items():
         failed = [why for value, why in values if value is None and why.startswith(("error:", "not_finite", "no_mark"))]
@@ -74,9 +74,9 @@ def _refuse_failed(by_scorer: dict[str, list[tuple[float | None, str]]]) -> None
 
 
 class Cache:
-    """What scorers have said, by a digest of what they were asked.
+    """Scores by a digest of what the scorer was asked.
 
-    That a judge gave no mark stands in it no longer than the run: a longer limit or another try may bring one.
+    That a judge gave no mark is kept only during the run: another run, with a higher limit of tokens, may get one.
     """
 
     def __init__(self, file: Path) -> None:
@@ -90,7 +90,7 @@ class Cache:
             raise UserError(f"{file}: damaged ({error!r}); move it away, and the answers are scored anew") from error
 
     def get(self, keys: Sequence[str], ask: Callable[[list[int]], Found], label: str) -> list[tuple[float | None, str]]:
-        """The score of each key; `ask` is given the indices of those that are missing, each content once."""
+        """The score of each key. `ask` gets the indices of those that are missing, of equal keys only the first."""
         from tqdm import tqdm
 
         first: dict[str, int] = {}
@@ -116,7 +116,7 @@ def _rows(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _texts(records: Sequence[Record]) -> list[Text]:
-    """Prompts and what is said to them: reasoning is not scored."""
+    """Prompts and answers without their reasoning, which is not scored."""
     return [(record["messages"], spoken(record["text"])) for record in records]
 
 
@@ -137,7 +137,7 @@ def _reward(
 
 
 def _weights(name: str) -> Any:
-    """What tells two models of one name apart: names, sizes and times of the files in a local folder."""
+    """What tells apart two models in a folder of one name: names, sizes and times of its files. None for a Hub name."""
     folder = Path(name)
     if not folder.is_dir():
         return None
@@ -174,7 +174,7 @@ def _judge(
 
 @contextlib.contextmanager
 def _named_as_given() -> Iterator[None]:
-    """Errors name the server's address by its option here."""
+    """Within the block, errors about `--base_url` are raised with the name that the option has here."""
     try:
         yield
     except UserError as error:
@@ -208,7 +208,7 @@ def _judged(
     for index, record in enumerate(records):
         key = record["prompt_id"]
         if key not in found:
-            scores.append((None, "alone"))  # a strength is against the other answers to the prompt
+            scores.append((None, "alone"))  # a strength is relative to other answers to the prompt
             continue
         own = found[key][answers[key][1].index(spoken(record["text"]))]
         details[index]["strength"] = own
@@ -217,7 +217,10 @@ def _judged(
 
 
 def _against(options: ScoreOptions, records: Sequence[Record], folder: Path) -> list[tuple[float | None, str]]:
-    """Each answer compared with the other file's first whole answer to its prompt; better than none without asking."""
+    """Compare each answer with the first whole answer to its prompt in the other file.
+
+    Where that file has only answers that are none (empty, cut off), the answer is better without asking.
+    """
     from tandem.rounds import judged
 
     base: dict[str, str] = {}
@@ -239,7 +242,7 @@ def _against(options: ScoreOptions, records: Sequence[Record], folder: Path) -> 
 def _combined(
     options: ScoreOptions, by_scorer: dict[str, list[tuple[float | None, str]]], details: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """For each answer what each scorer said, and the score of the one that ranks."""
+    """For each answer its score by each scorer, and the score by which answers are ranked."""
     rewards = [name for name in by_scorer if name.startswith("reward:")]
     joined = options.reward_combine if len(rewards) > 1 and not options.rank_by else "each"
     for index, detail in enumerate(details):
@@ -282,7 +285,7 @@ def _report(records: Sequence[Record], by_scorer: dict[str, list[tuple[float | N
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """How many were scored, by whom, and why others were not."""
+    """A few lines on how many answers have a score, why others have none, and the means by label."""
     lines = [f"{report['scored']} of {report['answers']} answers scored by {report['scorer']}"]
     told = [f"{why} {count}" for why, count in report["non_answers"].items()]
     lines += [f"no answers: {', '.join(told)}"] if told else []

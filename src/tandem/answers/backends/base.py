@@ -1,4 +1,4 @@
-"""What a backend is, and what those that hold the model here have in common."""
+"""The protocol of backends, and what those that hold the model on this machine have in common."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,37 +10,38 @@ from tandem.data.formats import Asked, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZE = 8  # prompts at a time, where the user and the backend leave it open: requests, and rows on Gaudi
+BATCH_SIZE = 8  # prompts at a time, unless the user says otherwise: requests to a server, and rows on Gaudi
 
 
-Draw = tuple[int, int]  # index of the prompt, and which of its draws, counted from 0
-REFUSED = "refused"  # finish_reason of a prompt that a server would not answer
-FAILED = "failed"  # and of one that it fails on, again and again, while it answers others
+Draw = tuple[int, int]  # index of the prompt, and number of the draw, from 0
+REFUSED = "refused"  # finish_reason for a prompt that a server refuses to answer
+FAILED = "failed"  # finish_reason for a prompt on which a server fails repeatedly, while it answers others
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `n_tokens` counts the end-of-sequence token too; None where a server does not say."""
+    """One answer. `n_tokens` includes the end-of-sequence token; it is None where a server does not count tokens."""
 
     text: str
     n_tokens: int | None
-    finish_reason: str  # stop: the model ended it; length: the limit did; a server may have further words
+    finish_reason: str  # stop: the model ended it; length: it reached the limit; servers may have other words
 
 
 class Backend(Protocol):
     """Draws answers, one model at a time."""
 
     def load(self, model: str) -> None:
-        """Make `model` the one that answers: a model's or adapter's folder or Hub name, or the name served.
+        """Make `model` the one that answers: the folder or Hub name of a model or adapter, or a server's name for it.
 
         Raises:
             UserError: there is no such model, or the backend cannot take it.
         """
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        """Answers to the prompts with the indices `wanted`, each with its index, as they get ready.
+        """Answers to the prompts with the indices `wanted`, each with its index, as they become ready.
 
-        The draw for a prompt depends on the seed, the prompt and at most the rest of `prompts`, never on `wanted`.
+        An answer depends on the seed, the prompt and at most on the other `prompts`, never on `wanted`: a run that was
+        killed and goes on draws the same.
 
         Raises:
             UserError: a server failed, or refused every prompt.
@@ -49,10 +50,10 @@ class Backend(Protocol):
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
     ) -> Iterator[tuple[Draw, Answer]]:
-        """Those of the `count` draws of each prompt that are `wanted`, as they get ready.
+        """The `wanted` ones of `count` draws of each prompt, as they become ready.
 
-        Each has a seed of its own (`models.sampling.draw_seed`), so that it depends, but for rounding, on neither the
-        other draws nor the other prompts.
+        Each has a seed of its own (`models.sampling.draw_seed`), so that it does not depend, except for rounding, on
+        the other draws or prompts.
 
         Raises:
             UserError: a server failed.
@@ -63,7 +64,8 @@ class Backend(Protocol):
 
 
 def weights_dtype(options: GenerationOptions) -> str:
-    """The type that models are loaded in: the user's, or bfloat16 where an accelerator multiplies it, or float32."""
+    """The type that models are loaded in: the user's, else bfloat16 where an accelerator multiplies it fast, else
+    float32."""
     from tandem.devices import fast_bf16, has_accelerator
 
     return options.dtype or ("bfloat16" if has_accelerator() and fast_bf16() else "float32")
@@ -73,7 +75,7 @@ def encode(prompts: Sequence[list[Message]], tokenizer: "PreTrainedTokenizerBase
     """Token ids of prompts as the model sees them, cut to `max_tokens` from the left.
 
     Raises:
-        UserError: the chat template refuses a prompt or leaves out a part of it; with file and row where known.
+        UserError: the chat template refuses a prompt or leaves out a part of it; names file and row where known.
     """
     from tandem.data.texts import asked_ids
     from tandem.data.tokenized import all_made
@@ -83,8 +85,8 @@ def encode(prompts: Sequence[list[Message]], tokenizer: "PreTrainedTokenizerBase
 
 
 def read_answer(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> Answer:
-    """Token ids of an answer, its end-of-sequence token among them if it came, as an Answer."""
+    """The Answer that token ids are, with the end-of-sequence token as their last one if the model wrote it."""
     stopped = bool(ids) and ids[-1] in ends
-    # The token that ends a turn need not be one that the tokenizer calls special, and skips
+    # The end token is cut off here: the tokenizer skips it only if it counts as special, which it need not
     text: Any = tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
     return Answer(text.strip(), len(ids), "stop" if stopped else "length")

@@ -1,4 +1,4 @@
-"""The backend that the options name."""
+"""Opens the backend that the options name."""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -14,10 +14,13 @@ from tandem.objects import load_object
 
 @contextlib.contextmanager
 def open_backend(models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> Iterator[Backend]:
-    """The backend of `options`, which will be asked to load some of `models`.
+    """The backend of `options`, closed after the block.
+
+    Args:
+        models: all models that it may be asked to load.
 
     Raises:
-        UserError: one of the models cannot be loaded here; or vLLM where there is an Apple GPU, which it does not know.
+        UserError: one of the models cannot be loaded here, or vLLM is asked for on an Apple GPU, which it cannot use.
     """
     backend = _made(models, options, sampling)
     try:

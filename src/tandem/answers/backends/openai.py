@@ -1,4 +1,4 @@
-"""Answers of any server with OpenAI's interface: vLLM, `transformers serve`, a proxy, OpenAI itself."""
+"""Answers from any server with OpenAI's interface: vLLM, `transformers serve`, a proxy, OpenAI itself."""
 
 import sys
 import threading
@@ -20,21 +20,22 @@ from tandem.servers.dialects import NoReply, Request, read_reply
 from tandem.servers.reach import Unreachable
 
 RETRIES = 5
-TRIES = 3  # of a request that is answered with HTTP 200 and an error
+TRIES = 3  # of a request to which the server answers HTTP 200 with an error in the body
 TIMEOUT = 600.0  # seconds for one answer; a local server on a CPU takes minutes for a long one
-PASSES = 6  # over the draws that failed in spite of the retries
-ERRORS_IN_A_ROW = 20  # after which it is the server that fails, or refuses, and not a prompt
-_OF_ONE_PROMPT = (400, 403, 404, 413, 422)  # statuses; 403 and 404 once the server has answered others
+PASSES = 6  # over all draws that are missing, the first one included
+ERRORS_IN_A_ROW = 20  # after so many, the cause is taken to be the server and not the prompts
+# Statuses with which a server refuses one prompt; 403 and 404 mean that only once it has answered other prompts
+_OF_ONE_PROMPT = (400, 403, 404, 413, 422)
 _MORE = "answers so far are kept, the same command goes on"
-_WORDS = {"filtered": "content_filter"}  # the rest is written down as the server says it
+_WORDS = {"filtered": "content_filter"}  # finish_reason for `Reply.end`; others are written down unchanged
 
 
 class Refused(Exception):
-    """The server refused one prompt; its words."""
+    """The server refused one prompt; the message is the server's."""
 
 
 class Failed(Exception):
-    """The server failed on one prompt, in spite of retries; its words."""
+    """The server failed on one prompt, in spite of retries; the message is the server's."""
 
 
 class Fatal(UserError):
@@ -46,9 +47,9 @@ _FATES = {Refused: REFUSED, Failed: FAILED}
 
 
 class OpenAIBackend:
-    """An `Engine` that asks a server; a served adapter is a model by its served name.
+    """A `Backend` that asks a server. To it a served adapter is a model like others, by the name it is served under.
 
-    Chat completions are asked for first, since they alone take a seed; the Responses API where there are none.
+    Chat completions are tried first, since only they take a seed; then the Responses API.
     """
 
     def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:
@@ -57,24 +58,24 @@ class OpenAIBackend:
         self._concurrency = options.batch_size or BATCH_SIZE
         self._sampling = sampling
         self._model = ""
-        self._told: dict[str, Counter[str]] = {fate: Counter() for fate in _FATES.values()}  # words of the server
+        self._told: dict[str, Counter[str]] = {fate: Counter() for fate in _FATES.values()}  # the server's messages
         self._too_long = 0
 
     def load(self, model: str) -> None:
-        """See `Engine`; whether the server has the model shows at the first request."""
+        """See `Backend`. Only the first request shows whether the server has the model."""
         self._model = model
         self._client.has_answered = False
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        """See `Engine`. Prompts go to the server whole, which cuts none and applies the chat template.
+        """See `Backend`. Prompts are sent uncut, as messages: the server applies the chat template.
 
-        A prompt that the server refuses while it answers others is an empty answer whose `finish_reason` is "refused".
-        One that it fails on is asked again after all others; where it fails once more and yet answers something else,
-        it is an empty answer as well, and `finish_reason` is "failed". After an error that ends it all, what is under
-        way is still handed over.
+        A prompt that the server refuses while it answers others gets an empty answer with the `finish_reason`
+        "refused". A prompt on which it fails is asked again after all others; if it fails again but answers a simple
+        question, the prompt gets an empty answer with the `finish_reason` "failed". Before an error ends the run,
+        answers to requests under way are still yielded.
         """
         problem: UserError | None = None
-        refused: list[int] = []  # since the last answer: the server may be refusing them all
+        refused: list[int] = []  # since the last answer: it may yet turn out that the server refuses all prompts
         failed: set[int] = set()
         in_a_row = 0
         asked = deque((index, 0) for index in sorted(wanted))
@@ -106,7 +107,7 @@ class OpenAIBackend:
         self._tell()
 
     def _answers_at_all(self) -> bool:
-        """Whether the server answers a prompt that nobody could mind."""
+        """Whether the server answers a simple, harmless question."""
         request = Request(self._model, [{"role": "user", "content": "Say yes."}], max_tokens=16)
         try:
             return read_reply(self._client.ask(request)).end != "failed"
@@ -116,10 +117,10 @@ class OpenAIBackend:
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
     ) -> Iterator[tuple[Draw, Answer]]:
-        """See `Engine`. A request a draw, since not every server knows `n`; what fails is asked again at the end.
+        """See `Backend`. Each draw is a request, since not every server knows `n`; failed ones are repeated at the end.
 
-        A prompt that the server refuses, or fails on to the end, while it answers others, is an empty answer with the
-        finish reason `refused` or `failed`.
+        Where the server refuses a prompt, or fails on it in every pass, while it answers others, the draw is an empty
+        answer with the finish reason `refused` or `failed`.
         """
         failed: dict[Draw, Failure] = {}
         problem: UserError | None = None
@@ -153,7 +154,7 @@ class OpenAIBackend:
             yield draw, Answer("", None, _FATES[type(failure)])
 
     def _problem(self, count: int, failure: Failure) -> UserError:
-        """What to end with after `count` failures in a row, the last of which is `failure`."""
+        """The error that ends the run after `count` failures in a row, the last of which is `failure`."""
         if isinstance(failure, Refused):
             return self._refuses_all(count, str(failure))
         if isinstance(failure, Failed):
@@ -163,11 +164,11 @@ class OpenAIBackend:
     def _in_window(
         self, prompts: Sequence[list[Message]], asked: deque[Draw], seed_of: Callable[[str, int], int]
     ) -> Iterator[tuple[Draw, Answer | Failure]]:
-        """Replies or errors; what was paid for and not handed over is never more than the requests in flight.
+        """Replies or errors, as they come. A kill loses at most the replies to the requests under way.
 
         Args:
-            asked: what is left to be asked; the caller may empty it, and gets what is under way
-            seed_of: from a prompt's id and the number of the draw
+            asked: the draws still to be asked for; if the caller empties it, replies under way are still yielded
+            seed_of: gives the seed for a prompt's id and the number of the draw
         """
         left, ready = SimpleQueue[Draw | None](), SimpleQueue[tuple[Draw, Answer | Exception]]()
         running = 0
@@ -224,7 +225,7 @@ class OpenAIBackend:
         self._too_long = 0
 
     def close(self) -> None:
-        """See `Engine`."""
+        """See `Backend`."""
         self._client.openai.close()
 
     def _request(self, messages: list[Message], seed: int) -> Answer:
@@ -246,14 +247,14 @@ class OpenAIBackend:
                 raise self._actionable(error) from None
             except Unreachable as error:
                 raise Fatal(str(error)) from None
-            except UserError as error:  # no form that the server has can ask this
+            except UserError as error:  # the server lacks the form that such a request needs
                 raise Fatal(f"--base_url {self._client.url}: {error}") from None
             if answer is not None:
                 return answer
         raise Failed(problem)
 
     def _read(self, body: str) -> tuple[Answer | None, str]:
-        """The answer, or None and why there is none."""
+        """The answer, or None and the reason why there is none."""
         try:
             reply = read_reply(body)
         except NoReply as problem:
@@ -262,7 +263,7 @@ class OpenAIBackend:
             return None, f"the server reports: {reply.detail[:300]}"
         if (reply.output_tokens or 0) > self._sampling.sampling.max_new_tokens:
             self._too_long += 1
-        # A lone surrogate, which JSON can hold, has no UTF-8
+        # A lone surrogate, which JSON can hold, cannot be encoded as UTF-8
         text = reply.text.encode(errors="replace").decode().strip()
         return Answer(text, reply.output_tokens, _WORDS.get(reply.end, reply.end)), ""
 

@@ -1,4 +1,4 @@
-"""Options of the backends that draw answers. Light to import."""
+"""Options of the backends that draw answers. Nothing heavy is imported here."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,7 @@ from tandem.options.migration import Counterpart
 from tandem.options.model import TemplateOptions
 from tandem.servers.address import checked_url, default_url
 
-FORMER = {"engine": Counterpart(to="backend")}  # the name that an option had
+FORMER = {"engine": Counterpart(to="backend")}  # what an option was called before
 BACKENDS = ("transformers", "vllm", "openai")
 _NOT_VLLM = "backend=transformers|openai"
 
@@ -27,8 +27,8 @@ class GenerationOptions(TemplateOptions):
     )
     batch_size: int | None = opt(
         None,
-        "prompts at a time: in a batch, in vLLM or in requests; unset: in a batch as many as memory allows, to 32 on a "
-        "CPU and 64 elsewhere (8 on Gaudi), 8 requests, and with vllm as many as it takes",
+        "prompts at a time; unset, with transformers: as many as memory allows, up to 32 on a CPU and 64 elsewhere (8 "
+        "on Gaudi); with vllm: its own choice; with openai: 8 requests",
         low=1,
     )
     dtype: str | None = opt(
@@ -54,7 +54,7 @@ class GenerationOptions(TemplateOptions):
         0.9, "vllm: share of a GPU's memory that it takes", above=0, high=1, unless=_NOT_VLLM
     )
     enforce_eager: bool = opt(
-        False, "vllm: compile nothing; starts much sooner and answers more slowly", unless=_NOT_VLLM
+        False, "vllm: compile nothing: it starts much sooner and answers more slowly", unless=_NOT_VLLM
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers drawn by transformers' `generate`, in batches of prompts of like length."""
+"""Answers drawn by transformers' `generate`, in batches of prompts of similar length."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -11,7 +11,7 @@ from tandem.models.scorer import Scorer, load_scorer
 
 
 class TransformersBackend:
-    """A `Backend` that holds one model in this process, and shares the batches with the others of a launch."""
+    """A `Backend` that holds one model in this process; the processes of a launch share the batches."""
 
     def __init__(self, options: GenerationOptions, sampling: SamplingOptions) -> None:
         self._batch_size = options.batch_size
@@ -21,20 +21,20 @@ class TransformersBackend:
 
     def load(self, model: str) -> None:
         """See `Backend`."""
-        self._scorer = None  # before the next one comes into memory
+        self._scorer = None  # free it before the next one is loaded
         self._scorer = load_scorer(
             model, self._dtype, batch_size=self._batch_size or BATCH_SIZE, template=self._template
         )
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        """See `Backend`. An answer is the first of a prompt's draws."""
+        """See `Backend`. An answer is a prompt's first draw."""
         for (index, _), answer in self.draws(prompts, 1, {(index, 0) for index in wanted}):
             yield index, answer
 
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
     ) -> Iterator[tuple[Draw, Answer]]:
-        """See `Backend`. Batches are fixed by `prompts` and `count`, so that not even rounding depends on `wanted`."""
+        """See `Backend`. Batches depend on `prompts` and `count` alone, so that `wanted` changes not even rounding."""
         assert self._scorer is not None
         scorer, sampling = self._scorer, self._sampling
         ids = encode(prompts, scorer.tokenizer, sampling.max_prompt_length)

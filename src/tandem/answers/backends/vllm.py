@@ -1,4 +1,4 @@
-"""Answers drawn by vLLM 0.30: a model and the adapters on it share one engine, on one GPU, several, or a CPU."""
+"""Answers drawn by vLLM 0.30. A model and its adapters share one vLLM engine, on one GPU, on several, or on a CPU."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class VllmBackend:
-    """An `Engine` over vLLM's asynchronous one, which alone spreads prompts over data-parallel copies by itself.
+    """A `Backend` over vLLM's asynchronous engine: only that one spreads prompts over data-parallel copies by itself.
 
-    Each prompt has a seed of its own, so that its draw depends neither on the others nor on a resume (but for the
-    rounding of another batch's sums).
+    Each prompt has a seed of its own, so that a draw does not depend on the other prompts or on a resume, except for
+    rounding in batches of other sizes.
     """
 
     def __init__(self, models: Collection[str], options: GenerationOptions, sampling: SamplingOptions) -> None:
@@ -42,7 +42,7 @@ class VllmBackend:
         self._ends: set[int] = set()
 
     def load(self, model: str) -> None:
-        """See `Engine`. A model that the last one was an adapter on, or the other way round, is there already."""
+        """See `Backend`. Nothing is loaded anew where the model and the one before it share their base."""
         from vllm.lora.request import LoRARequest
 
         self._tokenizer = load_tokenizer(ModelOptions(model_name_or_path=model), self._options)
@@ -63,7 +63,7 @@ class VllmBackend:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         options, keywords = self._options, {}
-        if options.tensor_parallel_size > 1:  # whose processes share memory: vLLM's issue 42609
+        if options.tensor_parallel_size > 1:  # its processes share GPU memory: vLLM's issue 42609
             fix_segments()
         place = _place(base, revision)
         alike = [name for name in self._adapters if _place(base_of_adapter(name), revision_of_base(name)) == place]
@@ -81,7 +81,7 @@ class VllmBackend:
             gpu_memory_utilization=options.gpu_memory_utilization,
             enforce_eager=options.enforce_eager,
             seed=self._sampling.seed,
-            generation_config="vllm",  # not the model's own: its filters would change the distribution
+            generation_config="vllm",  # not the model's own, whose top_k and such would change the distribution
             disable_log_stats=True,
             **keywords,
         )
@@ -91,14 +91,14 @@ class VllmBackend:
             raise UserError(f"{base}: vLLM cannot serve it: {first_line(error)}") from error
 
     def answers(self, prompts: Sequence[list[Message]], wanted: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        """See `Engine`."""
+        """See `Backend`."""
         for (index, _), answer in self.draws(prompts, 1, [(index, 0) for index in wanted]):
             yield index, answer
 
     def draws(
         self, prompts: Sequence[list[Message]], count: int, wanted: Collection[Draw]
     ) -> Iterator[tuple[Draw, Answer]]:
-        """See `Engine`. A prompt of which all draws are wanted is asked once."""
+        """See `Backend`. Where all draws of a prompt are wanted, they are one request to vLLM."""
         missing: dict[int, list[int]] = {}
         for index, number in sorted(wanted):
             missing.setdefault(index, []).append(number)
@@ -114,7 +114,7 @@ class VllmBackend:
     async def _stream(
         self, prompts: Sequence[list[Message]], asks: Sequence[tuple[int, int, int]]
     ) -> AsyncIterator[tuple[Draw, Answer]]:
-        """Answers to `asks`, each the index of a prompt, its first draw and how many."""
+        """Answers to `asks`: each is the index of a prompt, the number of its first draw, and how many draws."""
         encoded = encode([prompts[index] for index, _, _ in asks], self._tokenizer, self._sampling.max_prompt_length)
         asked = [
             asyncio.ensure_future(self._ask(index, first, count, tokens, prompts[index]))
@@ -143,7 +143,7 @@ class VllmBackend:
             max_tokens=draw.max_new_tokens,
             temperature=draw.temperature,
             top_p=draw.top_p,
-            seed=draw_seed(self._sampling.seed, key, first),  # vLLM adds the number of the draw
+            seed=draw_seed(self._sampling.seed, key, first),  # vLLM adds 0, 1, … to it for the n draws
             stop_token_ids=sorted(self._ends),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -168,21 +168,21 @@ class VllmBackend:
             return
         self._llm.shutdown()
         self._llm = None
-        # vLLM's own tasks still wait for output, and would complain when the loop is gone
+        # vLLM's own tasks still wait for output, and would complain when the loop is closed
         if left := asyncio.all_tasks(self._loop):
             for task in left:
                 task.cancel()
             self._loop.run_until_complete(asyncio.wait(left, timeout=STOP_TIMEOUT))
 
     def close(self) -> None:
-        """See `Engine`."""
+        """See `Backend`."""
         self._stop()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
 
 def _place(model: str, revision: str | None) -> tuple[str, str | None]:
-    """One name for one folder, however it was written, and for one commit of a Hub model."""
+    """What tells models apart: a folder's absolute path, or a Hub model's name and commit."""
     return (str(Path(model).resolve()), None) if Path(model).is_dir() else (model, commit_of(model, revision))
 
 
@@ -190,7 +190,8 @@ def _rank(adapter: str) -> int:
     """The rank of an adapter's LoRA.
 
     Raises:
-        UserError: another kind of adapter, or one with whole layers beside it: vLLM would leave them out.
+        UserError: vLLM cannot serve the adapter: it is no LoRA, or has fully trained modules, DoRA or another adapter
+            below it.
     """
     config = adapter_config(adapter)
     more = config.get("modules_to_save") or config.get("use_dora") or is_adapter(base_of_adapter(adapter))
@@ -213,6 +214,6 @@ def _configured_ends(base: str, revision: str | None) -> int | list[int] | None:
 
     try:
         configured: int | list[int] | None = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
-    except OSError:  # it ships none
+    except OSError:  # the model has no generation_config.json
         configured = AutoConfig.from_pretrained(base, revision=revision).eos_token_id
     return configured
