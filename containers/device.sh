@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The device of this host, for `make`: two words, gaudi, cuda or cpu and how many of it there are.
+# Prints the device of this host, for `make`: gaudi, cuda or cpu, and how many there are.
 set -Eeuo pipefail
 
 count() { printf '%s\n' "$1" | grep -c . || true; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a container runs: the command given, else a shell, which without a terminal reads commands from standard input.
+# Runs in the container: the given command, else a shell, which without a terminal reads commands from standard input.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,7 +7,7 @@ if [[ ! -w runs ]]; then
   echo "UserError: runs/ is not writable for user $(id -u): give the folder to that user, or set HOST_UID to its owner" >&2
   exit 2
 fi
-# The host's files as this user sees them: safetensors, for one, writes files that only their owner may read
+# Check that this user may read the host's files: safetensors, for one, writes files that only their owner may read
 for name in MODEL_NAME DATASET RECIPE ACCELERATE_CONFIG; do
   [[ ${!name:-} == /mnt/* ]] || continue
   closed=$(find "${!name}" ! -readable -print -quit)
@@ -27,5 +27,5 @@ if (($# == 0)); then
     set -- env PS1='tandem:\w\$ ' bash --norc -i
   fi
 fi
-# bash would keep SIGTERM to itself
+# bash would not pass SIGTERM on
 exec python -m tandem.launch.supervise "$@"

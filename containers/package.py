@@ -1,8 +1,8 @@
-"""Write the project without tests as a small zip, for a machine that takes an upload and no `git clone` (Colab).
+"""Write the project without tests as a small zip, to upload where git cannot be used (Colab).
 
     python containers/package.py [FILE]
 
-The zip has one folder, `tandem`. What git ignores is left out, as is what is linked in from outside.
+The zip has one folder, `tandem`. Files that git ignores and symbolic links are left out.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ def packed() -> list[Path]:
     )
     if listed.returncode == 0 and listed.stdout:
         found = [Path(name) for name in listed.stdout.split("\0") if name]
-    else:  # no git, or no repository: a package that was unpacked
+    else:  # no git, or no repository, as in an unpacked zip
         found = [path.relative_to(ROOT) for part in PARTS for path in (ROOT / part).rglob("*")]
     found += [Path(name) for name in FILES]
     return sorted(
@@ -42,7 +42,7 @@ def packed() -> list[Path]:
 def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "dist" / "tandem.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A zip knows no time before 1980, which checkouts made for reproducible builds have
+    # strict_timestamps=False: zip has no dates before 1980, which files of reproducible builds have
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as package:
         for path in packed():
             package.write(ROOT / path, Path("tandem") / path)

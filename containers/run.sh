@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh docker run OPTION… -- IMAGE COMMAND…: that, with what the variables of a pipeline name on this host mounted,
-# and a terminal where there is one. Called by `make run` and `make pipeline`.
+# run.sh docker run OPTION… -- IMAGE COMMAND…: run this command, with a mount for each path of this host that a variable of
+# the pipelines names, and with a terminal if there is one. Called by `make run` and `make pipeline`.
 #
 # MODEL_NAME, DATASET, RECIPE and ACCELERATE_CONFIG are read-only in the container; MOUNT_DIR and runs/ are not.
 set -Eeuo pipefail
@@ -13,13 +13,13 @@ die() {
 
 options=()
 
-# bind SOURCE TARGET [ro]: docker's --volume divides at colons, and has no other way to write one
+# bind SOURCE TARGET [ro]: add a mount. docker's --volume separates its parts by colons, so that no path can have one
 bind() {
   [[ $1 != *:* ]] || die "$1: docker cannot mount a path with a colon: rename it, or link to it from a path without"
   options+=(-v "$1:$2${3:+:$3}")
 }
 
-# Where the container sees what is at SOURCE, which is mounted below TARGET
+# mount_input NAME SOURCE TARGET: mount SOURCE below TARGET, and set the variable NAME to its path in the container
 mount_input() {
   local name=$1 source=$2 target=$3 whole link
   whole=$source
@@ -32,13 +32,13 @@ mount_input() {
         die "$name $source: $link links to a file outside the folder, which the container would not see: copy it there"
     done < <(find "$source" -type l -print0)
   elif [[ $name == DATASET && ($source == *.yaml || $source == *.yml) ]]; then
-    whole=$(dirname "$source") # a mixture names files relative to its own
+    whole=$(dirname "$source") # a mixture names files relative to its own folder
   fi
   bind "$whole" "$target/$(basename "$whole")" ro
   printf -v "$name" %s "$target/$(basename "$whole")${source#"$whole"}"
 }
 
-# What a name that is nowhere on this host can only be meant as
+# looks_like_a_path VALUE: whether a value that is no path on this host was meant as one, and not as a name on the Hub
 looks_like_a_path() {
   [[ $1 == [./~]* || $1 == */*/* || $1 == */ || $1 =~ \.(jsonl|json|csv|parquet|ya?ml|txt)(\.gz)?$ ]]
 }
@@ -66,7 +66,7 @@ if [[ -n ${OUTPUT_DIR:-} ]]; then
 fi
 
 mkdir -p runs
-# Else a folder that root has made is closed to the user that root has named
+# If root has made the folder for the user HOST_UID, give it to that user, who could not write to it otherwise
 if [[ $(id -u) == 0 && $HOST_UID != 0 && $(stat -c %u runs) != "$HOST_UID" ]]; then
   chown "$HOST_UID:$HOST_GID" runs
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make demo`: the sanity pipeline on the model and the preference pairs that come with Tandem, judged by that same
-# model served here. No key, no GPU, no Hub.
+# `make demo`: the sanity pipeline on the model and the preference pairs that come with Tandem. The same model, served
+# on this machine, is the judge. Needs no key, no GPU and no Hub.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

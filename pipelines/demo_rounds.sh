@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make demo-rounds`: two rounds of a small model on instructions that code can check. No key, no GPU, no Hub.
+# `make demo-rounds`: two rounds of a small model on instructions that code can check. Needs no key, no GPU and no Hub.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -9,7 +9,7 @@ python -m tandem.demo "$MODEL_NAME"
 PROMPTS=${XDG_CACHE_HOME:-$HOME/.cache}/tandem/instructions
 python -m tandem.rounds.instructions "$PROMPTS"
 export MODEL_NAME PROMPTS VAL_RATIO=0
-# What ranks is how many of its constraints an answer keeps, what counts is whether it keeps all
+# Answers are ranked by the share of constraints that they keep; the second scorer counts those that keep all
 export SCORER=function:tandem.rounds.instructions:share SECOND_SCORER=function:tandem.rounds.instructions:success
 export RECIPE=${RECIPE:-$ROOT/pipelines/recipes/demo_rounds}
 exec "$ROOT/pipelines/rounds.sh"

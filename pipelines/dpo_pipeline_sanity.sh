@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The whole road on a small slice: check → SFT → merge → DPO → merge → evaluate → compare → judge → report.
+# The whole pipeline on a small slice of data: check → SFT → merge → DPO → merge → evaluate → compare → judge → report.
 #
 #   MODEL_NAME=HuggingFaceTB/SmolLM2-135M-Instruct ./pipelines/dpo_pipeline_sanity.sh
 #
 # MODEL_NAME         model folder or Hub name (required)
-# DATASET            preference pairs: file, folder, Hub name, or .yaml of sources with their splits (when unset: the
+# DATASET            preference pairs: file, folder, Hub name, or .yaml of sources with their splits (default: the
 #                    recipe's data.yaml, else a small slice of Anthropic/hh-rlhf)
-# SFT_DATASET        other data for the SFT stage, which takes conversations, questions with their answers and texts too
-# VAL_RATIO          share of the training prompts to hold out. Unset: the test split is read, or where there is none a
-#                    quarter is held out
+# SFT_DATASET        other data for the SFT stage, which also takes conversations, questions with answers, and texts
+# VAL_RATIO          share of the training prompts to hold out (default: 0.25 for data without a test split, else 0)
 # OUTPUT_DIR         run folder (runs/dpo_sanity)
 # ACCELERATE_CONFIG  hardware (accelerate_configs/cpu.yaml)
 # RECIPE             folder with sft.yaml and dpo.yaml, and files for other stages (pipelines/recipes/sanity)
-# JUDGE_MODEL        judge, and JUDGE_BASE_URL its server: an OpenAI-compatible URL, or `local` to serve it here.
-#                    Unset: the report says "not judged". The key is read from OPENAI_API_KEY.
-# CHAT_TEMPLATE      Jinja file in the place of the model's chat template, CHAT_TEMPLATE_KWARGS (JSON) what it is told, and
-#                    SYSTEM_PROMPT (keep, fold, drop) what becomes of system messages; saved with what is trained
-# MOUNT_DIR          mirror of checkpoints, models and logs
+# JUDGE_MODEL        model that judges (default: none; the report says "not judged")
+# JUDGE_BASE_URL     the judge's server: an OpenAI-compatible URL, or `local` to serve JUDGE_MODEL on this machine. The
+#                    key is read from OPENAI_API_KEY.
+# CHAT_TEMPLATE      Jinja file to use in place of the model's chat template. CHAT_TEMPLATE_KWARGS (JSON) are variables
+#                    for it, and SYSTEM_PROMPT (keep, fold, drop) says what becomes of system messages. The trained model
+#                    is saved with all three.
+# MOUNT_DIR          folder on another disk to which checkpoints, models and logs are mirrored
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -36,14 +37,14 @@ else
     without="$DATASET has no test split"
     [[ -z $VAL_RATIO_OF ]] || without="sources of $DATASET have no test split"
     [[ $VAL_RATIO == 0 ]] || HELD_OUT="$without: --val_ratio $VAL_RATIO (VAL_RATIO chooses another)"
-    export VAL_RATIO VAL_RATIO_OF HELD_OUT # log_to starts the script a second time
+    export VAL_RATIO VAL_RATIO_OF HELD_OUT # for the second start of this script, by log_to
   fi
 fi
 [[ ${VAL_RATIO:-0} == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
 [[ ${VAL_RATIO:-0} == 0 || -z ${VAL_RATIO_OF:-} ]] || data+=(--val_ratio_of "$VAL_RATIO_OF")
 sft_data=("${data[@]}")
 [[ -z ${SFT_DATASET:-} ]] || sft_data=(--dataset_name "$SFT_DATASET")
-template=() # of the base model alone: what is trained from it has them in its own template
+template=() # for the base model only: what is trained from it gets all of this into its own template
 [[ -z ${CHAT_TEMPLATE:-} ]] || template+=(--chat_template "$CHAT_TEMPLATE")
 [[ -z ${CHAT_TEMPLATE_KWARGS:-} ]] || template+=(--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS")
 [[ -z ${SYSTEM_PROMPT:-} ]] || template+=(--system_prompt "$SYSTEM_PROMPT")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The real recipe for Anthropic/hh-rlhf: all 160,800 training pairs, evaluated and judged on held-out ones.
+# The full run on Anthropic/hh-rlhf: trains on all 160,800 training pairs, evaluates and judges on held-out ones.
 #
 #   MODEL_NAME=google/gemma-3-1b-pt RECIPE=pipelines/recipes/gemma3_1b ACCELERATE_CONFIG=accelerate_configs/fsdp.yaml \
 #   JUDGE_MODEL=… ./pipelines/hh_rlhf.sh
 #
-# The environment is that of dpo_pipeline_sanity.sh; RECIPE is required here.
+# The variables are those of dpo_pipeline_sanity.sh; RECIPE is required here.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

@@ -1,11 +1,11 @@
-# What the pipelines share; sourced, never run.
+# Functions that the pipelines share. This file is sourced, never run.
 # shellcheck shell=bash
 set -Eeuo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH="$ROOT/.venv/bin:$PATH"
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$ROOT/accelerate_configs/cpu.yaml}
-JUDGE_PORT=${JUDGE_PORT:-18123} # part of the judge's cache keys, so it is fixed
+JUDGE_PORT=${JUDGE_PORT:-18123} # fixed: the address is part of the keys of the judge's verdicts
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-5} TOKENIZERS_PARALLELISM=false
 
 die() {
@@ -13,8 +13,8 @@ die() {
   exit 2
 }
 
-# no_credentials VARIABLE…: refuse addresses with a user, a password or a query: they would go into files, and be seen in
-# the list of processes.
+# no_credentials VARIABLE…: refuse addresses with a user, a password or a query, which would show in files and in the
+# list of processes.
 no_credentials() {
   local name
   for name in "$@"; do
@@ -23,10 +23,11 @@ no_credentials() {
   done
 }
 
-# log_to FILE: from here on, everything on screen goes to FILE as well, and SIGTERM to all that this script has started.
+# log_to FILE: from here on, all output goes to FILE as well as to the screen, and SIGTERM to all processes of this script.
+# It starts the script a second time, under tandem.launch.supervise.
 log_to() {
   if [[ ${TANDEM_LOG:-} == "$1" ]]; then
-    trap 'TERMINATED=1' TERM # the stage's programs get it too: what they save is waited for
+    trap 'TERMINATED=1' TERM # the stage's programs get SIGTERM too: the script waits until they have saved
     return
   fi
   export TANDEM_LOG=$1
@@ -34,14 +35,14 @@ log_to() {
   exec python -m tandem.launch.supervise --log "$1" "$0"
 }
 
-# preflight STAGES: have the command lines of all stages of the function STAGES checked before the first of them runs.
+# preflight STAGES: check the command lines of all stages in the function STAGES before the first of them runs.
 preflight() {
-  [[ -z ${TANDEM_LOG:-} ]] || return 0 # log_to starts the script a second time
+  [[ -z ${TANDEM_LOG:-} ]] || return 0 # done before log_to started the script a second time
   PREFLIGHT=1 "$1" | python -m tandem.launch.preflight "$ACCELERATE_CONFIG"
 }
 
-# stage NAME OUTPUT COMMAND…: run COMMAND, which leaves OUTPUT in the run folder $RUN, unless it has done so before.
-# A stage that runs makes the later ones run anew; one that was stopped goes on from what it has saved.
+# stage NAME OUTPUT COMMAND…: run COMMAND, which leaves OUTPUT in the run folder $RUN, unless it was done before with the
+# same settings. After a stage that runs, all later stages run anew. A stage that was stopped resumes where it was.
 stage() {
   local name=$1 output=$2 status=0 stamp seconds=$SECONDS
   if [[ -n ${PREFLIGHT:-} ]]; then
@@ -55,15 +56,15 @@ stage() {
   if [[ -f $stamp && -e $RUN/$output && -z ${UPSTREAM:-} ]]; then
     printf '%s\0' "$@" | python -m tandem.launch.stamp check "$ROOT" "$RUN" "$name" "$output" || exit $?
     echo "== $name: done before ($RUN/$output)"
-    # The last that ran: a kill may have come before the stages after it were made anew
+    # The stage that ran last: a kill may have come before the stages after it ran anew
     [[ $(cat "$RUN/.stages/.last" 2>/dev/null || true) != "$name" ]] || UPSTREAM=$name
     return
   fi
   if [[ -f $stamp && -e $RUN/$output ]]; then
     echo "== $name: $UPSTREAM ran again, so $RUN/$output is made anew"
-    # Its mirror too: else what is made anew would be brought back as it was
+    # Remove its mirror too, or the stage would restore the old output from there
     if [[ -n ${MOUNT_DIR:-} ]] && cmp -s "$RUN/$output/run.json" "$MOUNT_DIR/$output/run.json"; then
-      # run.json last: cut off by a kill, it is still known as this run's
+      # run.json last, so that a mirror that a kill left half removed is still known as this run's
       find "${MOUNT_DIR:?}/$output" -mindepth 1 ! -path "$MOUNT_DIR/$output/run.json" -delete
       rm -rf "${MOUNT_DIR:?}/$output"
     fi
@@ -72,11 +73,11 @@ stage() {
   rm -f "$stamp"
   echo "$name" >"$RUN/.stages/.ran" && mv "$RUN/.stages/.ran" "$RUN/.stages/.last"
   echo "== $name"
-  # What the report tells a reader to repeat, with all that `launch` and `with_local_judge` look at
+  # For the report, which shows how to repeat the run: the command and the variables of `launch` and `with_local_judge`
   printf '%q ' "RUN=$RUN" "ACCELERATE_CONFIG=$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+"NUM_PROCESSES=$NUM_PROCESSES"} ${JUDGE_MODEL:+"JUDGE_MODEL=$JUDGE_MODEL"} "$@" \
     >"$RUN/.stages/$name.command"
-  # Of now, not of when it ends: its config may be edited meanwhile
+  # Written now and not at the end, since somebody may edit the stage's config while it runs
   printf '%s\0' "$@" | python -m tandem.launch.stamp begin "$ROOT" "$RUN" "$name" "$output" || status=$?
   ((status != 0)) || "$@" || status=$?
   ((status == 0)) || stop "$name" "$status"
@@ -88,7 +89,7 @@ stage() {
 
 stop() {
   local name=$1 status=$2 why="failed"
-  # A program that SIGTERM ended has saved what it could, as each stage can be killed at any moment
+  # After SIGTERM a stage that failed counts as preempted, unless it says 2 or 3: every stage can go on after a kill
   [[ -z ${TERMINATED:-} || $status == [23] ]] || status=75
   case $status in
     2) why="was given wrong input" ;;
@@ -99,12 +100,13 @@ stop() {
   exit "$status"
 }
 
-# config STAGE: the recipe's file for a stage, or the default one.
+# config STAGE: the recipe's config for a stage, else the default one.
 config() {
   if [[ -f $RECIPE/$1.yaml ]]; then echo "$RECIPE/$1.yaml"; else echo "$ROOT/pipelines/recipes/default/$1.yaml"; fi
 }
 
-# launch SCRIPT ARGUMENT…: a training script under accelerate, with its own exit code. NUM_PROCESSES overrides the config's.
+# launch SCRIPT ARGUMENT…: run a training script under accelerate, and return the script's own exit code. NUM_PROCESSES
+# overrides the accelerate config's number.
 launch() {
   python -m tandem.launch --config_file "$ACCELERATE_CONFIG" ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} "$@"
 }
@@ -112,13 +114,13 @@ launch() {
 # with_local_judge COMMAND…: run COMMAND while transformers serves $JUDGE_MODEL on loopback.
 with_local_judge() {
   local server status=0 waited=0
-  # Else another server would be asked, while this one fails to start
+  # Otherwise the server that has the port would be asked, while this one fails to start
   if (exec 3<>"/dev/tcp/127.0.0.1/$JUDGE_PORT") 2>/dev/null; then
     die "port $JUDGE_PORT of the local judge is taken: set another JUDGE_PORT"
   fi
   transformers serve "$JUDGE_MODEL" --host 127.0.0.1 --port "$JUDGE_PORT" >"$RUN/judge_server.log" 2>&1 &
   server=$!
-  # shellcheck disable=SC2064  # the server's number of now
+  # shellcheck disable=SC2064  # the process id is to be expanded now
   trap "kill $server 2>/dev/null || true" EXIT
   until python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)" \
     "http://127.0.0.1:$JUDGE_PORT/health" 2>/dev/null; do

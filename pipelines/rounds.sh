@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Rounds of DPO on the policy's own answers: sample → score → pairs → DPO → the same measured on held-out prompts.
+# Rounds of DPO on the policy's own answers: sample → score → pairs → DPO, each measured on held-out prompts.
 #
 #   MODEL_NAME=… PROMPTS=prompts.jsonl SCORER=function:check.py:score ./pipelines/rounds.sh
 #
 # MODEL_NAME         model folder or Hub name of round 0 (required)
 # PROMPTS            any data set that Tandem reads, with or without answers (required)
-# SCORER             who scores: reward:MODEL, judge:MODEL or function:FILE.py:NAME (required)
-# SECOND_SCORER      another (judge:… if SCORER is none), which ranks nothing and shows whether the first is over-optimised
+# SCORER             scores and ranks answers: reward:MODEL, judge:MODEL or function:FILE.py:NAME (required)
+# SECOND_SCORER      scores too, without ranking, and shows whether SCORER is over-optimised; at most one of the two may
+#                    be a judge
 # ROUNDS             2
-# REFERENCE          previous: the round's start; initial: MODEL_NAME (previous)
-# VAL_RATIO          share of the prompts to hold out (0.2; 0: the test split)
-# OFFLINE_PAIRS      pairs that others wrote, mixed in as OFFLINE_SHARE of the pairs of each round; none of held-out prompts
-# OFFLINE_SHARE      0.5 where OFFLINE_PAIRS is set
+# REFERENCE          DPO's reference: previous, the policy that the round starts from, or initial, MODEL_NAME (previous)
+# VAL_RATIO          share of the prompts to hold out (0.2; 0: read the test split)
+# OFFLINE_PAIRS      preference pairs of a data set to mix in; those on held-out prompts are left out
+# OFFLINE_SHARE      their share of the pairs of each round (0.5)
 # JUDGE_BASE_URL     server of a judge; its key is read from OPENAI_API_KEY
 # RECIPE             folder with dpo.yaml, sample.yaml, held_out.yaml, score.yaml, make_pairs.yaml, rounds.yaml (recipes/rounds)
 # OUTPUT_DIR, MOUNT_DIR, ACCELERATE_CONFIG, NUM_PROCESSES  as in dpo_pipeline_sanity.sh
@@ -39,8 +40,8 @@ data=(--dataset_name "$PROMPTS")
 [[ $VAL_RATIO == 0 ]] || data+=(--val_ratio "$VAL_RATIO")
 
 rewards=() functions=() judges=()
-alone=() # options of scores of single answers, which a judge compares with round 0's
-# add_scorer SCORER: among those that score.py asks
+alone=() # options for scoring a round's only answer to a prompt: a judge compares it with round 0's
+# add_scorer SCORER: add to the scorers that score.py asks
 add_scorer() {
   case $1 in
     reward:?*) rewards+=("${1#reward:}") ;;
@@ -65,7 +66,7 @@ config() {
   if [[ -f $RECIPE/$1.yaml ]]; then echo "$RECIPE/$1.yaml"; else echo "$ROOT/pipelines/recipes/rounds/$1.yaml"; fi
 }
 
-# held_out ROUND MODEL: one answer to each held-out prompt, scored
+# held_out ROUND MODEL: draw one answer to each held-out prompt and score it
 held_out() {
   local own=round_$1/held_out
   stage "held_out_$1" "$own/samples.jsonl" \
@@ -76,7 +77,7 @@ held_out() {
     --samples "$RUN/$own/samples.jsonl" --output_dir "$RUN/$own"
 }
 
-# dpo_config ROUND: the recipe's, and after the first round one that goes on training its adapter
+# dpo_config ROUND: the recipe's config; after the first round, one that trains the existing adapter further
 dpo_config() {
   local file=$RUN/round_$1/dpo.yaml
   if (($1 == 1)); then
@@ -84,12 +85,12 @@ dpo_config() {
   else
     [[ -z ${PREFLIGHT:-} ]] || file=$SCRATCH/dpo.yaml
     mkdir -p "$(dirname "$file")"
-    python -m tandem.rounds.recipe "$(config dpo)" >"$file" || exit $? # -e does not hold in $(…)
+    python -m tandem.rounds.recipe "$(config dpo)" >"$file" || exit $? # set -e has no effect in $(…)
     echo "$file"
   fi
 }
 
-# pairs_of ROUND: what DPO trains on; before there are any, preflight looks at nothing but the options
+# pairs_of ROUND: the data that DPO trains on; for preflight, which checks options before there are pairs, the prompts
 pairs_of() {
   if [[ -n ${PREFLIGHT:-} ]]; then
     echo "${data[@]:1:1}"

@@ -1,4 +1,4 @@
-"""Command lines that run a reported run once more."""
+"""The command lines with which a reported run can be repeated."""
 
 import itertools
 import re
@@ -8,16 +8,16 @@ from pathlib import Path
 from tandem.report.collect import Json, Run
 from tandem.report.numbers import ELSEWHERE
 
-_SETTING = re.compile(r"[A-Z_]+=")  # as `stage` of pipelines/lib.sh puts before a command
+_SETTING = re.compile(r"[A-Z_]+=")  # shell variables, which `stage` of pipelines/lib.sh writes before a command
 
 
 _SCRIPT = re.compile(r"(.*/)scripts/\w+\.py")
 
 
 def commands(run: Run) -> Json:
-    """Command lines that run the same again in a new folder: of the whole `pipeline`, and of single training `stages`.
+    """Command lines that repeat the run in a new folder: of the whole `pipeline`, and of single training `stages`.
 
-    The pipeline's are those that its stages ran with, from the root of a checkout.
+    The pipeline's are the commands that its stages ran with, to be typed in the root of a checkout.
     """
     folder = Path(ELSEWHERE) / run.folder.resolve().name
     again = folder.with_name(f"{folder.name}_again")
@@ -33,7 +33,7 @@ def commands(run: Run) -> Json:
 
 
 def _pipeline_again(run: Run) -> list[str]:
-    """The stages' commands, after the shell variables that they were written down with."""
+    """The shell variables that the stages were run with, and then their commands."""
     settings: dict[str, str] = {}
     lines = []
     for words in run.commands.values():

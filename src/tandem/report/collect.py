@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report and the model card. A missing piece is None or empty, never an error."""
+"""Reads a run folder for the report and the model card. What is missing is None or empty, never an error."""
 
 import contextlib
 import dataclasses
@@ -34,13 +34,13 @@ class Stage:
 
     @property
     def config(self) -> Json:
-        """The options it was run with."""
+        """The options that the stage was run with."""
         return self.run.get("config") or {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """What was read from a run folder."""
 
     folder: Path
     stages: dict[str, Stage] = dataclasses.field(default_factory=dict)
@@ -51,7 +51,7 @@ class Run:
     others_judged: dict[str, Json] = dataclasses.field(default_factory=dict)  # <name>_summary.json of other judgements
     data: Json | None = None  # data_report.json
     answers: list[Json] = dataclasses.field(default_factory=list)
-    unmatched_verdicts: int = 0  # verdicts of another judge, or on answers that are not shown
+    unmatched_verdicts: int = 0  # verdicts of another judge, or on answers other than those shown
     seconds: dict[str, int] = dataclasses.field(default_factory=dict)
     commands: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of the pipeline's stages, as words
     alarms: list[Json] = dataclasses.field(default_factory=list)
@@ -59,17 +59,17 @@ class Run:
 
     @property
     def is_of_rounds(self) -> bool:
-        """Whether the folder is one of rounds.sh, whose trainings and answers lie in the folders of its rounds."""
+        """Whether rounds.sh wrote the folder; then trainings and answers are in the folders of its rounds."""
         return self.rounds is not None and not any((self.stages, self.results, self.judge, self.answers))
 
     @property
     def labels(self) -> list[str]:
-        """The columns of the side-by-side: models in the order of training, the data's own answer last."""
+        """The columns of the side-by-side view, in `column_order`."""
         return column_order({label for row in self.answers for label in row["answers"]})
 
 
 def column_order(labels: Collection[str]) -> list[str]:
-    """Labels in the one order of every page: models in the order of training, others, the data's own answer last."""
+    """Labels in the order that every page has: models as they were trained, other models, the data's own answer."""
     known = ("base", "sft", "dpo")
     others = sorted(set(labels) - {*known, "chosen"})
     return [label for label in (*known, *others, "chosen") if label in labels]
@@ -79,7 +79,7 @@ def read_run(folder: str | Path) -> Run:
     """Read everything in a run folder that the report shows.
 
     Raises:
-        UserError: no such folder, nothing of a run in it, or a file in it that Tandem did not write like that.
+        UserError: there is no such folder, it holds nothing of a run, or a file in it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -113,7 +113,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _others_judged(folder: Path) -> dict[str, Json]:
-    """Summaries of judgements beside that of judge/, as judge_vs_chosen_summary.json, by the name of their folder."""
+    """Summaries of judgements other than judge/'s, as judge_vs_chosen_summary.json, by the name of their folder."""
     found = {}
     for path in sorted(folder.glob("*_summary.json")):
         summary = read_json(path)
@@ -123,7 +123,7 @@ def _others_judged(folder: Path) -> dict[str, Json]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, or None if there is none; NaN and infinities, which JSON lacks, are read as None.
+    """The content of a JSON file, or None if there is none. NaN and infinities, which JSON lacks, become None.
 
     Raises:
         UserError: it is not JSON.
@@ -145,10 +145,10 @@ def _read_jsonl(path: Path) -> list[Json]:
 
 @contextlib.contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """Name `path` where what was read from it turns out not to have the shape that Tandem writes.
+    """Within the block, a KeyError and the like mean that `path` does not have the form that Tandem writes.
 
     Raises:
-        UserError: instead of the KeyError and the like.
+        UserError: in place of such an error, naming `path`.
     """
     try:
         yield
@@ -166,7 +166,7 @@ def _stage(folder: Path) -> Stage | None:
 
 
 def _stage_seconds(log: Path) -> dict[str, int]:
-    """Seconds of the last completed run of each stage, in the order of the log."""
+    """The seconds that the last completed run of each stage took, in the order of the log."""
     if not log.is_file():
         return {}
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -174,7 +174,10 @@ def _stage_seconds(log: Path) -> dict[str, int]:
 
 
 def _commands(folder: Path) -> dict[str, list[str]]:
-    """What `stage` of pipelines/lib.sh ran, in the order of the pipeline, stages of others last, as they began."""
+    """The command of each stage, as `stage` of pipelines/lib.sh wrote it down.
+
+    Those of the sanity pipeline are in its order; other stages follow in the order in which they began.
+    """
     found = {}
     for path in sorted(folder.glob("*.command"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
         with as_written(path):
@@ -184,9 +187,9 @@ def _commands(folder: Path) -> dict[str, list[str]]:
 
 
 def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
-    """Rows of `prompt_id`, `messages`, and by label `answers` and why some are none (`non_answers`).
+    """Rows of `prompt_id`, `messages`, `answers` by label, and `non_answers`: by label, why an answer is none.
 
-    From the comparison or else the generations.
+    They are read from the comparison, else from the files of answers.
     """
     if comparison is not None:
         with as_written(folder / "dpo_comparison_results.json"):
@@ -215,10 +218,10 @@ def _side_by_side(folder: Path, comparison: Json | None) -> list[Json]:
 def _judged(
     rows: Sequence[Json], summary: Json | None, records: Iterable[Json], folder: Path
 ) -> tuple[list[Json], int]:
-    """The rows with `outcome` and `verdicts`, and how many verdicts on these prompts belong to none of them.
+    """The rows with their `outcome` and `verdicts`, and how many verdicts belong to none of them.
 
-    verdicts.jsonl only ever grows, so it may hold verdicts of another judge or on answers since replaced. winners.json
-    says which count.
+    Lines are only ever added to verdicts.jsonl, so that it may hold verdicts of another judge, or on answers that were
+    replaced since. winners.json says which verdicts count.
     """
     main = [record for record in records if record.get("kind") == "main"]
     if summary is None:
@@ -239,7 +242,7 @@ def _judged(
 
 
 def _keys(row: Json, asked: Json | None, labels: tuple[str, str]) -> list[str]:
-    """Keys of the verdicts on a row; none if they were not about the answers shown there."""
+    """The keys of the verdicts on a row's answers; none if the verdicts are on other answers than the row shows."""
     shown = [row["answers"].get(label) for label in labels]
     if asked is None or None in shown or [text_digest(text) for text in shown] != asked.get("answers"):
         return []

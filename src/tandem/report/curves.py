@@ -1,4 +1,4 @@
-"""Training curves as SVG that takes its colours from the page, so that light and dark are one drawing."""
+"""Training curves as SVG with the page's colours as CSS variables, so that one drawing fits light and dark."""
 
 import dataclasses
 import html
@@ -13,7 +13,7 @@ from tandem.report.collect import Json, Run, as_written
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Drawn in these, which stand for variables of report.css
+# Matplotlib draws in these placeholders, which are then replaced by the variables of report.css
 COLOURS = {
     "#010203": "var(--muted)",
     "#010204": "var(--rule)",
@@ -22,13 +22,13 @@ COLOURS = {
     "#010207": "var(--chosen)",
 }
 MUTED, RULE, DPO, SFT, CHOSEN = COLOURS
-BINS = 2000  # points of a curve, which is a few hundred pixels wide
-SIZE = (4.6, 2.7)  # inches; a column of the page is about this wide, so text keeps its size
+BINS = 2000  # points of a curve at most; it is a few hundred pixels wide
+SIZE = (4.6, 2.7)  # inches; about the width of the page's columns, so that text keeps its size
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve: a key of the trainer's log."""
+    """A curve of one key of the trainer's log."""
 
     key: str
     label: str
@@ -37,13 +37,13 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """One drawing of a stage's log."""
+    """A drawing of curves from one stage's log."""
 
     stage: str
     title: str
     note: str
     lines: tuple[Line, ...]
-    level: float | None = None  # a horizontal line to compare with
+    level: float | None = None  # where a horizontal line is drawn, to compare with
 
 
 DRAWINGS = (
@@ -97,7 +97,7 @@ def _points(history: Sequence[Json], key: str) -> list[tuple[int, float]]:
 def thinned(
     points: Sequence[tuple[int, float]], of_bin: Callable[[Sequence[float]], float] = statistics.fmean
 ) -> list[tuple[int, float]]:
-    """At most `BINS` points: of so many neighbours as that takes the last step, and `of_bin` of their values."""
+    """At most `BINS` points. Several neighbours become one: the last one's step, and `of_bin` of their values."""
     size = -(-len(points) // BINS)
     if size <= 1:
         return list(points)
@@ -137,7 +137,7 @@ def _draw(curves: Curves, series: Sequence[tuple[Line, list[tuple[int, float]]]]
 
 
 def new_figure() -> tuple["Figure", Any]:
-    """A figure with one quiet pair of axes, not registered with pyplot."""
+    """A figure with one pair of axes in the page's plain style. pyplot, which keeps its figures, is not used."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -154,9 +154,9 @@ def new_figure() -> tuple["Figure", Any]:
 
 
 def to_svg(figure: "Figure", description: str) -> str:
-    """`figure` as SVG to be set into HTML: no prolog, no ids that clash, text as text, colours of the page.
+    """`figure` as SVG to embed in HTML: without a prolog and clashing ids, text as text, in the page's colours.
 
-    `description` is what it says to those who do not see it.
+    `description` is its text for screen readers.
     """
     import matplotlib as mpl
 

@@ -1,7 +1,7 @@
-"""Markdown in answers, as a tree of a few kinds of elements: what a page shows is built from it and from nothing else.
+"""Markdown in answers, as a tree of a few kinds of elements, from which alone pages are built: answers are hostile.
 
-A node is text, or a list of its element's name and its children; of an `ol` the second item may be its first number.
-There are no links, no images and no HTML: whatever an answer holds of them stays text.
+A node is text, or a list of an element's name and its children; an `ol` may have its first number as second item.
+There are no links, images or HTML: what an answer has of them stays text.
 """
 
 import functools
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 ELEMENTS = frozenset(
     "p h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code em strong hr br table thead tbody tr th td".split()  # noqa: SIM905
 )
-LONGEST = 100_000  # characters; a longer answer is shown as it is
+LONGEST = 100_000  # characters; a longer answer is shown as plain text
 _MARKED = re.compile(
     r"^ {0,3}(?:#{1,6} |>|[-*+] |\d{1,9}[.)] |```|~~~|\|)|^ {4}|`[^`]+`|\*\*\S|__\S|(?<!\w)[*_]\w", re.MULTILINE
 )
@@ -23,7 +23,7 @@ Node = str | list[Any]
 
 
 def formatted(text: str) -> list[Node] | None:
-    """The nodes of a text; None where it has no mark of Markdown, and is shown as it is."""
+    """The nodes of a text; None where it has nothing of Markdown and is shown as plain text."""
     if len(text) > LONGEST or not _MARKED.search(text):
         return None
     from markdown_it.tree import SyntaxTreeNode
@@ -67,7 +67,7 @@ def _nodes(node: Any) -> list[Node]:
 
 
 def as_html(text: str) -> Markup:
-    """A text as the page that has no script shows it; everything but the elements' names is escaped."""
+    """A text as HTML, for the page without a script; everything but the elements' names is escaped."""
     nodes = formatted(text)
     if nodes is None:
         return Markup('<div class="text">{}</div>').format(text)

@@ -1,4 +1,4 @@
-"""Numbers and names as a person reads them, on the page and in a model card."""
+"""Numbers and names in the form that pages and model cards show."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Counts as they are, measured numbers to three digits, with a true minus."""
+    """A count in full, a measured number to three digits, with a minus sign instead of a hyphen."""
     is_whole = isinstance(value, int) or abs(value) >= 1000
     text = f"{round(value):,}" if is_whole else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−")
@@ -57,7 +57,7 @@ def show_difference(estimate: Mapping[str, Any] | None, is_share: bool = False) 
 
 
 def show_p(p: float) -> str:
-    """A p-value; below a thousandth its size means little."""
+    """A p-value; one below 0.001 without its size, which means little there."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
@@ -71,17 +71,17 @@ def duration(seconds: float) -> str:
 
 
 def public(value: Any) -> str:
-    """A model or a data set as the page may show it: of a path on this machine, its last part."""
+    """The name of a model or data set for the page: of a path, only the last part, since pages are passed on."""
     text = str(value)
     return Path(text).name if text.startswith(("/", "./", "../", "~")) else text
 
 
-ELSEWHERE = "PATH_TO"  # stands for folders of the machine that a run was on
+ELSEWHERE = "PATH_TO"  # replaces the folders of the machine that a run was on
 _ABSOLUTE = re.compile(r"""(?<![\w.:/~<-])(?:~\w*)?/(?:[^\s/'":,]+/)*(?=[^\s/'",])""")
 
 
 def without_places(text: str) -> str:
-    """A text in which `PATH_TO/` stands for the folders of this machine that absolute paths begin with."""
+    """`text` with `PATH_TO/` in place of the folders of absolute paths."""
     return _ABSOLUTE.sub(f"{ELSEWHERE}/", text)
 
 

@@ -1,4 +1,4 @@
-"""report.html: one file that a person opens at the end of a run, with no network and no server."""
+"""report.html: the page on a run, one file that needs neither network nor server."""
 
 import base64
 import dataclasses
@@ -49,23 +49,23 @@ class ReportOptions(Options):
 
 
 def write_report(options: ReportOptions) -> Path:
-    """Write `report.html`, and `training_metrics.json` from those of the stages; returns the report's path.
+    """Write `report.html`, and the stages' training metrics as one `training_metrics.json`; returns the report's path.
 
     Raises:
-        UserError: nothing of a run in the folder, or a damaged file.
+        UserError: the folder holds nothing of a run, or a file in it is damaged.
     """
     run = read_run(options.run_dir)
     metrics = {name: stage.metrics for name, stage in run.stages.items() if stage.metrics is not None}
     if metrics:
         write_json(run.folder / "training_metrics.json", metrics)
     path = run.folder / "report.html"
-    # A lone surrogate, which JSON lines of model text may hold, has no UTF-8
+    # A lone surrogate, which JSON lines of model text may hold, cannot be encoded as UTF-8
     write_atomic(path, render(run).encode("utf-8", errors="replace"))
     return path
 
 
 def render(run: Run, written: datetime | None = None) -> str:
-    """The page as HTML; `written` is the date it shows, now if unset."""
+    """The page as HTML; `written` is the date that it shows, by default now."""
     templates = environment(autoescape=True)
     script = source(templates, "report.js")
     return templates.get_template("report.html.jinja").render(
@@ -94,7 +94,7 @@ def render(run: Run, written: datetime | None = None) -> str:
 
 
 def rounds(run: Run) -> Json | None:
-    """What the page shows of rounds.json, with links to the report of each round's training."""
+    """What the page shows of rounds.json, with links to the reports on the rounds' trainings."""
     if run.rounds is None:
         return None
     with as_written(run.folder / "rounds.json"):
@@ -106,7 +106,7 @@ def rounds(run: Run) -> Json | None:
 
 
 def rounds_page(folder: Path, results: Json) -> str:
-    """rounds.html: the rounds alone, without a script or a date."""
+    """rounds.html, a page on the rounds alone, without a script or a date."""
     templates = environment(autoescape=True)
     return templates.get_template("rounds_page.html.jinja").render(
         title=folder.resolve().name,
@@ -116,7 +116,7 @@ def rounds_page(folder: Path, results: Json) -> str:
 
 
 def environment(*, autoescape: bool) -> jinja2.Environment:
-    """The templates of this package, with filters that write numbers for people."""
+    """The templates of this package, with filters that format numbers and names."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("tandem.report"),
         autoescape=autoescape,
@@ -140,13 +140,13 @@ def environment(*, autoescape: bool) -> jinja2.Environment:
 
 
 def source(templates: jinja2.Environment, name: str) -> str:
-    """A template as it stands, as style and script are."""
+    """The source of a file among the templates, such as the style and the script."""
     assert templates.loader is not None
     return templates.loader.get_source(templates, name)[0]
 
 
 def training_plots(run: Run) -> list[Json]:
-    """`title`, `note` and `svg` of every drawing that the logs of the stages have numbers for."""
+    """`title`, `note` and `svg` of each drawing that the stages' logs have numbers for."""
     from tandem.report.curves import training_curves  # matplotlib takes a second
     from tandem.report.plots import monitor_plots
 
@@ -159,7 +159,7 @@ def training_plots(run: Run) -> list[Json]:
 
 
 def browser_data(run: Run) -> Json:
-    """What the page's script shows of the answers; embedded as JSON, and put on screen as text."""
+    """What the page's script shows of the answers. It is embedded as JSON, and displayed as text."""
     labels = run.judge["labels"] if run.judge else None
     return {
         "labels": [{"id": label, "name": model_name(label)} for label in run.labels],

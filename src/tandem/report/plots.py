@@ -1,6 +1,6 @@
-"""What the tail monitor saw, drawn from its logs like `curves` draws the trainer's: SVG in the colours of the page.
+"""Drawings of the tail monitor's logs, as SVG in the page's colours, as `curves` makes them of the trainer's log.
 
-Every text in the drawings is made here from numbers; none comes from a dataset, a model or a machine.
+All text in the drawings is made here from numbers: none comes from a data set, a model or a machine.
 """
 
 import itertools
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 Records = Sequence[dict[str, Any]]
 
-RANKS_NAMED = 8  # of more ranks than this a legend would cover the drawing
+RANKS_NAMED = 8  # with more ranks than this, a legend would cover the drawing
 
 
 def monitor_plots(logs: str | Path, history: Records) -> Iterator[tuple[str, str, str]]:
-    """Title, note and SVG of every drawing there are numbers for.
+    """Title, note and SVG of each drawing that there are numbers for.
 
     Args:
         logs: the logs folder of the DPO stage, which holds `margins/`.
@@ -45,7 +45,7 @@ def monitor_plots(logs: str | Path, history: Records) -> Iterator[tuple[str, str
 
 
 def draw_margins(steps: Records) -> "Figure | None":
-    """Min to max, 10% to 90%, median and mean of each step's margins, and τ; None if there are no margins."""
+    """The range, the 10% to 90% range, the median and the mean of each step's margins, and τ; None without margins."""
     drawn = [record for record in steps if record["mean"] is not None]
     if not drawn:
         return None
@@ -92,7 +92,7 @@ def draw_beta(steps: Records) -> "Figure | None":
 
 
 def draw_memory(history: Records) -> "Figure | None":
-    """Memory in use on each rank, its peak in the legend; None if none was logged."""
+    """Memory in use on each rank, with its peak in the legend; None if memory was not logged."""
     ranks = sorted({int(m[1]) for record in history for key in record if (m := re.match(r"system/rank_(\d+)/", key))})
     if not ranks:
         return None

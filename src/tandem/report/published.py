@@ -1,4 +1,4 @@
-"""Files of a model as others may have them: without places of this machine, and without what an earlier push left."""
+"""A model's files as they are pushed: without paths of this machine, and in place of what an earlier push left."""
 
 import json
 import re
@@ -8,23 +8,23 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.places import is_hub_name
 
-# What an earlier push may have left, which from_pretrained would load in place of, or beside, what is pushed now
+# Files of an earlier push that from_pretrained would load instead of, or beside, those that are pushed now
 _LOADED = re.compile(
     r"(?:adapter_|model|pytorch_model|tf_model|flax_model)[^/]*\.(?:json|safetensors|bin|h5|msgpack)"
     r"|(?:generation_|tokenizer_|preprocessor_|processor_)?config\.json|tokenizer\.(?:json|model)|spiece\.model"
     r"|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json|chat_template\.(?:jinja|json)"
 )
 _PATH = re.compile(r"(?:/[\w.@+-]+){2,}/?|(?:~|\.\.?|[A-Za-z]:)[\\/]\S+|file://\S+")
-_NAMES_OF_A_PLACE = ("_name_or_path", "name_or_path")  # where transformers loaded from
+_NAMES_OF_A_PLACE = ("_name_or_path", "name_or_path")  # entries with the path or name that transformers loaded from
 
 
 def would_be_loaded(name: str) -> bool:
-    """Whether a file of that name in a repository changes what from_pretrained makes of it."""
+    """Whether from_pretrained would load a file of that name in a repository."""
     return _LOADED.fullmatch(name) is not None
 
 
 def configuration(file: Path) -> bytes | Path:
-    """A configuration's file as it is, or its content without the entries that name a place of this machine.
+    """A configuration's file, or its content without the entries that are paths of this machine, if there are any.
 
     Raises:
         UserError: it is not JSON.
@@ -38,7 +38,7 @@ def configuration(file: Path) -> bytes | Path:
 
 
 def without_places(value: Any) -> Any:
-    """JSON without entries of objects that are paths, or names of a model that is no repository of the Hub."""
+    """A JSON value without entries of objects that are paths, or names of models that are not on the Hub."""
     if isinstance(value, list):
         return [without_places(one) for one in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""ranking.html: how several models fare, as a table and a plot, and what the judges are worth; the console's table."""
+"""ranking.html and the console's table: several models ranked, and how far the judges can be trusted."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ KINDS = (("strength", "Strength"), ("length_controlled", "Length controlled"))
 
 
 def write_ranking(path: Path, result: Mapping[str, Any]) -> None:
-    """Write the page; no network, no script, and model and judge names are text."""
+    """Write the page, which needs no network and has no script. Names of models and judges are escaped."""
     templates = environment(autoescape=True)
     html = templates.get_template("ranking.html.jinja").render(
         result=result,
@@ -27,7 +27,7 @@ def write_ranking(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _boards(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What is shown: the judges together, if there are several, and each by itself."""
+    """What is shown: the result of the judges together, if several are believed, and each judge's own."""
     judges = result["judges"]
     own = [(f"By {judge['model']}", judge) for judge in judges]
     believed = sum(not judge["distrust"] for judge in judges)
@@ -74,7 +74,7 @@ def _places(ranks: Sequence[int] | None) -> str:
 
 
 def _plot(models: Mapping[str, Any], order: Sequence[str], name: str) -> Json:
-    """Places in percent of the plot's width, whose ends are round numbers beyond every interval."""
+    """Positions in percent of the plot's width. Its ends are round numbers beyond every interval."""
     estimates = [models[label][name] for label in order]
     most = max(max(abs(each["low"]), abs(each["high"])) for each in estimates)
     step = next(step for step in (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 1e9) if most <= 4 * step)
@@ -94,7 +94,7 @@ def _plot(models: Mapping[str, Any], order: Sequence[str], name: str) -> Json:
 
 
 def _scores(against: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[list[str]]:
-    """The mean score of each row's model against each column's."""
+    """The mean score of each row's model against each column's model."""
     found = {(label, label): "" for label in order}
     for row in against:
         score = row["score"]["value"]
@@ -113,7 +113,7 @@ def _kappas(result: Mapping[str, Any]) -> list[Json]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The ranking as plain text, the judges together first."""
+    """The ranking as plain text: by all judges together, then by each."""
     lines = []
     for title, found in _boards(result):
         board = _board(title, found)

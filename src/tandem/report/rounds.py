@@ -1,4 +1,4 @@
-"""Rounds of DPO on a policy's own answers, as report.html, rounds.html and rounds.md show rounds.json."""
+"""What report.html, rounds.html and rounds.md show of rounds.json: rounds of DPO on a policy's own answers."""
 
 import functools
 import textwrap
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 _COLOURS = (DPO, SFT, CHOSEN, MUTED)
 _STYLES = ("-", "--", ":", "-.")
-_LABEL = 34  # characters that a scorer's name may take in a drawing
+_LABEL = 34  # characters of a scorer's name in a drawing, at most
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure of the rounds: its name and meaning, how it is read off a row, and a level to compare it with."""
+    """One measure of the rounds: its name and meaning, how it is read from a row, and a level to compare it with."""
 
     title: str
     meaning: str
     read: Callable[[Mapping[str, Any]], Any]
     is_share: bool = False
     level: float | None = None
-    scorer: int | None = None  # of several scorers, which; None where none is asked
+    scorer: int | None = None  # index of the scorer whose numbers these are, 0 for the one that ranks; None: of none
 
     @property
     def name(self) -> str:
-        """Its title, and who scored if that is not the scorer that ranks."""
+        """The title, with the scorer if it is not the one that ranks."""
         return f"{self.title}, {self.meaning}" if self.scorer else self.title
 
 
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A row a round, and the sentence that says what follows."""
+    """A row for each round, and the conclusion."""
 
     columns: Sequence[Measure]
     rows: Sequence[Sequence[Cell]]
@@ -55,7 +55,7 @@ class Table:
 
 
 def measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    """What the rows of rounds.json were measured by, the lead over round 0 first."""
+    """The measures in the rows of rounds.json, those of the lead over round 0 first."""
     others = list(dict.fromkeys(name for row in rows for name in row["others"]))
     found = [
         Measure("Win rate", "prompts won against round 0, ties as ½", lambda row: row["win_rate"], True, 0.5, 0),
@@ -81,7 +81,7 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
 
 
 def _of_judge(who: str, place: int, of: Callable[[str], Callable[[Mapping[str, Any]], Any]]) -> list[Measure]:
-    """What only a judge has that compares a round's answers with round 0's."""
+    """Measures that only a judge gives that compared a round's answers with round 0's."""
     controlled = f"{who}, were all answers as long as round 0's"
     flips = f"{who}: prompts on which it goes by the order"
     return [
@@ -103,7 +103,7 @@ def _kl(what: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def short(scorer: str) -> str:
-    """A scorer's kind and the last part of its name: reward:/models/armo → reward armo."""
+    """A scorer's kind and the last part of its name: `reward:/models/armo` becomes `reward armo`."""
     kind, _, name = scorer.partition(":")
     return f"{kind} {name.rstrip('/').rpartition('/')[2]}" if name else scorer
 
@@ -119,7 +119,7 @@ def rounds_table(results: Mapping[str, Any]) -> Table:
 
 
 def conclusion(results: Mapping[str, Any]) -> str:
-    """Which round is best, and by how much; and where the last one brought nothing."""
+    """Which round is best and by how much, and whether the last one was no better."""
     best = next(row for row in results["rounds"] if row["round"] == results["best_round"])
     if len(results["rounds"]) == 1:
         return "Only round 0 has been measured."
@@ -140,7 +140,7 @@ def _value(measured: Any) -> float | None:
 
 def _cell(column: Measure, row: Mapping[str, Any]) -> Cell:
     measured = column.read(row)
-    if not row["round"] and column.level is not None:  # round 0 against itself
+    if not row["round"] and column.level is not None:  # round 0 compared with itself
         return Cell("–")
     if isinstance(measured, Mapping):
         return Cell(show_value(measured, column.is_share), show_interval(measured, column.is_share))
@@ -188,7 +188,7 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def rounds_plots(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Title, note and SVG of a curve over the rounds for each measure; scorers share a drawing of what they share."""
+    """Title, note and SVG of a drawing for each measure over the rounds, with a curve for each scorer that has it."""
     found = [one for one in measures(rows) if any(_value(one.read(row)) is not None for row in rows)]
     for title in dict.fromkeys(one.title for one in found):
         lines = [one for one in found if one.title == title]

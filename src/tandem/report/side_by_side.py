@@ -1,4 +1,4 @@
-"""side_by_side.html: every prompt with the two answers that are compared, one self-contained page."""
+"""side_by_side.html: a self-contained page with every prompt and the two answers that are compared."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from tandem.report.tables import statistics_rows
 
 
 def render_side_by_side(results: Mapping[str, Any]) -> str:
-    """The page as HTML, from what dpo_comparison_results.json holds. Model text is escaped."""
+    """The page as HTML, from the content of dpo_comparison_results.json. Text of models is escaped."""
     policy, against = results["policy"], results["against"]
     labels = column_order((policy, against))
     templates = environment(autoescape=True)

@@ -1,4 +1,4 @@
-"""What the page's tables hold."""
+"""The contents of the page's tables."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ STATISTICS = {
 }
 
 
-# Options worth seeing at a glance; the whole of them is in the YAML below the table
+# The options that the table shows; all of them are in the YAML below it
 SHOWN_OPTIONS = (
     "model_name_or_path",
     "dataset_name",
@@ -106,7 +106,7 @@ def differences_table(run: Run) -> Json | None:
 
 
 def breakdown_tables(run: Run) -> list[Json]:
-    """For each way of breaking down: its `title`, the `labels` and the `rows` of a name, pairs, and two metrics."""
+    """For each breakdown its `title`, the `labels`, and `rows` of a name, the number of pairs, and two metrics."""
     if run.results is None:
         return []
     with as_written(run.folder / "results.json"):
@@ -147,7 +147,7 @@ def benchmarks_table(run: Run) -> Json | None:
 
 
 def data_table(run: Run) -> Json | None:
-    """`splits`, `findings` and the pairs `shown` of the data check, with what the page needs of each."""
+    """`splits`, `findings` and the pairs `shown` of the data check, reduced to what the page needs."""
     if run.data is None:
         return None
     counts = ("pairs", "prompts", "chosen_longer", "bag_of_words", "formats", "sources", "languages", "fingerprint")
@@ -185,7 +185,7 @@ def _metric(known: Mapping[str, Metric], name: str) -> Metric:
 
 
 def options_table(run: Run) -> list[tuple[str, list[Any]]]:
-    """The options worth seeing, each with its value in every stage; None where a stage has no such option."""
+    """The `SHOWN_OPTIONS`, each with its value in every stage; None where a stage has no such option."""
     configs = [stage.config for stage in run.stages.values()]
     names = [name for name in SHOWN_OPTIONS if any(config.get(name) is not None for config in configs)]
     return [(name, [_shown(config.get(name)) for config in configs]) for name in names]
@@ -198,7 +198,7 @@ def _shown(value: Any) -> str | None:
 
 
 def times(run: Run) -> list[tuple[str, int, str]]:
-    """Each stage of the pipeline with its seconds and, of the judge, its cost."""
+    """Each stage of the pipeline with its seconds and, for the judge, its cost."""
     with as_written(run.folder / "judge" / "usage.json"):
         cost = "not known" if run.usage is None or run.usage["cost"] is None else number(float(run.usage["cost"]))
     return [(name, seconds, cost if name == "judge" else "–") for name, seconds in run.seconds.items()]

@@ -1,4 +1,4 @@
-"""A trained model on the Hugging Face Hub, with a model card that carries its numbers."""
+"""Pushes a trained model to the Hugging Face Hub, with a model card that has its numbers."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def _published_config(folder: Path, base_model: str | None) -> bytes:
     """adapter_config.json with a base that others can load.
 
     Raises:
-        UserError: it names a folder of this machine and no other base is given.
+        UserError: its base is a folder of this machine, and no other base is given.
     """
     config = adapter_config(folder)
     base = config.get("base_model_name_or_path")
@@ -100,7 +100,7 @@ def _published_config(folder: Path, base_model: str | None) -> bytes:
 
 
 def complete_model_files(folder: Path) -> list[Path]:
-    """`model_files` of a folder that holds all of a model or adapter.
+    """`model_files` of a folder that holds a complete model or adapter.
 
     Raises:
         UserError: it is not a folder, its training has not finished, a part of the model is missing, or a file is a
@@ -143,7 +143,7 @@ def model_card(options: UploadOptions) -> str:
     from tandem.report.verdict import headline, judgement
 
     run = read_run(options.run_dir) if options.run_dir else Run(Path(options.folder))
-    # Training began with the first stage's model; DPO began with the SFT model
+    # The base is the model that the first stage trained: DPO's own is the result of SFT
     base = options.base_model or next((stage.config.get("model_name_or_path") for stage in run.stages.values()), None)
     if base is None and is_adapter(options.folder):
         base = json.loads(_published_config(Path(options.folder), None))["base_model_name_or_path"]
@@ -218,7 +218,7 @@ def _eval_results(run: Any, dataset: Any) -> list[Any]:
 
 
 def _languages(run: Any) -> list[str]:
-    """Languages of a tenth of the training pairs or more, as the data check names them."""
+    """The languages of at least a tenth of the training pairs, as the data check names them."""
     found = ((run.data or {}).get("splits", {}).get("train") or {}).get("languages") or {}
     counts = found.items() if isinstance(found, dict) else []
     total = sum(count for _, count in counts if isinstance(count, int | float)) or 1
@@ -226,18 +226,18 @@ def _languages(run: Any) -> list[str]:
 
 
 def _on_hub(name: Any) -> bool:
-    """Whether a name is one on the Hub, as far as that shows here: no path, no file."""
+    """Whether a name can be one on the Hub: it is neither a path nor a file's name."""
     return isinstance(name, str) and is_hub_name(name) and not _FILE.search(name)
 
 
 def _public(value: Any) -> str:
-    """A value as the card may show it: of a path on this machine, its last part."""
+    """A value for the card: of a path, only the last part."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if _on_hub(text) else Path(text).name or text
 
 
 def _cell(value: Any) -> str:
-    """Text that stays one cell of a Markdown table, and text."""
+    """`value` as one cell of a Markdown table, its Markdown characters escaped."""
     return re.sub(r"([\\|<>\[\]`*])", r"\\\1", " ".join(str(value).split()))
 
 
@@ -253,7 +253,7 @@ def _plan(options: UploadOptions, contents: Mapping[str, Path | bytes], card: st
 
 
 def _push(options: UploadOptions, contents: Mapping[str, Path | bytes], token: str) -> str:
-    from httpx2 import HTTPError  # what huggingface_hub asks with, and lets through where there is no connection
+    from httpx2 import HTTPError  # huggingface_hub lets it pass where there is no connection
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 

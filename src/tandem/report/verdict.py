@@ -1,4 +1,4 @@
-"""The page's verdict: who answers better, how far the judge can be trusted, and what it took."""
+"""The page's verdict: which model answers better, how far the judge can be trusted, and what judging cost."""
 
 import re
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ CALLS = {"labelled": "Labelled pairs", "self": "Answers against themselves", "ma
 
 
 def headline(run: Run) -> Json:
-    """The verdict: `tag`, `sentence`, `calibration`, `weakness`, `besides` and `measured`.
+    """The verdict: `tag`, `tone`, `sentence`, `calibration`, `weakness`, `besides` and `measured`.
 
-    `weakness` is what a judge that is not believed is said to be, `besides` are the reasons against a winner that the
-    sentence does not give.
+    `weakness` says what is wrong with a judge that is not believed; `besides` are reasons against a winner that are not
+    in `sentence`.
     """
     measured = _measured(run)
     if run.judge is None:
@@ -85,7 +85,8 @@ def _measured(run: Run) -> str | None:
 
 
 def judgement(run: Run) -> Json | None:
-    """What the judge said, how far it can be trusted, and how its calls ended: rows of title, meaning, estimate."""
+    """The judge's numbers and those that say how far it can be trusted, as rows of title, meaning and estimate; how its
+    calls ended; other judgements."""
     if run.judge is None:
         return None
     with as_written(run.folder / "judge_summary.json"):
@@ -139,7 +140,7 @@ def judgement(run: Run) -> Json | None:
 
 
 def _corrected(result: Json) -> list[tuple[str, str, Json]]:
-    """Rows of the score corrected for the judge's errors; a summary of before there was one has none."""
+    """Rows of the score corrected for the judge's errors; a summary of an older version has none."""
     found = result.get("corrected")
     if found is None:
         return []
@@ -151,7 +152,7 @@ def _corrected(result: Json) -> list[tuple[str, str, Json]]:
 
 
 def lost_prompts(run: Run) -> list[Json]:
-    """Why prompts of the side-by-side have no verdict in an order: `status`, `reason` and their `numbers` there."""
+    """Why prompts lack a verdict in an order: `status`, `reason`, and the prompts' `numbers` in the page's list."""
     found: dict[tuple[str, str], list[int]] = {}
     for place, row in enumerate(run.answers, start=1):
         for verdict in row["verdicts"]:
@@ -164,7 +165,7 @@ def lost_prompts(run: Run) -> list[Json]:
 
 
 def others_judged(run: Run) -> list[Json]:
-    """Other judgements in the run's folder: `sides`, `model`, `sentence` and the `win_rate` of the model judged."""
+    """Other judgements in the run's folder: `sides`, `model`, `sentence` and the `win_rate` of the judged model."""
     rows = []
     for name, summary in run.others_judged.items():
         with as_written(run.folder / f"{name}_summary.json"):
