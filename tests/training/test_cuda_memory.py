@@ -1,29 +1,36 @@
 """What CUDA's kernels take, by numbers computed by hand."""
 
-from transformers import LlamaConfig
+from tandem.training.cuda_memory import flash_backward, head_tile, nccl_buffers
+from tandem.widths import Widths
 
-from tandem.training.cuda_memory import Heads, flash_backward, head_tile, nccl_buffers
+
+def attention(heads: int, groups: int, head: int) -> Widths:
+    """A model with such heads; its other sizes take no part."""
+    return Widths(1, heads * head, 1000, heads, groups, head, 64, 1)
 
 
 def test_flash_attentions_backward_of_llama_3_8b():
     """16,384 tokens in 8 sequences without a shared prompt, bfloat16."""
-    heads = Heads.of(LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8))
-    assert heads == Heads(32, 8, 128)
     rows = 16_384 + 8 * 128
     dq, row_sums = rows * 4096 * 4, rows * 32 * 4
     dk_and_dv = 2 * 16_384 * 4096 * 2
     assert (dq, row_sums, dk_and_dv) == (285_212_672, 2_228_224, 268_435_456)
-    assert flash_backward(heads, 16_384, 16_384, 8, 2) == 555_876_352  # 0.52 GiB
+    assert flash_backward(attention(32, 8, 128), 16_384, 16_384, 8, 2) == 555_876_352  # 0.52 GiB
 
 
 def test_heads_are_padded_and_not_expanded_where_each_has_its_keys():
-    assert flash_backward(Heads(2, 2, 80), 100, 140, 1, 2) == (100 + 128) * 2 * (96 + 1) * 4
-    assert flash_backward(Heads(1, 1, 160), 100, 140, 1, 2) == (100 + 128) * (192 + 1) * 4
+    assert flash_backward(attention(2, 2, 80), 100, 140, 1, 2) == (100 + 128) * 2 * (96 + 1) * 4
+    assert flash_backward(attention(1, 1, 160), 100, 140, 1, 2) == (100 + 128) * (192 + 1) * 4
 
 
 def test_keys_that_are_read_twice_are_expanded_twice():
-    more = flash_backward(Heads(4, 1, 64), 100, 300, 2, 2) - flash_backward(Heads(4, 1, 64), 100, 200, 2, 2)
+    shared = attention(4, 1, 64)
+    more = flash_backward(shared, 100, 300, 2, 2) - flash_backward(shared, 100, 200, 2, 2)
     assert more == 2 * 100 * 4 * 64 * 2
+
+
+def test_a_model_without_attention_takes_nothing_for_it():
+    assert flash_backward(attention(0, 0, 0), 100, 300, 2, 2) == 0
 
 
 def test_the_heads_tile_and_nccls_buffers():

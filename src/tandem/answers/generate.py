@@ -137,7 +137,7 @@ def source_of(model: str, sampling: SamplingOptions, options: GenerationOptions)
         if not options.is_own:
             drawn["template"] = [options.chat_template, options.chat_template_kwargs, options.system_prompt]
         if is_adapter(model):
-            from tandem.models.load import base_of_adapter
+            from tandem.models.configuration import base_of_adapter
 
             base, adapter = base_of_adapter(model), model
         digests = [model_digest(name) for name in (base, adapter) if name is not None]

@@ -312,7 +312,7 @@ def add_benchmarks(options: EvaluateOptions, asked: BenchmarkOptions, results: M
 def common_dtype(options: EvaluateOptions) -> str:
     """One type for all models: weights rounded in one of two models alone would look like a difference of theirs."""
     from tandem.devices import has_accelerator
-    from tandem.models.load import stored_dtype
+    from tandem.models.configuration import stored_dtype
 
     if options.eval_dtype != "auto":
         return options.eval_dtype

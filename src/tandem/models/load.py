@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem import contract, ranks
 from tandem.data.adapt import adapt_template
@@ -21,6 +19,14 @@ from tandem.errors import UserError, first_line
 from tandem.log import logger
 from tandem.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from tandem.models.adapters import merged, rounded, weights_are_sent
+from tandem.models.configuration import (
+    LOADING_ERRORS,
+    base_of_adapter,
+    load_fault,
+    read_config,
+    revision_of_base,
+    stored_dtype,
+)
 from tandem.models.shards import check_adapter, gather_tied_head
 from tandem.models.weights import check_weights, pickled
 from tandem.options.model import ModelOptions, TemplateOptions, check_folder, is_adapter
@@ -28,53 +34,6 @@ from tandem.places import not_here
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-# What transformers, PEFT and safetensors raise over files that are missing, torn or of another model
-_LOADING_ERRORS = (
-    OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, TypeError, AttributeError,
-    AssertionError, StrictDataclassError,
-)  # fmt: skip
-
-
-def base_of_adapter(folder: str) -> str:
-    """The model that the adapter in `folder` was trained on.
-
-    Raises:
-        UserError: the adapter's config does not say, or cannot be read.
-    """
-    base = adapter_config(folder).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{folder}: {ADAPTER_CONFIG} has no base_model_name_or_path")
-    return str(base)
-
-
-def revision_of_base(folder: str) -> str | None:
-    """The branch, tag or commit of a Hub model that the adapter in `folder` was trained on, where it says so."""
-    revision = adapter_config(folder).get("revision")
-    return str(revision) if revision else None
-
-
-def _said(error: Exception) -> str:
-    """A library's message on a model that it cannot load; in Tandem's words where it names a library's own argument."""
-    if "trust_remote_code" in str(error):
-        return "its repository has code of its own, which only --trust_remote_code runs: read that code first"
-    return first_line(error)
-
-
-def stored_dtype(name: str, revision: str | None = None) -> str:
-    """The type that the weights of a model are stored in, by its config; an adapter's is its base's.
-
-    Raises:
-        UserError: no config can be read.
-    """
-    if is_adapter(name):
-        return stored_dtype(base_of_adapter(name), revision_of_base(name))
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except _LOADING_ERRORS as error:
-        raise UserError(f"{name}: {not_here(name)}its config cannot be read: {_said(error)}") from error
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 4 has the second
-    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def load_tokenizer(
@@ -94,8 +53,8 @@ def load_tokenizer(
     check_folder(name, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise UserError(f"{name}: {not_here(name)}no tokenizer can be loaded: {_said(error)}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"{name}: {not_here(name)}no tokenizer can be loaded: {load_fault(error)}") from error
     template = template or options
     if tokenizer.chat_template is not None and template.chat_template is None:
         _try_template(name, tokenizer)
@@ -169,8 +128,8 @@ def load_model(
             output_loading_info=True,
             **keywords,
         )
-    except _LOADING_ERRORS as error:
-        raise UserError(f"{name}: cannot be loaded as a model: {_said(error)}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"{name}: cannot be loaded as a model: {load_fault(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"{name}: not a whole causal language model: {len(missing)} weights missing, as {missing[0]}")
     if sharded:
@@ -233,7 +192,9 @@ def load_merged(options: ModelOptions) -> PreTrainedModel:
     name = options.model_name_or_path
     if not is_adapter(name):
         return load_model(options)
-    dtype = stored_dtype(name) if options.dtype == "auto" else options.dtype
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = stored_dtype(name, trust_remote_code=options.trust_remote_code)
     adapted: Any = load_model(replace(options, dtype="float32"))
     try:
         whole = merged(adapted)
@@ -264,7 +225,7 @@ def check_model(name: str, revision: str | None = None) -> None:
     else:
         folder = Path(name)
         check_folder(name, "config.json")
-        stored_dtype(name, revision)
+        read_config(name, revision)
         check_weights(folder)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise UserError(f"{name}: has no weights (.safetensors)")
@@ -284,7 +245,7 @@ def load_adapter(base: PreTrainedModel, folder: str, *, trainable: bool = False)
         with adapters_of_whole_layers():
             empty = all(parameter.is_meta for parameter in base.parameters())
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable, low_cpu_mem_usage=empty)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         why = f"cannot be loaded as an adapter of {base.name_or_path}: {first_line(error)}"
         raise UserError(f"{folder}: {why}") from error
 

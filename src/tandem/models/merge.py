@@ -119,8 +119,9 @@ def _merge_adapter(options: MergeOptions, staging: Path) -> None:
     import torch
 
     from tandem.models.adapters import rounded
+    from tandem.models.configuration import base_of_adapter, revision_of_base, stored_dtype
     from tandem.models.ends import stop_at_turn_end
-    from tandem.models.load import base_of_adapter, load_tokenizer, revision_of_base, stored_dtype
+    from tandem.models.load import load_tokenizer
     from tandem.models.shard_merge import merge_files, save_config
 
     if options.base_model:

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tandem.errors import UserError
-from tandem.models.load import base_of_adapter, load_tokenizer, revision_of_base
-from tandem.options.model import ModelOptions, is_adapter
+from tandem.models.configuration import read_config
+from tandem.models.load import load_tokenizer
+from tandem.options.model import ModelOptions
 
 
 def check_vocabulary(reference: str, policy: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -18,17 +19,12 @@ def check_vocabulary(reference: str, policy: ModelOptions, tokenizer: PreTrained
         tokenizer: the policy's.
 
     Raises:
-        UserError: the reference lacks ids of the tokenizer, or its own tokenizer gives them to other tokens.
+        UserError: the reference's config cannot be read, it lacks ids of the tokenizer, or its own tokenizer gives them
+            to other tokens.
     """
     flag = f"--reference_model {reference}"
-    name, revision = reference, None
-    if is_adapter(reference):
-        name, revision = base_of_adapter(reference), revision_of_base(reference)
     needed = max(tokenizer.get_vocab().values()) + 1
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=policy.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return  # what is wrong with it is told where it is loaded
+    config = read_config(reference, trust_remote_code=policy.trust_remote_code)
     size = config.get_text_config().vocab_size
     if size < needed:
         raise UserError(f"{flag}: has {size:,} tokens, and the policy's tokenizer {needed:,}: not of one vocabulary")

@@ -6,8 +6,6 @@ flash_api.cpp`, `mha_varlen_bwd`); TRL 1.16's `ChunkedLogProbFunction`; NCCL's u
 copies.
 """
 
-import dataclasses
-
 from transformers import PreTrainedConfig
 
 from tandem.engine.layout import IGNORED_LABEL
@@ -23,43 +21,24 @@ _NCCL = 4 * 2**20 * 32 * 2
 FRAGMENTATION = 1.05
 
 
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """Attention of one layer.
-
-    Attributes:
-        queries, keys: heads of queries, and of keys and values.
-        size: of one head.
-    """
-
-    queries: int
-    keys: int
-    size: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Heads":
-        """Read them from a text config; of a model without attention there are none."""
-        widths = Widths.of(config)
-        return cls(widths.heads, widths.groups, widths.head) if widths else cls(0, 0, 0)
-
-
-def flash_backward(heads: Heads, tokens: int, keys: int, sequences: int, element: int) -> int:
+def flash_backward(widths: Widths, tokens: int, keys: int, sequences: int, element: int) -> int:
     """Bytes of the temporary tensors of one layer's backward.
 
     A float32 sum of dq, whose rows are padded by 128 a sequence and whose heads to a multiple of 32 (beyond 128: 64);
     the softmax's float32 row sums; and where heads of keys are shared, dk and dv of every head of queries.
 
     Args:
+        widths: of the text model; one without attention takes nothing.
         tokens: of the packed row.
         keys: that its sequences read, each as often as it is read.
         sequences: in the row.
         element: bytes of a number in the type computed in.
     """
     rows = tokens + 128 * sequences
-    multiple = 32 if heads.size <= 128 else 64
-    width = -(-heads.size // multiple) * multiple
-    sums = rows * heads.queries * (width + 1) * _FLOAT32
-    expanded = 2 * keys * heads.queries * heads.size * element if heads.keys < heads.queries else 0
+    multiple = 32 if widths.head <= 128 else 64
+    width = -(-widths.head // multiple) * multiple
+    sums = rows * widths.heads * (width + 1) * _FLOAT32
+    expanded = 2 * keys * widths.heads * widths.head * element if widths.groups < widths.heads else 0
     return sums + expanded
 
 
@@ -82,7 +61,9 @@ def of_batch(config: PreTrainedConfig, batch: Batch, element: int) -> int:
     else:
         sequences, tokens = len(batch.plan.segments), batch.plan.n_tokens
         keys, scored = sum(each.k_length for each in batch.plan.segments), batch.plan.n_scored
-    return max(flash_backward(Heads.of(config), tokens, keys, sequences, element), head_tile(scored, element))
+    widths = Widths.of(config)
+    attention = flash_backward(widths, tokens, keys, sequences, element) if widths else 0
+    return max(attention, head_tile(scored, element))
 
 
 def nccl_buffers(processes: int) -> int:

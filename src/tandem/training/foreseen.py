@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tandem.engine import own_logits
 from tandem.engine.choice import Findings, LayoutChoice, LayoutReport
 from tandem.engine.forward import add_pair_forward
 from tandem.engine.layout import Layout
 from tandem.errors import UserError, first_line
+from tandem.models.configuration import LOADING_ERRORS, read_config
 from tandem.models.fits import adapter_told
-from tandem.models.load import base_of_adapter, revision_of_base
 from tandem.models.lora import lora_config
 from tandem.models.reached import hold_still
 from tandem.monitor.memory import GIB
@@ -31,7 +31,6 @@ from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 # Bytes of weights that are drawn for a probe
 LIMIT = 2 * GIB
-_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError)
 
 
 class _Silent(Findings):
@@ -42,18 +41,13 @@ class _Silent(Findings):
 
 
 def config_of(options: ModelOptions) -> Any:
-    """transformers' configuration of a model, of an adapter's base, in the type of weights that is asked for.
+    """The configuration of a model, or of an adapter's base, with the type of weights that is asked for.
 
     Raises:
-        UserError: there is none.
+        UserError: as in `read_config`.
     """
     name, revision = options.model_name_or_path, options.model_revision
-    if is_adapter(name):
-        name, revision = base_of_adapter(name), revision_of_base(name)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
-    except _FAULTS as error:
-        raise UserError(f"{name}: has no config of a model: {first_line(error)}") from error
+    config = read_config(name, revision, trust_remote_code=options.trust_remote_code)
     config.use_cache = False
     if options.dtype != "auto" or getattr(config, "dtype", None) is None:
         config.dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -105,7 +99,7 @@ def model_of(config: Any, options: ModelOptions, device: str) -> Any:
             return AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype, trust_remote_code=options.trust_remote_code
             )
-    except _FAULTS as error:
+    except LOADING_ERRORS as error:
         name = options.model_name_or_path
         raise UserError(f"{name}: cannot be built as a causal language model: {first_line(error)}") from error
 
@@ -197,7 +191,7 @@ def layout(options: ModelOptions, asked: Layout, input_ids: Tensor, longest: int
         try:
             with torch.no_grad():
                 model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=rows.clone(), fused_lm_head=True)
-        except _FAULTS as error:
+        except LOADING_ERRORS as error:
             name = options.model_name_or_path
             raise UserError(f"{name}: cannot be forwarded on text ({choice.name}): {first_line(error)}") from error
     return reports[-1]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tandem.errors import UserError
-from tandem.models.load import stored_dtype
+from tandem.models.configuration import stored_dtype
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 
 _COARSE = ("bfloat16", "float16")
@@ -39,9 +39,10 @@ def held_fine(model: ModelOptions, lora: LoraOptions, arguments: Mapping[str, An
             "are lost. Leave it out (weights in float32, computed in bfloat16 by --bf16), or train an adapter "
             "(--use_peft)"
         )
-    if model.dtype == "auto" and stored_dtype(model.model_name_or_path, model.model_revision) in _COARSE:
-        return replace(model, dtype="float32")
-    return model
+    if model.dtype != "auto":
+        return model
+    stored = stored_dtype(model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code)
+    return replace(model, dtype="float32") if stored in _COARSE else model
 
 
 def upcast_trained(model: torch.nn.Module) -> None:

@@ -11,8 +11,9 @@ from tandem.data.formats import Message, prompt_id
 from tandem.devices import fix_segments
 from tandem.errors import UserError, first_line
 from tandem.model_folder import adapter_config
+from tandem.models.configuration import base_of_adapter, read_config, revision_of_base
 from tandem.models.ends import end_ids
-from tandem.models.load import base_of_adapter, commit_of, load_tokenizer, revision_of_base
+from tandem.models.load import commit_of, load_tokenizer
 from tandem.models.sampling import SamplingOptions, draw_seed
 from tandem.options.model import ModelOptions, is_adapter
 
@@ -210,10 +211,10 @@ def _allowed_rank(rank: int) -> int:
 
 
 def _configured_ends(base: str, revision: str | None) -> int | list[int] | None:
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         configured: int | list[int] | None = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
     except OSError:  # the model has no generation_config.json
-        configured = AutoConfig.from_pretrained(base, revision=revision).eos_token_id
+        configured = read_config(base, revision).eos_token_id
     return configured
