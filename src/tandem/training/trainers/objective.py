@@ -15,8 +15,7 @@ from tandem.engine.modes import evaluating
 from tandem.engine.pairs import ROW, sequence_logps
 from tandem.options.losses import DPOOptions
 from tandem.training.trainers.deferred import DeferredGather, DeferredMetrics
-from tandem.training.trainers.monitored import MonitorFeed
-from tandem.training.trainers.reference_scorer import ReferenceScorer
+from tandem.training.trainers.reference_scorer import Logps
 from tandem.training.trainers.synced import SyncedReference
 
 
@@ -57,44 +56,46 @@ class Given:
 
 
 class Objective:
-    """Mixin over TRL's DPOTrainer, whose `_compute_loss` has a forward, losses and metrics in one.
+    """The loss of a DPO trainer's micro-batches.
 
     A row with several rejected answers counts as the sum of its pairs' losses, and a micro-batch as the mean of its
-    rows. Where all pairs weigh alike, that is TRL's mean times a number. Where they do not, TRL computes each pair's
-    loss as that of a batch of its own, from the one forward of all; metrics are those of the whole batch, unweighted.
+    rows. Where all pairs have the same weight, that is TRL's mean times a number. Where they do not, TRL computes each
+    pair's loss as that of a batch of its own, from the one forward of all; metrics are those of the whole batch,
+    unweighted.
+
+    Args:
+        trainer: a TRL trainer of pairs, whose `reference` and `feed` are used.
+        dpo: its losses.
+        trl_loss: (policy, inputs) → (), TRL's mean over the pairs; forwards the policy once, and adds to the trainer's
+            metrics.
+        logps: (model, inputs) → the log-probs of chosen and of rejected answers, (B,) nats each.
+        deferred: keeps what TRL's metrics cost for the next log.
+        synced: a reference that follows the policy; None where it stays what it is.
     """
 
-    model: Any
-    accelerator: Any
-    beta: float
-    ld_alpha: float | None
-    loss_types: list[str]
-    loss_weights: list[float]
-    aux_loss_enabled: bool
-    _metrics: Any
-    _total_train_tokens: Any
-    _dpo: DPOOptions
-    reference: ReferenceScorer
-    feed: MonitorFeed
-    _deferred: DeferredMetrics
-    _synced: SyncedReference | None
-    """A reference that follows the policy; None where it stays what it is."""
-    _logps: Any
-
-    def compute_loss(
+    def __init__(
         self,
-        model: torch.nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        trainer: Any,
+        dpo: DPOOptions,
+        *,
+        trl_loss: Callable[..., Tensor],
+        logps: Callable[[Any, Mapping[str, Any]], Logps],
+        deferred: DeferredMetrics,
+        synced: SyncedReference | None,
+    ) -> None:
+        self._trainer, self._dpo = trainer, dpo
+        self._trl_loss, self._logps = trl_loss, logps
+        self._deferred, self._synced = deferred, synced
+
+    def loss(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """() the loss of a batch of `PairCollator`; in training the monitor gets its pairs."""
         inputs = dict(inputs)
         pair_ids = inputs.pop("pair_id")
         rows = inputs.get(ROW)
         given = Given.taken_from(inputs)
         if self._synced is not None and self._synced.has_moved:
             inputs |= self._scored_now(model, inputs)
-        training = self.model.training
+        training = self._trainer.model.training
         outputs: list[Any] = []
 
         def policy(*args: Any, **kwargs: Any) -> Any:
@@ -102,29 +103,29 @@ class Objective:
             return outputs[0]
 
         with self._deferred.put_off() if training else contextlib.nullcontext():
-            loss = self._trl_loss(policy, outputs, inputs, given)
+            loss = self._of_trl(policy, outputs, inputs, given)
             pairs = self._pairs(outputs[0].log_probs, inputs, given)
             for own, weight in self._dpo.own_losses:
                 loss = loss + weight * given.total(pair_losses(own, pairs))
             logged = self._log_own_rewards(pairs)
         if training:
             logps = pairs.chosen_logps.detach(), pairs.rejected_logps.detach()
-            self.feed.add(pair_ids, inputs, logps, loss, logged, rows)
+            self._trainer.feed.add(pair_ids, inputs, logps, loss, logged, rows)
         return loss
 
     def _scored_now(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The log-probs of a reference that the cache does not know, (B,) nats each."""
         assert self._synced is not None
-        with torch.no_grad(), self._synced.in_place(), evaluating(model), self.reference.autocast():
+        with torch.no_grad(), self._synced.in_place(), evaluating(model), self._trainer.reference.autocast():
             chosen, rejected = self._logps(model, inputs)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def _pairs(self, per_token: Tensor, inputs: Mapping[str, Any], given: Given) -> Pairs:
         """What a loss is given, from the policy's (2B, S − 1) log-probs of tokens in nats."""
         mask = inputs["completion_mask"][:, 1:]
-        chosen, rejected = sequence_logps(per_token, mask, self.ld_alpha).chunk(2)
+        chosen, rejected = sequence_logps(per_token, mask, self._trainer.ld_alpha).chunk(2)
         chosen_lengths, rejected_lengths = mask.sum(1).clamp(min=1).chunk(2)
-        scored = self.reference.cache is not None
+        scored = self._trainer.reference.cache is not None
         return Pairs(
             chosen,
             rejected,
@@ -132,7 +133,7 @@ class Objective:
             ref_rejected_logps=inputs["ref_rejected_logps"] if scored else None,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
-            beta=self.beta,
+            beta=self._trainer.beta,
             options=self._dpo,
             weight=given.weight,
             margin=given.margin,
@@ -145,28 +146,29 @@ class Objective:
         if first.rewards is None and pairs.margin is None:
             return None
         chosen, rejected = rewards(first, pairs)
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        trainer = self._trainer
+        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         for name, values in {
             "chosen": chosen,
             "rejected": rejected,
             "accuracies": (chosen > rejected).float(),
             "margins": chosen - rejected,
         }.items():
-            metrics[f"rewards/{name}"][-1] = self.accelerator.gather(values).mean().item()
+            metrics[f"rewards/{name}"][-1] = trainer.accelerator.gather(values).mean().item()
         return None if first.rewards is None else (chosen, rejected)
 
     # TRL's losses
 
-    def _trl_loss(self, policy: Callable[..., Any], outputs: list[Any], inputs: dict[str, Any], given: Given) -> Any:
-        """Of its losses and its experts' balance; `outputs` gets what `policy` gives."""
+    def _of_trl(self, policy: Callable[..., Any], outputs: list[Any], inputs: dict[str, Any], given: Given) -> Tensor:
+        """() the loss of its losses and of its experts' balance; `outputs` gets what `policy` returns."""
         if given.margin is not None:
             # β(Δ − m/β) = βΔ − m in all losses that go with a margin (`options.losses.Loss.margin`)
-            inputs = inputs | {"ref_chosen_logps": inputs["ref_chosen_logps"] + given.margin / self.beta}
+            inputs = inputs | {"ref_chosen_logps": inputs["ref_chosen_logps"] + given.margin / self._trainer.beta}
         if given.weight is None:
             with self._terms([(name, weight * given.scale) for name, weight in self._asked]):
-                return super().compute_loss(policy, inputs)  # type: ignore[misc]
+                return self._trl_loss(policy, inputs)
         with self._terms([]):
-            loss = super().compute_loss(policy, inputs)  # type: ignore[misc]
+            loss = self._trl_loss(policy, inputs)
         output, mask = outputs[0], inputs["completion_mask"][:, 1:]
         for name, weight in self._asked:
             if name == "sft":  # a mean over the tokens of all chosen answers
@@ -178,17 +180,18 @@ class Objective:
 
     @property
     def _asked(self) -> list[tuple[str, float]]:
-        return list(zip(self.loss_types, self.loss_weights, strict=True))
+        return list(zip(self._trainer.loss_types, self._trainer.loss_weights, strict=True))
 
     @contextlib.contextmanager
     def _terms(self, terms: Sequence[tuple[str, float]]) -> Iterator[None]:
-        """TRL's losses are these, each with its weight."""
-        before = self.loss_types, self.loss_weights
-        self.loss_types, self.loss_weights = [name for name, _ in terms], [weight for _, weight in terms]
+        """Within the block, TRL's losses are these, each with its weight."""
+        trainer = self._trainer
+        before = trainer.loss_types, trainer.loss_weights
+        trainer.loss_types, trainer.loss_weights = [name for name, _ in terms], [weight for _, weight in terms]
         try:
             yield
         finally:
-            self.loss_types, self.loss_weights = before
+            trainer.loss_types, trainer.loss_weights = before
 
     def _each_alone(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
         """(B,) TRL's loss of each pair in a batch of its own, without `sft`; from the fields of `output`, (2B, S − 1)
@@ -204,19 +207,20 @@ class Objective:
                     for name, value in inputs.items()
                     if name != PAIR_LAYOUT
                 }
-                self._total_train_tokens = 0  # which a promise of the pair before may have become
+                self._trainer._total_train_tokens = 0  # after the pair before it may be a promise of `DeferredGather`
                 alone = dataclasses.replace(output, **{name: value[both] for name, value in fields.items()})
-                losses.append(super().compute_loss(lambda alone=alone, **_: alone, own))  # type: ignore[misc]
+                losses.append(self._trl_loss(lambda alone=alone, **_: alone, own))
         return torch.stack(losses)
 
     @contextlib.contextmanager
     def _nothing_logged(self) -> Iterator[None]:
-        """TRL's metrics of what is computed here go nowhere, without a collective or a wait for the device."""
-        before = self._metrics, self.accelerator, self._total_train_tokens, self.aux_loss_enabled
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self.accelerator = DeferredGather(before[1])
-        self.aux_loss_enabled = False
+        """Within the block, TRL's metrics go nowhere, without a collective or a wait for the device."""
+        trainer = self._trainer
+        before = trainer._metrics, trainer.accelerator, trainer._total_train_tokens, trainer.aux_loss_enabled
+        trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        trainer.accelerator = DeferredGather(before[1])
+        trainer.aux_loss_enabled = False
         try:
             yield
         finally:
-            self._metrics, self.accelerator, self._total_train_tokens, self.aux_loss_enabled = before
+            trainer._metrics, trainer.accelerator, trainer._total_train_tokens, trainer.aux_loss_enabled = before

@@ -49,7 +49,7 @@ from tandem.training.trainers.sharding import ShardedScorer, policy_is_reference
 from tandem.training.trainers.synced import SyncCallback, synced_reference
 
 
-class TandemDPOTrainer(Objective, OnTRL, DPOTrainer):
+class TandemDPOTrainer(OnTRL, DPOTrainer):
     """TRL's DPOTrainer on tokenized pairs (`data.tokenized.tokenize_pair`) with their `pair_id`.
 
     Policy and reference are forwarded by the pair engine. The reference's log-probs are read from the cache, or
@@ -105,6 +105,14 @@ class TandemDPOTrainer(Objective, OnTRL, DPOTrainer):
         self._synced = synced_reference(self.model, self._dpo, self.topology)
         if self._synced is not None:
             self.add_callback(SyncCallback(self._synced))
+        self.objective = Objective(
+            self,
+            self._dpo,
+            trl_loss=super().compute_loss,
+            logps=self._logps,
+            deferred=self._deferred,
+            synced=self._synced,
+        )
         self.feed = MonitorFeed(
             self,
             monitor,
@@ -132,6 +140,11 @@ class TandemDPOTrainer(Objective, OnTRL, DPOTrainer):
     def costs(self) -> Ints:
         config = self.model.config.get_text_config()
         return row_costs(self.train_dataset, self.data_collator.max_length, config, self._layout)
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return self.objective.loss(model, inputs)
 
     # Reference
 
