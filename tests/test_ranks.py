@@ -1,8 +1,12 @@
 """What a launcher tells a process is read in one place."""
 
+import contextlib
 import os
 import re
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,3 +37,29 @@ def test_a_process_without_a_launcher_is_alone():
     assert (ranks.count({}), ranks.count_here({}), ranks.has_launcher({})) == (1, 1, False)
     launched = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}
     assert (ranks.count(launched), ranks.count_here(launched), ranks.has_launcher(launched)) == (8, 4, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize(
+    ("first", "is_orphan"),
+    [
+        (b"/sbin/init\0splash\0", True),
+        (b"sleep\0infinity\0", True),
+        (b"/usr/bin/python\0/usr/local/bin/accelerate\0launch\0scripts/dpo.py\0", False),
+        (b"/usr/bin/python3\0/usr/bin/torchrun\0--nproc_per_node\08\0scripts/dpo.py\0", False),
+        (b"python\0-m\0torch.distributed.run\0scripts/dpo.py\0", False),
+        (b"python\0-m\0tandem.launch\0--config_file\0ddp.yaml\0", False),
+    ],
+)
+def test_an_orphan_ends_and_a_child_of_a_containers_first_process_does_not(
+    first: bytes, is_orphan: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "cmdline").write_bytes(first)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(ranks, "FIRST_PROCESS", tmp_path / "cmdline")
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(prctl=lambda *given: asked.append(given)))
+    with pytest.raises(SystemExit) if is_orphan else contextlib.nullcontext():
+        ranks.end_with_launcher()
+    assert asked == [(1, signal.SIGKILL)]

@@ -8,9 +8,11 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from tandem.errors import UserError, one_line
@@ -20,6 +22,8 @@ Result = TypeVar("Result")
 
 _LAUNCHER = "TANDEM_LAUNCHER"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+FIRST_PROCESS = Path("/proc/1/cmdline")
+_LAUNCHERS = re.compile(rb"accelerate|torchrun|torch\.distributed|tandem\.launch")
 
 
 def is_first() -> bool:
@@ -158,5 +162,6 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or not launched:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # the launcher died before that call
+    # If the launcher died before that call, process 1 has adopted this one. In a container it may be the launcher
+    if os.getppid() == 1 and not _LAUNCHERS.search(FIRST_PROCESS.read_bytes()):
         sys.exit(1)
