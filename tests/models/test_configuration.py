@@ -19,7 +19,7 @@ from tandem.training.held import held_fine
 
 CODE = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
-    "torn": (lambda config: json.dumps(config)[:40], "not valid JSON"),
+    "torn": (lambda config: json.dumps(config)[:40], "not a valid JSON file"),
     "another_type": (lambda config: json.dumps(config | {"hidden_size": "wide"}), "hidden_size"),
     "unknown": (lambda config: json.dumps(config | {"model_type": "nobodys"}), "nobodys"),
     "code": (lambda config: json.dumps(config | CODE), "which only --trust_remote_code runs: read that code first"),
