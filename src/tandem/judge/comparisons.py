@@ -30,7 +30,6 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
 
     Of a prompt that occurs twice in a file, the first answer counts, and a line says so.
 
-
     Answers are compared without their reasoning; one that is none (empty, cut off) is marked. Labels are what follows
     `generations_` in the files' names. With `--against chosen`, side 1 is the chosen answer of the held-out `pairs`.
 
