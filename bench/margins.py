@@ -1,14 +1,15 @@
 """What a long run pays beside its steps: resuming from many recorded ones, and saves that a mirror follows.
 
-    python bench/margins.py [--steps 20000] [--saves 100] [--old 40aa243]
+    python bench/margins.py [--steps 20000] [--saves 100] [--apart 1] [--old 40aa243]
 
 Two versions, each in a process of its own: the source of the commit `--old` (none with --old ""), and this one.
 
 resume: a run of so many recorded steps is killed, and goes on from its last checkpoint, 1,000 steps before, and from
 the middle. The margins are cut back, and read once; in the version of today, thousands beyond 10,000 are packed.
 
-saves: the first process saves so often, five steps of 20 ms apart, and removes the checkpoint before. A drive stands
-behind `--mount_dir` on which a file takes 5 ms. What the first process pays is all that the mirror keeps it for.
+saves: the first process saves so often, five steps and `--apart` seconds from one to the next, and removes the
+checkpoint before. A drive stands behind `--mount_dir` on which a file takes 5 ms. What the first process pays is all
+that the mirror keeps it for; where a copy takes longer than there is from save to save, it waits for the rest.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 LATENCY = 0.005
-STEP = 0.02
+STEPS = 5  # from save to save
 
 
 @contextlib.contextmanager
@@ -78,8 +79,13 @@ def resume(steps: int) -> dict[str, float]:
     return found
 
 
-def saves(count: int, steps: int) -> dict[str, float]:
-    """Milliseconds that a mirror keeps the first process for at each of `count` saves, in a run of `steps` before."""
+def saves(count: int, steps: int, apart: float) -> dict[str, float]:
+    """Milliseconds that a mirror keeps the first process for at each of `count` saves.
+
+    Args:
+        steps: of the run before.
+        apart: seconds from save to save.
+    """
     from tandem.runs import discard, write_json, write_manifest
 
     try:
@@ -100,8 +106,8 @@ def saves(count: int, steps: int) -> dict[str, float]:
         with mirror.in_background() if hasattr(mirror, "in_background") else tempfile.TemporaryDirectory():
             for number in range(1, count + 1):
                 cost = 0.0
-                for _ in range(5):
-                    time.sleep(STEP)
+                for _ in range(STEPS):
+                    time.sleep(apart / STEPS)
                     cost += _seconds(lambda: mirror.on_step_end(None, state, None))
                     steps += 1
                     log_step(log, steps)
@@ -137,7 +143,8 @@ def _seconds(call: Any) -> float:
 
 def measured(source: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Both parts with the version of Tandem in `source`, in a process of its own."""
-    own = [sys.executable, __file__, "--steps", str(options.steps), "--saves", str(options.saves), "--measure"]
+    own = [sys.executable, __file__, "--measure", "--steps", str(options.steps)]
+    own += ["--saves", str(options.saves), "--apart", str(options.apart)]
     done = subprocess.run(
         own, env=os.environ | {"PYTHONPATH": str(source)}, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -149,11 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--saves", type=int, default=100)
+    parser.add_argument("--apart", type=float, default=1.0, help="seconds")
     parser.add_argument("--old", default="40aa243")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps({"resume": resume(options.steps), "saves": saves(options.saves, 10_000)}))
+        print(json.dumps({"resume": resume(options.steps), "saves": saves(options.saves, 10_000, options.apart)}))
         return
     with tempfile.TemporaryDirectory() as place:
         sources = {"now": ROOT / "src"}
