@@ -118,7 +118,9 @@ with_local_judge() {
   if (exec 3<>"/dev/tcp/127.0.0.1/$JUDGE_PORT") 2>/dev/null; then
     die "port $JUDGE_PORT of the local judge is taken: set another JUDGE_PORT"
   fi
-  transformers serve "$JUDGE_MODEL" --host 127.0.0.1 --port "$JUDGE_PORT" >"$RUN/judge_server.log" 2>&1 &
+  # Under the variables that Tandem's own processes have: threads that wait sleep, and leave the cores to others
+  python -c "import os, sys, tandem; os.execvp(sys.argv[1], sys.argv[1:])" \
+    transformers serve "$JUDGE_MODEL" --host 127.0.0.1 --port "$JUDGE_PORT" >"$RUN/judge_server.log" 2>&1 &
   server=$!
   # shellcheck disable=SC2064  # the process id is to be expanded now
   trap "kill $server 2>/dev/null || true" EXIT
