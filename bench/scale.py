@@ -61,15 +61,14 @@ def _cpu() -> float:
 
 
 def prepare(clock: Clock, count: int, folder: Path, model: str) -> None:
-    from tandem.training.preparation import training_data
-
     from bench.lint import HH, write_pairs
     from tandem.models.load import load_tokenizer
     from tandem.options.model import ModelOptions
     from tandem.options.parsing import parse
     from tandem.training.option_sets import DPOOptionSet, classes
+    from tandem.training.preparation import training_data
 
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ["TANDEM_CACHE"] = str(folder / "cache")
     write_pairs(folder / "pairs.jsonl", count, HH)
     flags = ["--model_name_or_path", model, "--dataset_name", str(folder / "pairs.jsonl"), "--output_dir", str(folder)]
     flags += ["--max_bad_rows", str(count)]
@@ -168,13 +167,15 @@ def save(clock: Clock, count: int, folder: Path, model: str) -> None:
     mirror: Any = Mirror(source, mount)
     mirror.claim()
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=count)
-    mirror.on_save(None, state, None)
-    getattr(mirror, "flush", lambda: None)()
-    record(count + 1)
-    log.flush()
-    with clock("save"):
+    with mirror.in_background():
         mirror.on_save(None, state, None)
-    getattr(mirror, "flush", lambda: None)()
+        mirror.join()
+        record(count + 1)
+        log.flush()
+        with clock("save"):
+            mirror.on_save(None, state, None)
+        with clock("its copy, by the mirror's thread"):
+            mirror.join()
 
 
 def decode(clock: Clock, count: int, folder: Path, model: str) -> None:

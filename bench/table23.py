@@ -66,7 +66,7 @@ print(cpu() - began)
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 torch.set_num_threads(1)
-logits, uniform = 3 * torch.randn(32, 49_152), torch.rand(32)
+logits, uniform = 5 * torch.randn(32, 49_152), torch.rand(32)  # a nucleus of some hundreds, as models have
 if new:
     from tandem.models.draws import pick
 began = cpu()

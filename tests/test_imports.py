@@ -91,7 +91,11 @@ def may_import(module: str, other: str) -> bool:
 
 def test_the_modules_were_found():
     assert {"options.parsing", "training.stages", "engine.layout", "data.sources", "judge.verdicts"} <= set(MODULES)
-    assert own_imports(MODULES["training.stages"]) >= {"training.session", "training.trainers.select", "data.sources"}
+    assert own_imports(MODULES["training.stages"]) >= {
+        "training.session",
+        "training.trainers.select",
+        "training.preparation",
+    }
     assert len(SCRIPTS) >= 9
 
 

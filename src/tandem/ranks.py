@@ -6,16 +6,17 @@ where the launch asks for FSDP, a shard of it, and gathers one layer at a time.
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
 from tandem.errors import UserError, one_line
+from tandem.log import logger
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,11 +37,60 @@ def is_first_here() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-@functools.cache
+Said = tuple[str, str]
+"""How a line was said, `tell`, `tell_once` or `warn`, and the line."""
+
+_recorded: ContextVar[list[Said] | None] = ContextVar("what is said", default=None)
+_told: set[str] = set()
+
+
+def tell(line: str) -> None:
+    """Say a line on stderr, by one process."""
+    if not _is_recorded("tell", line) and is_first():
+        print(one_line(line), file=sys.stderr)
+
+
 def tell_once(line: str) -> None:
     """Print a line on stderr from the first process, and only once, however often its cause comes up."""
-    if is_first():
-        print(one_line(line), file=sys.stderr)
+    if not _is_recorded("tell_once", line) and line not in _told:
+        _told.add(line)
+        tell(line)
+
+
+def warn(line: str) -> None:
+    """Log a warning, which `recorded` keeps like what is told."""
+    if not _is_recorded("warn", line):
+        logger.warning("%s", line)
+
+
+def forget_told() -> None:
+    """Have `tell_once` say everything once more: another run has its own to tell."""
+    _told.clear()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Said]]:
+    """What would be said in this block, for `say_again`; it is not said."""
+    lines: list[Said] = []
+    token = _recorded.set(lines)
+    try:
+        yield lines
+    finally:
+        _recorded.reset(token)
+
+
+def say_again(lines: Sequence[Said]) -> None:
+    """Say what was recorded, each line as it would have been said."""
+    for how, line in lines:
+        {"tell": tell, "tell_once": tell_once, "warn": warn}[how](line)
+
+
+def _is_recorded(how: str, line: str) -> bool:
+    lines = _recorded.get()
+    if lines is None:
+        return False
+    lines.append((how, line))
+    return True
 
 
 def count(environment: Mapping[str, str] = os.environ) -> int:
@@ -159,9 +209,16 @@ def end_with_launcher() -> None:
     The launcher is torchrun's agent or `tandem.launch`; a script that was started by hand is left alone.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(_LAUNCHER) == str(os.getppid())
-    if sys.platform != "linux" or not launched:
+    if launched:
+        die_with_parent()
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Kill this process when the one that has started it dies, which is `parent` if that is known. Linux only."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # If the launcher died before that call, process 1 has adopted this one. In a container it may be the launcher
-    if os.getppid() == 1 and not _LAUNCHERS.search(FIRST_PROCESS.read_bytes()):
+    # If the parent died before that call, process 1 has adopted this one. In a container that may be the launcher
+    is_orphan = os.getppid() == 1 and not _LAUNCHERS.search(FIRST_PROCESS.read_bytes())
+    if is_orphan if parent is None else os.getppid() != parent:
         sys.exit(1)

@@ -22,7 +22,7 @@ from tandem.data.sources import load_pairs
 from tandem.data.texts import render
 from tandem.data.tokenized import all_placed, tokenize_rows
 from tandem.errors import UserError
-from tandem.ranks import tell_once
+from tandem.ranks import forget_told
 from tests import tiny
 from tests.data.test_templates import SHIPPED, SHORT
 
@@ -296,7 +296,7 @@ def examine(rows: list[Json], template: str | None, folder: Path) -> str:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = tiny.tokenizer(template)
-    tell_once.cache_clear()
+    forget_told()
     try:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             pairs = load_pairs(DataOptions(str(file)), "train")
@@ -392,7 +392,7 @@ def test_a_column_of_another_kind_is_read_named_or_refused(shape: str, value: An
     for column in {*row, *PROMPTS, "input", "system", "history", "messages", "tools"}:
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps(row | {column: value}) + "\n")
-        tell_once.cache_clear()
+        forget_told()
         try:
             with contextlib.redirect_stderr(io.StringIO()) as stderr:
                 pairs = load_pairs(DataOptions(str(file)), "train")

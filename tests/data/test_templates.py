@@ -16,7 +16,7 @@ from tandem.data.tokens import check_seen, see, special_ids
 from tandem.errors import UserError
 from tandem.models.load import load_tokenizer
 from tandem.options.model import ModelOptions, TemplateOptions, TextOptions
-from tandem.ranks import tell_once
+from tandem.ranks import forget_told
 from tests import tiny
 from tests.data.test_texts import merging
 
@@ -222,7 +222,7 @@ def test_text_has_no_place_for_tools():
 
 def test_others_turns_in_answers_and_what_is_left_out_are_told(capsys: pytest.CaptureFixture[str]):
     text = tiny.tokenizer(SHIPPED["qwen3_training"])
-    tell_once.cache_clear()
+    forget_told()
     tokenize_rows([CASES["a user's turn inside"], CASES["plain"], CASES["reasoning in an earlier turn"]], text)
     assert capsys.readouterr().err == "1 answers of 3 pairs have turns of others inside, which are not trained\n"
     text = tiny.tokenizer(SHIPPED["qwen3"])

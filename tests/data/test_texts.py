@@ -1,3 +1,4 @@
+import itertools
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from tandem.data.texts import ensure_chat_template, prompt_ids, render, tokenize_pair, trim_prompt
+from tandem.data.tokenized import ids_of
 from tandem.errors import UserError
 from tests import tiny
 
@@ -202,3 +204,25 @@ def test_many_random_pairs_are_tokenized_as_trl_does():
 
     rows = [{"prompt": text(), "chosen": text(), "rejected": text()} for _ in range(100)]
     assert 20 < assert_as_trl_or_as_asked(rows, MERGING) < 100
+
+
+def test_ids_are_those_that_the_tokenizer_itself_gives():
+    """Whatever it was asked before; and a class with an encoding of its own is asked itself."""
+    closing = tiny.tokenizer()
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", closing.bos_token_id), ("</s>", closing.eos_token_id)]
+    )
+
+    class Own(type(closing)):  # type: ignore[misc]
+        def _encode_plus(self, text: str, **keywords: Any) -> Any:
+            return super()._encode_plus(text + "!", **keywords)
+
+    own, splitting = tiny.tokenizer(), tiny.tokenizer()
+    own.__class__ = Own
+    splitting.split_special_tokens = True
+    for tokenizer in (tiny.tokenizer(), merging(), closing, own, splitting):
+        for text, special in itertools.product(("", "a cat", "</s><|user|>é ü\n", "x" * 500), (True, False)):
+            tokenizer("cat", truncation=True, max_length=2, split_special_tokens=True)
+            got = ids_of(text, tokenizer, special=special)
+            assert got == tokenizer(text, add_special_tokens=special)["input_ids"], (text, special)
+    assert ids_of("a", own, special=False) == tiny.tokenizer()("a!")["input_ids"]

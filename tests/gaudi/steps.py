@@ -24,8 +24,8 @@ from tandem.monitor.options import MonitorOptions
 from tandem.options.losses import DPOOptions
 from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
-from tandem.training.examples import tokenize_examples
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.preparation import training_data
 from tandem.training.stages import training_arguments
 from tandem.training.trainers.build import Build
 
@@ -77,10 +77,8 @@ def build(trainer: str, case: Case) -> Any:
     arguments = training_arguments(train, model) | {"disable_tqdm": True}
     if case.loss_type == "sft":
         sft = SFTOptionSet(model, lora, text, data_options, train, GaudiOptions())
-        data = tokenize_examples([render(row, True) for row in rows], tokenizer, sft)
-        return _builders(trainer).sft_trainer(
-            Build(sft, load_model(model), tokenizer, arguments, {"train_dataset": data})
-        )
+        splits = training_data(sft, tokenizer).splits
+        return _builders(trainer).sft_trainer(Build(sft, load_model(model), tokenizer, arguments, splits))
     dpo = DPOOptions(beta=case.beta, loss_type=[case.loss_type], **of_loss)
     pairs = [tokenize_pair(render(row, True), tokenizer) | {"pair_id": row["pair_id"]} for row in rows]
     data = Dataset.from_list(pairs)

@@ -165,10 +165,10 @@ def test_a_recipe_in_the_shape_of_a_handbooks(tmp_path, capsys):
     values = {option.name: getattr(each, option.name) for each in options for option in options_of(type(each))}
     assert values["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
     assert (values["warmup_steps"], values["save_steps"], values["logging_steps"]) == (0.1, 0.5, 0.05)
-    assert (values["dtype"], values["lora_modules_to_save"]) == ("auto", ["lm_head"])
+    assert (values["dtype"], values["lora_modules_to_save"], values["dataset_num_proc"]) == ("auto", ["lm_head"], 12)
     notes = capsys.readouterr().err.splitlines()
     assert sorted(note.split(": ")[2].split(" ")[0] for note in notes) == [
-        "dataset_num_proc", "do_eval", "gradient_checkpointing_kwargs", "log_level", "push_to_hub", "torch_dtype",
+        "do_eval", "gradient_checkpointing_kwargs", "log_level", "push_to_hub", "torch_dtype",
         "warmup_ratio",
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,8 +28,9 @@ from tandem.answers.backends.options import GenerationOptions
 from tandem.answers.compare import CompareOptions, compare
 from tandem.answers.generate import generate
 from tandem.data.options import DataOptions
+from tandem.data.pairs import PairMaker, rendered
 from tandem.data.sources import load_held_out, load_pairs, load_splits
-from tandem.data.texts import render, tokenize_pair
+from tandem.data.texts import tokenize_pair
 from tandem.engine.forward import pair_engine
 from tandem.errors import UserError
 from tandem.evaluation.evaluate import EvaluateOptions, evaluate
@@ -44,8 +46,9 @@ from tandem.options.model import LoraOptions, ModelOptions, TextOptions
 from tandem.options.training import EngineOptions, GaudiOptions, SFTOptions, TrainOptions
 from tandem.runs import read_jsonl
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.preparation import training_data
 from tandem.training.settings import as_begun
-from tandem.training.stages import read_splits, render_rows, tokenized_pairs, trainable, training_arguments
+from tandem.training.stages import trainable, training_arguments
 from tandem.training.trainers import gaudi_settings, trl
 from tandem.training.trainers.build import Build
 from tests import tiny
@@ -301,14 +304,16 @@ def test_text_options_change_the_tokens(tmp_path: Path):
     pair = load_pairs(DataOptions(str(tiny.save_pairs(tmp_path / "a.jsonl", tiny.hh_rows(1)))), "train")[0]
 
     def tokens(**given: Any) -> Any:
-        return tokenize_pair(render_rows([pair], TextOptions(**given), tokenizer)[0], tokenizer)
+        return tokenize_pair(rendered(pair, TextOptions(**given), tokenizer), tokenizer)
 
     assert tokens()["prompt_ids"] != tokens(use_chat_template=False)["prompt_ids"]
     assert len(tokens(max_prompt_length=20)["prompt_ids"]) <= 20 < len(tokens()["prompt_ids"])
-    row = render(pair, True)
-    assert len(tokenized_pairs([row], tokenizer, 500)) == 1
+    counts = Counter[str]()
+    assert PairMaker(tokenizer, TextOptions(max_length=500)).make(pair, counts) is not None
+    short = PairMaker(tokenizer, TextOptions(max_length=5))
+    assert short.make(pair, counts) is None
     with pytest.raises(UserError, match="--max_length 5: no pair keeps any of its answers"):
-        tokenized_pairs([row], tokenizer, 5)
+        short.tell(counts, 1)
 
 
 def test_held_out_pairs_of_an_evaluation(tiny_data: Path):
@@ -316,7 +321,7 @@ def test_held_out_pairs_of_an_evaluation(tiny_data: Path):
     run = SFTOptionSet(
         ModelOptions("m"), LoraOptions(), TextOptions(), DataOptions(str(tiny_data)), train, GaudiOptions()
     )
-    assert {name: len(rows) for name, rows in read_splits(run, tiny.tokenizer()).items()} == {
+    assert {name: len(rows) for name, rows in training_data(run, tiny.tokenizer()).splits.items()} == {
         "train_dataset": 5,
         "eval_dataset": 3,
     }
@@ -602,6 +607,7 @@ LINE = "test_command_lines.py::"
 PAIRED = "rounds/test_pairs.py::"
 DRAWN = "rounds/test_sample.py::"
 SCORED = "rounds/test_score.py::"
+PREPARED = "training/test_preparation.py::"
 
 PROOFS: dict[str, dict[str, str]] = {
     "SampleOptions": {
@@ -670,6 +676,11 @@ PROOFS: dict[str, dict[str, str]] = {
     "TextOptions": {
         **dict.fromkeys(("use_chat_template", "max_prompt_length"), TEXT),
         "max_length": "training/test_stages.py::test_pairs_that_lose_their_answers",
+    },
+    "PreparationOptions": {
+        "dataset_num_proc": f"{PREPARED}test_as_many_processes_as_are_asked_for",
+        "token_cache": f"{PREPARED}test_the_tokens_are_those_of_a_plain_loop",
+        "token_cache_gib": f"{PREPARED}test_what_was_unused_for_the_longest_time_goes_but_nothing_in_use",
     },
     "TrainOptions": {
         **dict.fromkeys(TRAIN_CHANGES, TRL),

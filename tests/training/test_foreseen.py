@@ -16,7 +16,7 @@ from tandem.training import foreseen
 from tandem.training.hardware import Hardware
 from tandem.training.option_sets import DPOOptionSet, classes
 from tandem.training.plan import Plan, moments_by_values, size
-from tandem.training.stages import training_data
+from tandem.training.preparation import training_rows
 from tests import families, tiny
 
 ALONE = Hardware("cpu", 1, frozenset(), copies_gradients=False, limit=None, is_here=True)
@@ -28,7 +28,7 @@ def plan(tiny_data: Path, tmp_path: Path) -> Callable[[Path], Plan]:
         flags = ["--model_name_or_path", str(model), "--dataset_name", str(tiny_data), "--output_dir", str(tmp_path)]
         flags += ["--bf16", "false", "--per_device_train_batch_size", "2", "--max_train_samples", "4"]
         run = DPOOptionSet(*parse(flags, classes(DPOOptionSet), prog="plan"))
-        return Plan(run, ALONE, training_data(run, load_tokenizer(run.model)), libraries=0)
+        return Plan(run, ALONE, training_rows(run, load_tokenizer(run.model)), libraries=0)
 
     return make
 

@@ -21,8 +21,8 @@ from tandem.training.dealing import Order
 from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet, classes
 from tandem.training.plan import Plan, kernels, plan_run
+from tandem.training.preparation import training_rows
 from tandem.training.rehearsal import Usage
-from tandem.training.stages import training_data
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def plan(arguments: list[str]) -> Callable[..., Plan]:
 
     def make(kind: Any, *argv: str, hardware: Hardware = ALONE) -> Plan:
         run = kind(*parse([*arguments, *argv], classes(kind), prog="plan"))
-        return Plan(run, hardware, training_data(run, load_tokenizer(run.model)), libraries=0)
+        return Plan(run, hardware, training_rows(run, load_tokenizer(run.model)), libraries=0)
 
     return make
 

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from tandem.data.options import DataOptions
+from tandem.data.pairs import rendered
 from tandem.data.sources import load_pairs
 from tandem.data.texts import render, tokenize_pair
 from tandem.errors import UserError
@@ -33,7 +34,6 @@ from tandem.options.losses import LOSSES
 from tandem.options.model import ModelOptions, TextOptions
 from tandem.runs import checkpoints, damage, is_complete, sha256_file, write_manifest
 from tandem.training.session import added_callbacks
-from tandem.training.stages import render_rows
 from tandem.training.trackers import wandb_place
 from tests import tiny
 
@@ -606,7 +606,7 @@ def test_prompts_lose_their_oldest_turns():
     pair = {"prompt": turns, "chosen": [{"role": "assistant", "content": "d"}], "rejected": turns[1:2], "pair_id": "1"}
     for use_chat_template, limit, cut in ((True, 9, turns[2:]), (False, 25, "\n\nHuman: c\n\nAssistant:")):
         text = TextOptions(use_chat_template=use_chat_template, max_prompt_length=limit)
-        assert render_rows([pair], text, tokenizer)[0]["prompt"] == cut
+        assert rendered(pair, text, tokenizer)["prompt"] == cut
 
 
 def test_pairs_that_lose_their_answers(tmp_path: Path, train: Train, tiny_data: Path):

@@ -1,13 +1,11 @@
 """An account of which columns and keys of a data set were read, and which were not."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, listed, shorten
-from tandem.errors import one_line
-from tandem.ranks import is_first
+from tandem.ranks import tell
 
 # Columns that describe a pair and are no part of it, by their names in widely used data sets
 _ABOUT = {
@@ -105,9 +103,9 @@ class Balance:
 
     def tell(self) -> None:
         """Say on stderr what was not read as it is there; by one process."""
-        if (self.unread or self.changed) and is_first():
+        if self.unread or self.changed:
             for line in self.lines():
-                print(one_line(line), file=sys.stderr)
+                tell(line)
 
     def to_json(self) -> dict[str, Any]:
         """As in data_report.json."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tandem.errors import UserError
 from tandem.options.fields import opt, options_of
 from tandem.options.parsing import convert, unknown_option
 from tandem.options.yaml_text import TextLoader
+from tandem.ranks import tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def mix(sources: Sequence[Source], parts: Sequence[list[Row]], seed: int) -> lis
     for source, rows, part in zip(sources, of_sources, parts, strict=True):
         taken = generator.sample(rows, min(len(rows), max(1, round(scale * source.weight))))
         count = sum(map(len, taken))
-        print(f"mixture: {count} of {len(part)} training pairs of {source.options.dataset_name}", file=sys.stderr)
+        tell(f"mixture: {count} of {len(part)} training pairs of {source.options.dataset_name}")
         mixed += taken
     generator.shuffle(mixed)
     return flat(mixed)

@@ -1,9 +1,10 @@
 """A row of a data set while it is read: its fault, if it has one, and which of its parts are still unread."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 _LISTED = 40
 _NAMES_SHOWN, _NAME_LENGTH = 12, 40  # of columns in a message; a hostile file can have any number of any length
@@ -47,6 +48,13 @@ class TrackedRow(Row):
         """Columns with a value that nobody has read, and the keys of messages."""
         columns = {name: value for name, value in self.items() if name not in self.read and has_value(value)}
         return columns | self.inside
+
+
+def given_up(items: list[Item]) -> Iterator[Item]:
+    """The items of a list, which is empty afterwards: what was made of many rows needs no memory beside the rows."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def has_value(value: Any) -> bool:

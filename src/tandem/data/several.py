@@ -14,6 +14,8 @@ from tandem.ranks import tell_once
 
 NUMBERS = ("weight", "margin")
 """Columns that a pair is trained by: what its loss is multiplied by, and what its reward margin must exceed."""
+TRAINED_BY = (*NUMBERS, "group")
+"""Columns that pairs are trained by beside their tokens (`trained_by`)."""
 _COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *NUMBERS)
 _EACH = (*NUMBERS, *REJECTED_COLUMNS)  # columns that may have a value for each rejected answer
 
@@ -112,9 +114,9 @@ def unweighed(pairs: list[Row]) -> list[Row]:
     return pairs
 
 
-def trained_by(pairs: Sequence[Row]) -> dict[str, list[Any]]:
-    """What pairs are trained by beside their tokens: a column of `weight` and `margin` where any pair has one, and of
-    `group`, a number that is equal within a row, where any row is several pairs.
+def trained_by(pairs: list[Row]) -> list[Row]:
+    """The pairs, each with what it is trained by beside its tokens: a `weight` and a `margin` where any pair has one,
+    and a `group`, a number that is equal within a row, where any row is several pairs.
 
     Sources of a mixture that have no weights get 1, and those without margins 0.
     """
@@ -124,4 +126,6 @@ def trained_by(pairs: Sequence[Row]) -> dict[str, list[Any]]:
             columns[name] = [pair.get(name, default) for pair in pairs]
     if any("group" in pair for pair in pairs):
         columns["group"] = [number for number, row in enumerate(as_rows(pairs)) for _ in row]
-    return columns
+    if not columns:
+        return pairs
+    return [pair | {name: values[place] for name, values in columns.items()} for place, pair in enumerate(pairs)]

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import random
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,14 +25,14 @@ from tandem.data.mixtures import Source, mix, sources_of
 from tandem.data.options import ALL, DataOptions, SFTDataOptions
 from tandem.data.rated import paired
 from tandem.data.repeated import without_prompts
-from tandem.data.rows import columns_of
+from tandem.data.rows import columns_of, given_up
 from tandem.data.scores import scores_of
 from tandem.data.several import as_rows, flat, numbers_of, one_by_one, refuse_some, unweighed
 from tandem.data.shapes import known_names, known_shape
 from tandem.data.splits import Located, has_test_split, is_local, local_splits, read_split
-from tandem.errors import UserError, one_line
+from tandem.errors import UserError
 from tandem.objects import load_object
-from tandem.ranks import tell_once
+from tandem.ranks import tell, tell_once
 
 _CRLF = "line ends of Windows (CRLF) made line feeds"
 
@@ -51,10 +50,9 @@ def load_pairs(
         UserError: naming file, row and field of the first bad row beyond `options.max_bad_rows`.
     """
     bad: list[str] = []
-    located = _located(options, split, bad)
     balance = Balance(f"{options.dataset_name} ({split})")
     rows = []
-    for source, number, row in located:
+    for source, number, row in given_up(_located(options, split, bad)):
         try:
             rows += [(source, number, read) for read in _read(arranged(source, number, row, options, balance), options)]
         except RowError as error:
@@ -67,8 +65,9 @@ def load_pairs(
     elif data_format is None:
         data_format, first = choose_format((_place(source, number), read.row) for source, number, read in rows)
     _refuse_unused_keys(options, data_format)
+    columns = {read.column for _, _, read in rows if read.kind is not None}
     pairs = []
-    for source, number, read in rows:
+    for source, number, read in given_up(rows):
         try:
             pair = _pair_of(read, data_format, first, options, balance)
             place = {"source": source, "row": number, "format": data_format}
@@ -80,10 +79,10 @@ def load_pairs(
         _good((pair["source"], pair["row"], error), options.max_bad_rows, bad)
 
     pairs = refuse_some(without_prompts(pairs, balance, refuse), refuse)
-    if columns := {read.column for _, _, read in rows if read.kind is not None}:
+    if columns:
         balance.read = columns | balance.read - {"chosen", "rejected", *(["prompt"] if data_format == TEXT else [])}
     for line in bad:
-        print(f"skipped {one_line(line)}", file=sys.stderr)
+        tell(f"skipped {line}")
     if skipped is not None:
         skipped += bad
     if not pairs:
@@ -236,7 +235,7 @@ def held_out_of(options: DataOptions) -> list[Row]:
     sources = sources_of(options)
     pairs = [pair for source in sources for pair in _test_split(source.options)]
     if not pairs:
-        print(f"{options.dataset_name} has no {options.dataset_test_split} split: using all of it", file=sys.stderr)
+        tell(f"{options.dataset_name} has no {options.dataset_test_split} split: using all of it")
         parts = (load_pairs(source.options, source.options.dataset_train_split) for source in sources)
         pairs = [pair for part in parts for pair in part]
     return _shuffled(pairs, sources, options.data_seed)

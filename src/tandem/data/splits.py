@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tandem.data import hub, split_names
 from tandem.data.files import SUFFIXES, is_data_file, read_rows
@@ -91,16 +92,26 @@ def _no_split(options: DataOptions, split: str) -> UserError:
     return UserError(f"--dataset_name {options.dataset_name}: no split {base} (has {', '.join(names)}); {hint}")
 
 
-def read_split(options: DataOptions, split: str) -> Iterable[Located]:
+def files_of(options: DataOptions, split: str) -> tuple[str, list[Path]]:
+    """A split of a local source under its own name, with its slice, and its files; folders that `save_to_disk` wrote.
+
+    Raises:
+        UserError: it has no such split, or no files for it.
+    """
     name, config = options.dataset_name, options.dataset_config
-    if not is_local(name):
-        return _read_hub(options, split)
     if options.dataset_revision:
         raise UserError(f"--dataset_revision has no effect: {name} is here, not on the Hub")
     split = _resolved(options, split)
     files = local_splits(name, config)[base_of(split)]
     if not files:
         raise UserError(f"--dataset_name {name}: no file matches what its {CARD} says of the split {base_of(split)}")
+    return split, files
+
+
+def read_split(options: DataOptions, split: str) -> Iterable[Located]:
+    if not is_local(options.dataset_name):
+        return _read_hub(options, split)
+    split, files = files_of(options, split)
     located = [
         (str(file), number, row)
         for file in files
@@ -109,10 +120,15 @@ def read_split(options: DataOptions, split: str) -> Iterable[Located]:
     return _slice(located, split)
 
 
-def _read_hub(options: DataOptions, split: str) -> Iterator[Located]:
+def load_hub(options: DataOptions, split: str) -> tuple[str, Iterable[Any]]:
+    """A split of a source on the Hub under its own name, with its slice, and its rows.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     where = options.dataset_name, options.dataset_config, options.dataset_revision
     try:
-        rows = hub.load(*where, split)
+        return split, hub.load(*where, split)
     except UserError:
         try:
             is_there = base_of(split) in hub.split_names(*where)
@@ -121,7 +137,11 @@ def _read_hub(options: DataOptions, split: str) -> Iterator[Located]:
         if is_there:
             raise
         split = _resolved(options, split)
-        rows = hub.load(*where, split)
+        return split, hub.load(*where, split)
+
+
+def _read_hub(options: DataOptions, split: str) -> Iterator[Located]:
+    split, rows = load_hub(options, split)
     for number, row in enumerate(rows, 1):
         yield f"{options.dataset_name} {split}", number, dict(row)
 

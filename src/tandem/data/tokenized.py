@@ -21,10 +21,16 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 SIDES = ("chosen", "rejected")
-_MASKS = tuple(f"{side}_mask" for side in SIDES)
+MASKS = tuple(f"{side}_mask" for side in SIDES)
 _ANCHOR = "\n"  # put before a text so that a tokenizer adds no space in front of it
 _NO_THOUGHT = """ask for no thought with --chat_template_kwargs '{"enable_thinking": false}', or """
 _FOLDED = "put the system message into the first user turn with --system_prompt fold, or "
+# Methods of a tokenizer that encode, and where those of the plain classes stand in transformers 5 and 4
+_ENCODING = ("__call__", "_encode_plus")
+_PLAIN = (
+    ("tokenization_utils_base", "tokenization_utils_tokenizers"),
+    ("tokenization_utils_base", "tokenization_utils_fast"),
+)
 _NO_OTHER = "give a template that renders both alike with --chat_template"
 
 
@@ -74,14 +80,31 @@ def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
     return next(differ, min(len(left), len(right)))
 
 
+def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase", *, special: bool) -> list[int]:
+    """`tokenizer(text, add_special_tokens=special)["input_ids"]`, without masks and offsets that nobody reads."""
+    if not _encodes_plainly(type(tokenizer)) or tokenizer.split_special_tokens:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    backend: Any = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return list(backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
+
+
+def _encodes_plainly(kind: type) -> bool:
+    """Whether a class of tokenizers hands a text to `tokenizers` as it is: none of its own methods stands between."""
+    made_by = [getattr(getattr(kind, name, None), "__module__", None) for name in _ENCODING]
+    return any(made_by == [f"transformers.{base}" for base in bases] for bases in _PLAIN)
+
+
 def plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of a text, no special tokens added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids_of(text, tokenizer, special=False)
 
 
 def text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of a prompt of plain text: what the tokenizer puts before a text, and not the end it may put after it."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = ids_of(text, tokenizer, special=True)
     end = tokenizer.eos_token_id
     return ids[:-1] if ids and ids[-1] == end and not text.endswith(tokenizer.eos_token or "\0") else ids
 
@@ -124,12 +147,12 @@ def tokenize_pair(
         check_rendered(row, side, prompt_text, whole, tokenizer)
         if unrendered is not None:
             unrendered |= left_out(row, side, whole, _template(tokenizer))
-        ids = list(tokenizer(whole)["input_ids"]) if is_text else plain_ids(whole, tokenizer)
+        ids = ids_of(whole, tokenizer, special=is_text)
         joint = Joint(prompt_text, whole, prompt, ids)
         pair[f"{side}_ids"] = joint.answer_ids(tokenizer)
         if len(row.get(f"{side}_turns") or (() if is_text else row[side])) > 1:
             pair[f"{side}_mask"] = own_tokens(row, side, joint, pair[f"{side}_ids"], tokenizer)
-    if any(mask in pair for mask in _MASKS):
+    if any(mask in pair for mask in MASKS):
         for side in SIDES:
             pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
     return pair
@@ -249,13 +272,17 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> 
 
     pairs = all_placed(rows, tokenized)
     tell_left_out(counts, len(pairs), "pairs")
-    if any(_MASKS[0] in pair for pair in pairs):
-        inside = sum(not all(pair[mask]) for pair in pairs for mask in _MASKS if mask in pair)
-        tell_once(f"{inside} answers of {len(pairs)} pairs have turns of others inside, which are not trained")
+    if any(MASKS[0] in pair for pair in pairs):
+        tell_inside(sum(not all(pair[mask]) for pair in pairs for mask in MASKS if mask in pair), len(pairs))
         for pair in pairs:
             for side in SIDES:
                 pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
     return pairs
+
+
+def tell_inside(inside: int, total: int) -> None:
+    """Say once how many answers of `total` pairs have turns of others inside."""
+    tell_once(f"{inside} answers of {total} pairs have turns of others inside, which are not trained")
 
 
 def tell_left_out(counts: Counter[str], total: int, what: str) -> None:
@@ -297,7 +324,16 @@ def all_made(items: Sequence[Item], places: Sequence[str], make: Callable[[Item]
             made.append(make(item))
         except TemplateFault as fault:
             faults.append(f"{place}: {fault}" if place else str(fault))
-    if faults:
-        count = f" (and so it is with {len(faults)} of {len(items)} {what})" if len(faults) > 1 else ""
-        raise UserError(faults[0] + count)
+    refuse_faults(faults, len(items), what)
     return made
+
+
+def refuse_faults(faults: Sequence[str], total: int, what: str) -> None:
+    """Refuse rows with faults, of `total`.
+
+    Raises:
+        UserError: the first, and how many there are.
+    """
+    if faults:
+        count = f" (and so it is with {len(faults)} of {total} {what})" if len(faults) > 1 else ""
+        raise UserError(faults[0] + count)

@@ -15,14 +15,14 @@ from tandem.evaluation.benchmark import BenchmarkOptions, run_benchmarks
 from tandem.evaluation.tables import to_markdown
 from tandem.intervals import Array, Estimate, bootstrap, length_terciles, mean, wilson
 from tandem.options.fields import REQUIRED, opt
-from tandem.options.model import TemplateOptions, check_models
+from tandem.options.model import PreparationOptions, TemplateOptions, check_models
 from tandem.runs import write_atomic, write_json
 
 REFERENCE = "base"  # label of the reference among the models
 
 
 @dataclass
-class EvaluateOptions(TemplateOptions):
+class EvaluateOptions(TemplateOptions, PreparationOptions):
     """Evaluate."""
 
     reference_model: str = opt(REQUIRED, "model that implicit rewards and KL are measured against")
@@ -238,8 +238,6 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     """
     check_models([*options.policies.values(), options.reference_model])
     from tandem.data.adapt import day_of_models
-    from tandem.data.texts import render
-    from tandem.data.tokenized import all_placed, tokenize_rows
     from tandem.models.load import check_model, load_tokenizer
     from tandem.options.model import ModelOptions
 
@@ -248,7 +246,7 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     options.day = day_of_models(options.policies.values())
     tokenizer = load_tokenizer(ModelOptions(model_name_or_path=options.reference_model), options)
     pairs = pairs[: options.max_eval_samples]
-    tokenized = tokenize_rows(all_placed(pairs, lambda pair: render(pair, text.use_chat_template)), tokenizer)
+    tokenized = _tokenized(options, text, pairs, tokenizer)
     kept = [index for index, pair in enumerate(tokenized) if len(pair["prompt_ids"]) < text.limit]
     if not kept:
         raise UserError(f"--max_length {text.max_length}: no held-out pair keeps any of its answers")
@@ -283,6 +281,18 @@ def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[
     }
     _write(options, results)
     return results
+
+
+def _tokenized(options: EvaluateOptions, text: Any, pairs: Sequence[Row], tokenizer: Any) -> list[dict[str, list[int]]]:
+    from tandem.data.content import tokenizer_content
+    from tandem.data.pairs import WholePairMaker
+    from tandem.data.prepare import HELD_OUT, Rows, prepare, rows_of
+
+    maker, tokens = WholePairMaker(tokenizer, text.use_chat_template), tokenizer_content(tokenizer)
+    settings = None if tokens is None else [tokens, type(maker).__name__, maker.settings()]
+    prepared = prepare(Rows(lambda: {HELD_OUT: list(pairs)}, lambda: None), maker, settings, options)
+    rows = rows_of(prepared.tables[HELD_OUT])
+    return [{name: ids for name, ids in row.items() if isinstance(ids, list)} for row in rows]
 
 
 def _write(options: EvaluateOptions, results: Mapping[str, Any]) -> None:

@@ -146,10 +146,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "dataset_text_field": _renamed("text_key"),
     "average_tokens_across_devices": _always("true", "a mean is over the tokens or pairs of all processes"),
     "dataloader_pin_memory": _always("true", _LOADER),
-    **dict.fromkeys(
-        ("dataset_num_proc", "preprocessing_num_workers"),
-        Counterpart(always=("none", *map(str, range(1, 257))), told="text becomes tokens in one process"),
-    ),
+    "preprocessing_num_workers": _renamed("dataset_num_proc"),
     # Refused, with what to use
     "torch_empty_cache_steps": _not_there("torch's cache of memory is left alone"),
     **dict.fromkeys(

@@ -156,6 +156,21 @@ class TextOptions(Options):
         return sys.maxsize if self.max_length is None else self.max_length
 
 
+@dataclasses.dataclass(kw_only=True)
+class PreparationOptions(Options):
+    """Preparation of data: the base of the options of every stage that makes token ids of it."""
+
+    dataset_num_proc: int | None = opt(
+        None, "processes that tokenize; unset: as many as there are cores, or one for few rows", low=1
+    )
+    token_cache: str | None = opt(
+        None, "folder where token ids are kept for later runs; unset: in the user's cache folder"
+    )
+    token_cache_gib: float = opt(
+        50.0, "beyond this size of the folder the token ids that were unused for the longest time are removed", low=0
+    )
+
+
 def check_folder(name: str, needed: str = "config.json") -> None:
     """Refuse what cannot be a model: a path that is no folder, or a folder without the file `needed`.
 

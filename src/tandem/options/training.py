@@ -15,7 +15,7 @@ from tandem import contract, ranks
 from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.losses import DPOOptions
-from tandem.options.model import LoraOptions, ModelOptions, is_adapter
+from tandem.options.model import LoraOptions, ModelOptions, PreparationOptions, is_adapter
 from tandem.options.rules import Options
 from tandem.options.trackers import TRACKERS
 
@@ -32,7 +32,7 @@ _SET_BY_DEBUG = "debug, which sets it itself"
 
 
 @dataclasses.dataclass
-class TrainOptions(Options):
+class TrainOptions(PreparationOptions):
     """Training."""
 
     output_dir: str = opt(REQUIRED, "folder for checkpoints, logs and the trained model", trl=True)

@@ -1,51 +1,65 @@
 """Rows as SFT trains them: token ids, which of them count in the loss, and several examples in one row."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from tandem.data.formats import TEXT
+from tandem.data.kept import count_unrendered, refuse_none, tell_unrendered, warn_of_endless
+from tandem.data.pairs import rendered
+from tandem.data.prepare import Made
 from tandem.data.rendering import keywords_of, templated
 from tandem.data.rows import Row
-from tandem.data.tokenized import all_placed, check_rendered, closed, plain_ids, tell_left_out, tokenize_pair
+from tandem.data.tokenized import check_rendered, closed, plain_ids, tokenize_pair
+from tandem.data.tokens import ends, special_ids
 from tandem.data.unrendered import left_out
 from tandem.engine.layout import IGNORED_LABEL
 from tandem.engine.pairs import completion_mask
-from tandem.training.kept import kept, warn_of_endless
 from tandem.training.option_sets import SFTOptionSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ENDLESS, _LOST = "endless", "lost"
+
 Example = dict[str, list[int]]
 """`input_ids`, and `labels`, which are `IGNORED_LABEL` at what is not trained."""
 
 
-def tokenize_examples(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet) -> Dataset:
-    """Rendered rows as examples of at most `max_length` tokens; those of which nothing would be trained are left out.
+class ExampleMaker:
+    """See `data.prepare.Maker`. Examples of at most `max_length` tokens; one of which nothing would be trained is left
+    out."""
 
-    Raises:
-        UserError: the template's fault with a row, or no example left.
-    """
-    longest = None if run.train.packing_strategy == "bfd_split" else run.text.limit
-    counts: Counter[str] = Counter()
+    what = "example"
 
-    def example(row: Row) -> Example:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet) -> None:
+        self._tokenizer, self._run = tokenizer, run
+        self._longest = None if run.train.packing_strategy == "bfd_split" else run.text.limit
+        self._specials = special_ids(tokenizer)
+
+    def settings(self) -> Any:
+        text, train = self._run.text, self._run.train
+        own = [train.assistant_only_loss, train.completion_only_loss, self._longest]
+        return [text.use_chat_template, text.max_prompt_length, *own]
+
+    def make(self, row: Row, counts: Counter[str]) -> Made | None:
         unrendered: set[str] = set()
-        made = _example(row, tokenizer, run, unrendered)
-        counts.update(unrendered)
-        return made
+        example = _example(rendered(row, self._run.text, self._tokenizer), self._tokenizer, self._run, unrendered)
+        count_unrendered(counts, unrendered)
+        counts[_ENDLESS] += not ends(_trained(example), self._specials)
+        cut = {name: ids[: self._longest] for name, ids in example.items()}
+        if not _trained(cut):
+            counts[_LOST] += 1
+            return None
+        return cut
 
-    examples = all_placed(rows, example)
-    tell_left_out(counts, len(examples), "examples")
-    warn_of_endless(([_trained(example)] for example in examples), tokenizer, "example")
-    cut = [{name: ids[:longest] for name, ids in example.items()} for example in examples]
-    why = "--max_length keeps none of their answer"
-    return Dataset.from_list(
-        kept(cut, lambda example: bool(_trained(example)), what="example", why=why, max_length=run.text.limit)
-    )
+    def tell(self, counts: Counter[str], total: int) -> None:
+        tell_unrendered(counts, total, self.what)
+        warn_of_endless(counts[_ENDLESS], total, self.what)
+        why = "--max_length keeps none of their answer"
+        refuse_none(counts[_LOST], total, self.what, why, self._run.text.limit)
 
 
 def _trained(example: Example) -> list[int]:
@@ -91,7 +105,7 @@ def packed(examples: Dataset, run: SFTOptionSet) -> Dataset:
     from trl import pack_dataset  # which Gaudi's TRL has not
 
     columns = examples.select_columns(["input_ids", "labels"])
-    return pack_dataset(columns, run.text.max_length, run.train.packing_strategy)
+    return pack_dataset(columns, run.text.limit, run.train.packing_strategy)
 
 
 def untrained(example: Mapping[str, list[int]]) -> int:

@@ -29,9 +29,9 @@ from tandem.training.gpu import economies
 from tandem.training.groups import Groups, pairs_of
 from tandem.training.hardware import Hardware, read_hardware
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.preparation import training_rows
 from tandem.training.rehearsal import Rehearsal, Usage
 from tandem.training.schedule import Schedule
-from tandem.training.stages import training_data
 
 # Bytes of a weight in nf4 with double quantization (QLoRA, arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.5 + 0.127 / 8
@@ -73,7 +73,7 @@ def plan_run(run: SFTOptionSet | DPOOptionSet, options: PlanOptions) -> str:
     if run.train.tp_size > 1:
         raise UserError("--plan does not count --tp_size")
     hardware = read_hardware(options, run.train.use_cpu)
-    data = training_data(run, load_tokenizer(run.model))
+    data = training_rows(run, load_tokenizer(run.model))
     # The run has the same interpreter, libraries and data; elsewhere a round guess at the device's context
     libraries = read_memory(torch.device("cpu")).allocated if hardware.device == "cpu" else GIB // 2
     return "\n".join(Plan(run, hardware, data, libraries).lines())

@@ -27,7 +27,7 @@ class Schedule:
     """The steps of one run.
 
     Attributes:
-        data: the tokenized pairs or examples that it trains on (`stages.training_data`).
+        data: the tokenized pairs or examples that it trains on (`preparation.training_rows`).
         config: transformers' of the text model.
         layout: that the run forwards its batches in.
     """

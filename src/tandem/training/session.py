@@ -17,7 +17,6 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from tandem.data.formats import Row
 from tandem.errors import Preempted, UserError
 from tandem.log import logger, logging_to
 from tandem.models.adapters import sort_config
@@ -26,7 +25,7 @@ from tandem.options.model import is_adapter
 from tandem.options.parsing import resolved
 from tandem.options.training import TrainOptions
 from tandem.options.yaml_text import to_yaml
-from tandem.ranks import count, end_with_launcher, is_first, tell_once
+from tandem.ranks import count, end_with_launcher, forget_told, is_first
 from tandem.runs import (
     CARD,
     CONFIG,
@@ -111,11 +110,11 @@ class Session:
         named = train.resume_from_checkpoint not in ("auto", "no")
         self.day = day_of(run_in(train.resume_from_checkpoint, self._usual) if named else before)
 
-    def start(self, pairs: list[Row], tokens: str) -> None:
+    def start(self, pairs: str, tokens: str) -> None:
         """Make `output_dir` this run's own. Called when the inputs are known to be good: bad ones change nothing.
 
         Args:
-            pairs: what is trained on, in its order.
+            pairs: a hash of what is trained on, in its order.
             tokens: a hash of what is tokenized of it, and of what is evaluated.
 
         Raises:
@@ -127,10 +126,8 @@ class Session:
             if not is_complete(asked):
                 raise UserError(f"--resume_from_checkpoint {asked}: not a complete checkpoint of Tandem")
             before = run_in(asked, self._usual)
-        settings = settings_of(self.config, self._usual, before) | {
-            "data": sha256_json([pair["pair_id"] for pair in pairs])
-        }
-        settings |= contents_of(self.config) | {"tokens": tokens}
+        settings = settings_of(self.config, self._usual, before) | {"data": pairs, "tokens": tokens}
+        settings |= contents_of(self.config)
         check_changes(before, settings, self.options)
         if not is_first():
             return
@@ -281,7 +278,7 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
             if changed:
                 logger.warning("resuming with changed settings: %s", "; ".join(changed))
         own.enter_context(_quiet_libraries())
-        own.callback(tell_once.cache_clear)  # a later run has its own to tell
+        own.callback(forget_told)  # a later run has its own to tell
         yield Session(train, unit, options, before, mirror, own)
 
 

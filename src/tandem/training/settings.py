@@ -27,6 +27,7 @@ Run = TypeVar("Run", SFTOptionSet, DPOOptionSet)
 FREE_ON_RESUME = {
     "logging_steps", "report_to", "run_name", "mount_dir", "resume_from_checkpoint", "allow_changed",
     "save_total_limit", "output_dir", "logging_first_step", "wandb_project", "dataloader_num_workers", "ddp_timeout",
+    "dataset_num_proc", "token_cache", "token_cache_gib",
 }  # fmt: skip
 # A resume takes these from the checkpoint with the optimizer's state, so another value would have no effect
 _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}

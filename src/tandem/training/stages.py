@@ -12,12 +12,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from tandem import ranks
-from tandem.data.formats import TEXT, Row
-from tandem.data.rendering import keywords_of
-from tandem.data.several import first_rows, trained_by
-from tandem.data.sources import held_out_of, load_splits, load_training, of_set
-from tandem.data.texts import render, trim_prompt
-from tandem.data.tokenized import all_placed, token_hash, tokenize_rows
 from tandem.devices import fast_bf16, has_accelerator
 from tandem.errors import UserError, first_line
 from tandem.log import logger
@@ -29,19 +23,18 @@ from tandem.models.reached import hold_still
 from tandem.models.vocabulary import check_vocabulary
 from tandem.options.fields import handed_on, shown
 from tandem.options.losses import DPOOptions
-from tandem.options.model import LoraOptions, ModelOptions, TextOptions, is_adapter
+from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 from tandem.options.training import TrainOptions, check_training
 from tandem.training import gpu
 from tandem.training.cpu_memory import prepare_for_training
-from tandem.training.examples import packed, tokenize_examples
-from tandem.training.groups import GROUP, Groups, by_row
+from tandem.training.groups import GROUP
 from tandem.training.held import held_fine
-from tandem.training.kept import kept, warn_of_endless
 from tandem.training.option_sets import DPOOptionSet, SFTOptionSet
+from tandem.training.preparation import training_data
 from tandem.training.session import open_session
 from tandem.training.settings import as_begun, day_of, run_in, usual
 from tandem.training.trainers import select
-from tandem.training.trainers.build import EVAL, Build
+from tandem.training.trainers.build import Build
 from tandem.training.trainers.topology import check_launch
 
 
@@ -57,13 +50,12 @@ def run_sft(run: SFTOptionSet) -> None:
         if session is None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
-        splits = read_splits(run, tokenizer)
-        examples = {name: tokenize_examples(rows, tokenizer, run) for name, rows in splits.items()}
+        data = training_data(run, tokenizer)
         session.processes = builders.start_processes(arguments)
-        policy = _policy(run, held, tokenizer, examples)
+        policy = _policy(run, held, tokenizer, data.splits)
         _settle_checkpointing(run.train, arguments, policy)
-        session.start(splits["train_dataset"], token_hash(examples))
-        session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, examples)))
+        session.start(data.pairs, data.tokens)
+        session.train(builders.sft_trainer(Build(run, policy, tokenizer, arguments, data.splits)))
 
 
 def run_dpo(run: DPOOptionSet) -> None:
@@ -79,30 +71,21 @@ def run_dpo(run: DPOOptionSet) -> None:
         if session is None:
             return
         tokenizer = load_tokenizer(run.model, day=session.day)
-        rendered = read_splits(run, tokenizer)
-        splits = {name: tokenized_pairs(rows, tokenizer, run.text.limit) for name, rows in rendered.items()}
-        run.dpo.check_columns(splits["train_dataset"].column_names)
-        if run.engine.token_budget is not None and any(GROUP in each.column_names for each in splits.values()):
+        data = training_data(run, tokenizer)
+        run.dpo.check_columns(data.splits["train_dataset"].column_names)
+        if run.engine.token_budget is not None and any(GROUP in each.column_names for each in data.splits.values()):
             raise UserError(
                 "--token_budget does not go with lists of 'rejected' answers, which stay in one micro-batch"
             )
         if run.dpo.reference_model:
             check_vocabulary(run.dpo.reference_model, run.model, tokenizer)
         session.processes = builders.start_processes(arguments)
-        policy = _policy(run, held, tokenizer, splits)
+        policy = _policy(run, held, tokenizer, data.splits)
         _settle_checkpointing(run.train, arguments, policy)
         reference = _reference(run.model, run.dpo, run.train.tp_size)
-        session.start(rendered["train_dataset"], token_hash(splits))
+        session.start(data.pairs, data.tokens)
         logs = session.folder / "logs"
-        session.train(builders.dpo_trainer(Build(run, policy, tokenizer, arguments, splits, logs, reference)))
-
-
-def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> Dataset | Groups:
-    """The tokenized pairs that a run trains on, in their rows; of SFT its examples, several in a row if it packs."""
-    rows = read_splits(run, tokenizer)["train_dataset"]
-    if isinstance(run, SFTOptionSet):
-        return packed(tokenize_examples(rows, tokenizer, run), run)
-    return by_row(tokenized_pairs(rows, tokenizer, run.text.limit))
+        session.train(builders.dpo_trainer(Build(run, policy, tokenizer, arguments, data.splits, logs, reference)))
 
 
 def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
@@ -118,9 +101,9 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     builders = select.builders(run.model, run.lora, run.train, run.gaudi, run.dpo)
     tokenizer = load_tokenizer(run.model, day=day_of(run_in(run.train.output_dir, usual(*run))))
     splits = {
-        name: tokenized_pairs(rows[part::parts], tokenizer, run.text.limit)
-        for name, rows in read_splits(run, tokenizer).items()
-        if rows[part::parts]
+        name: pairs.select(range(part, len(pairs), parts))
+        for name, pairs in training_data(run, tokenizer).splits.items()
+        if part < len(pairs)
     }
     if "train_dataset" not in splits:
         return
@@ -244,62 +227,3 @@ def _check_schedule(train: TrainOptions) -> None:
     except (TypeError, ValueError) as error:
         asked = f"--lr_scheduler_type {train.lr_scheduler_type} with --lr_scheduler_kwargs {shown(own)}"
         raise UserError(f"{asked}: {first_line(error)}") from error
-
-
-def read_splits(run: SFTOptionSet | DPOOptionSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
-    """Rendered training pairs and, where the run evaluates, held-out pairs, by the names of `Build.splits`.
-
-    Raises:
-        UserError: an evaluation without held-out pairs, or no pair left to train on.
-    """
-    data, text, train = run.data, run.text, run.train
-    evaluated: dict[str, list[Row]] = {}
-    if train.eval_strategy == "no" or train.eval_sets:
-        pairs = load_training(data)
-        for name, source in train.named_sets:
-            evaluated[f"{EVAL}{name}"] = held_out_of(of_set(data, source))
-    else:
-        pairs, evaluated["eval_dataset"] = load_splits(data)
-        if not evaluated["eval_dataset"]:
-            raise UserError("--eval_strategy needs held-out pairs: a test split, --val_ratio, or --eval_sets")
-    limit = 32 if train.debug else train.max_train_samples
-    splits = {"train_dataset": render_rows(first_rows(pairs, limit), text, tokenizer)}
-    for name, held_out in evaluated.items():
-        splits[name] = render_rows(first_rows(held_out, train.max_eval_samples), text, tokenizer)
-    return splits
-
-
-def render_rows(pairs: list[Row], text: TextOptions, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """`pairs` as text by the tokenizer's template, their prompts cut to `max_prompt_length`."""
-
-    def one(pair: Row) -> Row:
-        if pair.get("format") == TEXT:
-            return pair
-        row = render(pair, text.use_chat_template)
-        if text.max_prompt_length is None:
-            return row
-        return row | {"prompt": trim_prompt(row["prompt"], tokenizer, text.max_prompt_length, keywords_of(row))}
-
-    return all_placed(pairs, one)
-
-
-def tokenized_pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`rows` as token ids, with a warning of pairs that train nothing. Those are left out whose prompt alone fills
-    `max_length`.
-
-    Raises:
-        UserError: none is left.
-    """
-    tokenized = tokenize_rows(rows, tokenizer)
-    columns = {"pair_id": [row["pair_id"] for row in rows], **trained_by(rows)}
-    pairs: list[Row] = [
-        pair | {name: values[place] for name, values in columns.items()} for place, pair in enumerate(tokenized)
-    ]
-    warn_of_endless(((pair["chosen_ids"], pair["rejected_ids"]) for pair in tokenized), tokenizer, "pair")
-    same = sum(pair["chosen_ids"] == pair["rejected_ids"] for pair in pairs)
-    if same:
-        logger.warning("%d of %d pairs have the same tokens on both sides, which train nothing", same, len(pairs))
-    why = "the prompt alone fills --max_length"
-    return Dataset.from_list(
-        kept(pairs, lambda pair: len(pair["prompt_ids"]) < max_length, what="pair", why=why, max_length=max_length)
-    )

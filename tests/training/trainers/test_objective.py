@@ -23,7 +23,8 @@ from tandem.options.training import EngineOptions, GaudiOptions, TrainOptions
 from tandem.training.hardware import Hardware
 from tandem.training.option_sets import DPOOptionSet
 from tandem.training.plan import Plan
-from tandem.training.stages import run_dpo, training_data
+from tandem.training.preparation import training_rows
+from tandem.training.stages import run_dpo
 from tests import tiny
 
 BETA, RATE = 0.3, 0.05
@@ -165,7 +166,7 @@ def test_two_rejected_answers_share_one_prompt(model: Path, tmp_path: Path, monk
 
     def planned(layout: Any) -> int:
         changed = run._replace(engine=EngineOptions(layout=layout))
-        data = training_data(changed, load_tokenizer(run.model))
+        data = training_rows(changed, load_tokenizer(run.model))
         return Plan(changed, alone, data, libraries=0).schedule.tokens([0])
 
     assert (planned("shared"), planned("packed"), planned("padded")) == (20, 14 + 15 + 14 + 13, 4 * 15)

@@ -1,0 +1,261 @@
+"""Sets of tokenized rows on disk, by the content they were made from: whole or absent, mapped by all who use them.
+
+A set is a folder of Arrow files and `set.json`, which says what is in them and is written last; the folder is renamed
+to its key when everything is on the disk. Who builds a set holds its lock alone while others wait for it, and who uses
+one holds the lock with the others that do, so that no set is removed that is in use.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from tandem.errors import UserError
+from tandem.log import logger
+from tandem.ranks import tell_once
+from tandem.runs import sha256_json
+
+Json = dict[str, Any]
+
+CACHE = "TANDEM_CACHE"  # a folder in the place of ~/.cache/tandem
+_ABOUT = "set.json"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_held: dict[Path, int] = {}
+"""The locks of the sets that this process uses, which the kernel lets go of when it ends."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A set in use.
+
+    Attributes:
+        tables: memory-mapped, by the names they were built under.
+        about: what the builder said of them.
+        is_new: whether it was built now.
+    """
+
+    tables: dict[str, pa.Table]
+    about: Json
+    is_new: bool
+
+
+Build = Callable[[Path], Json]
+"""Writes `NAME.arrow` files (Arrow's stream format) into a folder, and says what JSON can hold of them."""
+
+
+class TokenCache:
+    """A folder of sets.
+
+    Args:
+        folder: unset: `tokens` in the folder that TANDEM_CACHE names, or in ~/.cache/tandem.
+        limit: bytes of all sets, beyond which those that were not used for the longest time are removed, but none in
+            use.
+    """
+
+    def __init__(self, folder: str | Path | None, limit: int) -> None:
+        usual = Path(os.environ.get(CACHE) or "~/.cache/tandem") / "tokens"
+        self.folder, self.limit = Path(folder or usual).expanduser(), limit
+
+    def get(self, key: str, build: Build) -> Tokenized:
+        """The set of this key, built where there is no whole one.
+
+        Raises:
+            UserError: the disk is full or read-only; or what `build` raises, and then nothing is left of it.
+        """
+        path = self.folder / key
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path not in _held:
+                _held[path] = self._lock(f".{key}.used", fcntl.LOCK_SH)
+        except OSError as error:
+            tell_once(f"{self.folder} cannot be written ({error.strerror}), so tokens are kept for this run alone")
+            return unkept(build)
+        found = _read(path, is_new=False) or self._built(path, build)
+        with contextlib.suppress(OSError):  # it is another user's
+            os.utime(path / _ABOUT)
+        if found.is_new:
+            self._evict()
+        return found
+
+    def _built(self, path: Path, build: Build) -> Tokenized:
+        """The set, built by this process or by the one that it has waited for."""
+        name = f".{path.name}.build"
+        lock = self._lock(name, fcntl.LOCK_EX)
+        try:
+            if (found := _read(path, is_new=False)) is None:
+                with _disk_errors(self.folder):
+                    self._build(path, build)
+                found = _read(path, is_new=True)
+        finally:
+            (self.folder / name).unlink(missing_ok=True)
+            os.close(lock)
+        if found is None:
+            raise UserError(f"--token_cache {path}: is not what was just written there: the disk is broken")
+        return found
+
+    def _build(self, path: Path, build: Build) -> None:
+        for leftover in self.folder.glob(f".{path.name}.*.part"):  # of builders that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        if path.exists():
+            logger.warning("%s is damaged, and is built anew", path)
+            self._remove(path)
+        part = self.folder / f".{path.name}.{uuid.uuid4().hex}.part"
+        part.mkdir()
+        try:
+            _write(part, build)
+            try:
+                os.rename(part, path)
+            except OSError as error:  # of another machine, where nothing locks
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            _sync(self.folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _remove(self, path: Path) -> None:
+        """Away in one step, so that a kill leaves no half of a set under its key."""
+        aside = self.folder / f".{path.name.strip('.').split('.')[0]}.{uuid.uuid4().hex}.part"
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _lock(self, name: str, kind: int) -> int:
+        """A descriptor of a file with its lock, which is waited for.
+
+        Raises:
+            BlockingIOError: another process has it, and `kind` says not to wait.
+        """
+        path = self.folder / name
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                _flock(handle, kind)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(handle), os.stat(path)):
+                        return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # a holder has removed it since it was opened
+
+    def _evict(self) -> None:
+        """Remove the sets that were not used for the longest time, until all are within the limit."""
+        sets, total = [], 0
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process has just removed it
+                if path.name.endswith(".part"):
+                    sets.append((0.0, 0, path))
+                elif (path / _ABOUT).is_file():
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    sets.append(((path / _ABOUT).stat().st_mtime, size, path))
+                    total += size
+        for _, size, path in sorted(sets):
+            if (not size or total > self.limit) and self._dropped(path):
+                total -= size
+
+    def _dropped(self, path: Path) -> bool:
+        """Whether a set, or what a kill has left of one, was removed: not while anyone uses or builds it."""
+        name = f".{path.name.strip('.').split('.')[0]}.used"
+        try:
+            lock = self._lock(name, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        try:
+            self._remove(path)
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError:
+            return False
+        finally:
+            os.close(lock)
+        return True
+
+
+def unkept(build: Build) -> Tokenized:
+    """A set for this process alone: its files have no name, and go when it ends."""
+    with tempfile.TemporaryDirectory(prefix="tandem-") as folder, _disk_errors(Path(folder)):
+        _write(Path(folder), build)
+        found = _read(Path(folder), is_new=True)
+        assert found is not None
+        return found
+
+
+def mapped(file: Path) -> pa.Table:
+    """The table in a file of Arrow's stream format, in the kernel's pages: processes that map it share them."""
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+def _write(folder: Path, build: Build) -> None:
+    about = build(folder)
+    files = {file.name: _digest(file, sync=True) for file in sorted(folder.glob("*.arrow"))}
+    content = {"files": files, "about": about}
+    with open(folder / _ABOUT, "w", encoding="utf-8") as file:
+        json.dump(content | {"sha256": sha256_json(content)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _read(path: Path, is_new: bool) -> Tokenized | None:
+    """The set in a folder; None where there is none, or one with a byte that its builder did not write."""
+    try:
+        content = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
+        digest = content.pop("sha256")
+        if sha256_json(content) != digest:
+            return None
+        if any(_digest(path / name) != digest for name, digest in content["files"].items()):
+            return None
+        tables = {Path(name).stem: mapped(path / name) for name in content["files"]}
+        return Tokenized(tables, content["about"], is_new)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        return None
+
+
+def _digest(file: Path, sync: bool = False) -> str:
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as content:
+        if sync:
+            os.fsync(content.fileno())
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have none for folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flock(handle: int, kind: int) -> None:
+    """Lock, or go on without on a file system that has no locks: sets are still whole or absent there."""
+    try:
+        fcntl.flock(handle, kind)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS or kind & fcntl.LOCK_NB:
+            raise
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"--token_cache {folder}: cannot be written ({error.strerror}); make room, or name a folder elsewhere"
+        ) from error
