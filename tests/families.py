@@ -77,6 +77,14 @@ _SIZES: list[tuple[int, str]] = [
 _SMALL = {name: size for size, names in _SIZES for name in names.split()}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _INDEXED = {"num_key_value_heads": HEADS, "qk_head_dim": 16, "head_dim": 8, "v_head_dim": 16, "index_topk": 16}
+_SPARSE = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "num_heads": 8}
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 OWN: dict[str, dict[str, Any]] = {
@@ -95,6 +103,11 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_v32": _INDEXED,
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
+    "dots3_note": {
+        "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    },
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "gemma3": {"vision_config": _VISION, "mm_tokens_per_image": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -102,12 +115,12 @@ OWN: dict[str, dict[str, Any]] = {
     "got_ocr2": {"vision_config": {"output_channels": 16, "mlp_dim": 32}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _MAMBA2 | {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": _LINEAR,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["full_attention", "full_attention"]},
-    "longcat_flash": {"head_dim": 8, "num_key_value_heads": HEADS, "num_layers": 1},
+    "longcat_flash": {"zero_expert_num": 1, "head_dim": 8, "num_key_value_heads": HEADS, "num_layers": 1},
     "mamba2": _MAMBA2 | {"head_dim": 16},
     "moshi": {"audio_vocab_size": 32},
     "qwen3_5": {"text_config": _LINEAR},
@@ -115,8 +128,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,
-    "qwen4_exp": {"text_config": _LINEAR},
-    "qwen4_exp_text": _LINEAR,
+    "qwen4_exp": {"text_config": _LINEAR | _SPARSE},
+    "qwen4_exp_text": _LINEAR | _SPARSE,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
@@ -126,12 +139,17 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 64, "num_heads": 4},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layer_types": ["linear_attention", "hybrid"]},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 NOT_TINY: dict[str, str] = {
     "dbrx": "the configuration of its attention has lost rope_theta, which its model reads (transformers 5.23)",
+    "gemma3n": "its towers need timm",
+    "gemma4_assistant": "it drafts for another model, whose keys and values all of its layers read",
+    "gemma4_unified_assistant": "it drafts for another model, whose keys and values all of its layers read",
+    "musicgen": "its class takes the configuration of its decoder, which draws sound",
+    "musicgen_melody": "its class takes the configuration of its decoder, which draws sound",
 }
 
 
@@ -161,8 +179,11 @@ def _small(kind: Any, vocabulary: int, own: dict[str, Any]) -> dict[str, Any]:
     if "kv_lora_rank" in settings:  # latent attention has no groups of heads
         settings["num_key_value_heads"] = HEADS
     for name, inner in getattr(kind, "sub_configs", {}).items():
-        if hasattr(inner, "model_type") and inner.model_type:
+        if getattr(inner, "model_type", None):
             settings[name] = _small(inner, vocabulary, own.get(name, {}))
+        elif (usual := getattr(kind(), name, None)) is not None:  # of any type
+            small = _small(type(usual), vocabulary, own.get(name, {}))
+            settings[name] = {"model_type": usual.model_type} | small
     return settings | {key: value for key, value in own.items() if key not in getattr(kind, "sub_configs", {})}
 
 

@@ -11,7 +11,7 @@ from tests.engine.tiny_models import VOCABULARY, collate, random_pairs
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
-@pytest.mark.parametrize("name", ["granitemoe", "granitemoehybrid", "llama4_text", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["granitemoe", "granitemoehybrid", "llama4_text", "qwen3_moe", "gpt_oss", "doge"])
 def test_what_trls_forward_does_not_serve(name: str, layout: Layout):
     """Log-probs and the balance of experts are those of the model's own forward."""
     torch.manual_seed(0)
@@ -29,3 +29,16 @@ def test_what_trls_forward_does_not_serve(name: str, layout: Layout):
     )
     if getattr(plain, "aux_loss", None) is not None:
         torch.testing.assert_close(output.aux_loss, plain.aux_loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_experts_that_a_model_is_configured_without(layout: Layout):
+    """All layers are dense: there is nothing to balance, though the settings for it are there."""
+    config = families.config("qwen3_moe", VOCABULARY)
+    config.mlp_only_layers, config.output_router_logits = [0, 1], True
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    add_pair_forward(model, layout=layout)
+    with torch.no_grad():
+        output = model(**collate(random_pairs(3)), use_cache=False, fused_lm_head=True)
+    assert output.aux_loss is None or output.aux_loss == 0
+    assert output.log_probs.isfinite().all() and output.log_probs.any()

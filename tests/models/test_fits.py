@@ -191,6 +191,16 @@ def test_what_fails_in_a_models_own_code_is_one_line():
         raise ValueError("ours")
 
 
+def test_a_trained_part_without_a_gradient_is_one_line():
+    """torch's own words, of a first step on two processes."""
+    error = RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one. …")
+    with (
+        pytest.raises(UserError, match=r"^somewhere: .* --ddp_find_unused_parameters true$"),
+        forward_told("somewhere"),
+    ):
+        raise error
+
+
 def test_a_model_without_gradient_checkpointing_keeps_its_activations():
     with torch.device("meta"):
         able, unable = (AutoModelForCausalLM.from_config(families.config(name, 300)) for name in ("llama", "ctrl"))

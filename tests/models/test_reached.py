@@ -46,6 +46,34 @@ def test_nothing_of_a_text_model_is_held_still():
         assert all(parameter.requires_grad for parameter in model.parameters()), name
 
 
+def test_parts_with_configurations_of_their_own_are_no_towers():
+    """BLT's encoder, decoder and middle have one each; what ends its patches is passed, without a gradient."""
+    model = model_of("blt")
+    assert beside_text(model) == []
+    hold_still(model)
+    still = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert still == {"patcher"}
+    assert not [name for name in adapted(model).base_model.targeted_module_names if "patcher" in name]
+
+
+def test_a_table_of_sines_is_not_trained():
+    model = model_of("marian").requires_grad_(True)  # as one that was loaded
+    hold_still(model)
+    still = [name for name, each in model.named_parameters() if not each.requires_grad and "encoder_attn" not in name]
+    assert still == ["model.decoder.embed_positions.weight"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mamba", "falcon_mamba", "jamba", "gemma3n_text", "blt", "bart", "axk2", "longcat_flash"]
+)
+def test_all_of_an_adapter_gets_a_gradient(name: str):
+    """Layers whose weights alone are read, and those that nothing passes, have none."""
+    torch.manual_seed(0)
+    policy = adapted(model_of(name))
+    policy.train()(input_ids=torch.randint(6, 300, (2, 64)), use_cache=False).logits.sum().backward()
+    assert [own for own, each in policy.named_parameters() if each.requires_grad and each.grad is None] == []
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [

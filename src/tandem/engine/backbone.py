@@ -30,10 +30,13 @@ def backbone(model: PreTrainedModel) -> Any:
 
 
 def served_by_trl(model: PreTrainedModel) -> bool:
-    """Whether TRL's fused forward finds what it reads of `model` and its configuration."""
+    """Whether TRL's fused forward finds what it reads of `model` and its configuration: of experts their number, and
+    the experts themselves (Doge and Qwen's MoE can be configured without)."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits") and not (
-        hasattr(config, "num_experts") and hasattr(config, "num_experts_per_tok")
+        hasattr(config, "num_experts")
+        and hasattr(config, "num_experts_per_tok")
+        and any(name.endswith("experts") for name, _ in model.named_modules())
     ):
         return False
     return model.base_model is not model

@@ -23,6 +23,8 @@ _OF_MODELS = (
 )
 _OF_ADAPTERS = "/peft/tuners/"
 _OF_PEFT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
+_OF_FORWARD = (*_OF_PEFT, IndexError)
+_UNREACHED = "Expected to have finished reduction in the prior iteration"
 
 
 def check_rows(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], longest: int, remedy: str) -> None:
@@ -140,14 +142,19 @@ def adapter_told() -> Iterator[None]:
 @contextlib.contextmanager
 def forward_told(name: str) -> Iterator[None]:
     """Turn what fails within transformers' code of a model, or PEFT's of an adapter on it, into one line: it cannot be
-    trained as it is there.
+    trained as it is there. DDP's stop over what got no gradient, too.
 
     Raises:
         UserError: in its place.
     """
     try:
         yield
-    except _OF_PEFT as error:
+    except _OF_FORWARD as error:
+        if _UNREACHED in str(error):
+            raise UserError(
+                f"{name}: a micro-batch left some of what is trained without a gradient, over which DDP stops: "
+                "--ddp_find_unused_parameters true"
+            ) from error
         frames = [
             (frame, line)
             for frame, line in traceback.walk_tb(error.__traceback__)
@@ -159,7 +166,10 @@ def forward_told(name: str) -> Iterator[None]:
         where = frame.f_code.co_filename
         place = f"{'/'.join(where.split('/')[-2:])}:{line}"
         if any(part in where for part in _OF_MODELS):
-            raise UserError(f"{name}: its own code fails on this data ({place}): {first_line(error)}") from error
+            remedy = "; try --gradient_checkpointing false" if "leaf Variable" in str(error) else ""
+            raise UserError(
+                f"{name}: its own code fails on this data ({place}): {first_line(error)}{remedy}"
+            ) from error
         if _OF_ADAPTERS not in where:
             raise
         layer = _adapted_layer([frame for frame, _ in frames])

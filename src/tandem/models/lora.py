@@ -35,7 +35,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
         for names in (options.lora_target_modules, options.lora_exclude_modules)
     )
     if targets == "all-linear" and model is not None:
-        excluded = _both(excluded, [*_beside_text(model), *_of_mamba(model), *routers(model), *own_forwards(model)])
+        excluded = _both(excluded, [*_beside_text(model), *_read_alone(model), *routers(model), *own_forwards(model)])
     if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
         targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
     config = LoraConfig(
@@ -105,15 +105,18 @@ def _settle_experts(config: Any, options: LoraOptions, model: Any) -> None:
     config.target_parameters = sorted(named | {name for name in added if name != "gate.weight"}) or None
 
 
-def _of_mamba(model: Any) -> list[str]:
-    """Names of the linear layers of Mamba's mixers that PEFT refuses to adapt: their kernels read the weights alone."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.endswith(".out_proj")
-        and "mamba" in (name + type(model.get_submodule(name.rpartition(".")[0])).__name__).lower()
-    ]
+def _read_alone(model: Any) -> list[str]:
+    """Names of the linear layers whose weights alone are read in training, so that an adapter's change would not count:
+    those of Mamba's mixers, by its fused kernels or by every forward (of the layer out PEFT refuses an adapter, of the
+    others it does not), and Gemma 3n's clamped coefficients."""
+    found = []
+    for name, module in model.named_modules():
+        whole, _, end = name.rpartition(".")
+        if not isinstance(module, torch.nn.Linear) or end not in ("out_proj", "dt_proj", "x_proj", "correction_coefs"):
+            continue
+        if end == "correction_coefs" or "mamba" in (name + type(model.get_submodule(whole)).__name__).lower():
+            found.append(name)
+    return found
 
 
 def _linear_ends(model: Any) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 # How configurations call the number of their experts
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _CHOOSING = ("expert_bias", "e_score_correction_bias", "correction_bias")
-_UNPASSED = {"indexer", "encoder_attn", "encoder_attn_layer_norm", "crossattention", "pooler"}
+_UNPASSED = {"indexer", "encoder_attn", "encoder_attn_layer_norm", "crossattention", "pooler", "patcher"}
 _GATES = ("gate", "shared_expert_gate", "shared_experts_gate", "wg")
 
 
@@ -24,11 +24,15 @@ def beside_text(model: Any) -> list[str]:
         )
     others = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     others = [each for each in others if each is not None and each is not config.get_text_config()]
-    found = [
-        name
+    towers = {
+        name: module
         for name, module in model.named_modules()
         if name and any(getattr(module, "config", None) is each for each in others)
-    ]
+    }
+    words = model.get_input_embeddings()
+    if any(module is words for tower in towers.values() for module in tower.modules()):
+        return []  # these are the text model's own parts, each with a configuration (BLT)
+    found = list(towers)
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
@@ -47,8 +51,9 @@ def _outermost(module: nn.Module, name: str, inside: set[int]) -> Iterator[str]:
 def hold_still(model: Any) -> None:
     """Train nothing that gets no gradient: DDP would stop over it, and the optimizer would keep its state.
 
-    That is what text does not pass, what attends to an encoder that is not there, and what only chooses: which keys are
-    attended to (indexers of DeepSeek's sparse attention), which experts are taken (a bias in that choice alone).
+    That is what text does not pass, what attends to an encoder that is not there, a table of sines, and what only
+    chooses: which keys are attended to (indexers of DeepSeek's sparse attention), which experts are taken (a bias in
+    that choice alone), where BLT's patches end.
     """
     for name in beside_text(model):
         model.get_submodule(name).requires_grad_(False)
@@ -56,6 +61,9 @@ def hold_still(model: Any) -> None:
         parts = name.split(".")
         if parts[-1] in _CHOOSING or _UNPASSED.intersection(parts):
             parameter.requires_grad_(False)
+    for module in model.modules():
+        if "sinusoidal" in type(module).__name__.lower():
+            module.requires_grad_(False)
 
 
 def routers(model: Any) -> list[str]:
