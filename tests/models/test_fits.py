@@ -187,6 +187,14 @@ def test_what_fails_in_a_models_own_code_is_one_line():
     said = r"^somewhere: its own code fails on this data \(reformer/modeling_reformer.py:\d+\)"
     with pytest.raises(UserError, match=said), forward_told("somewhere"):
         AutoModelForCausalLM.from_config(config)
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_config(families.config("git", 300)), LoraConfig(r=2, target_modules=["query"])
+    )
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.enable_input_require_grads()
+    said = r"^somewhere: .*\(git/modeling_git.py:\d+\): a leaf Variable .*; try --gradient_checkpointing false$"
+    with pytest.raises(UserError, match=said), forward_told("somewhere"):
+        policy.train()(input_ids=torch.arange(6, 30)[None])
     with pytest.raises(ValueError, match="ours"), forward_told("somewhere"):
         raise ValueError("ours")
 

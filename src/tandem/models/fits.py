@@ -166,10 +166,7 @@ def forward_told(name: str) -> Iterator[None]:
         where = frame.f_code.co_filename
         place = f"{'/'.join(where.split('/')[-2:])}:{line}"
         if any(part in where for part in _OF_MODELS):
-            remedy = "; try --gradient_checkpointing false" if "leaf Variable" in str(error) else ""
-            raise UserError(
-                f"{name}: its own code fails on this data ({place}): {first_line(error)}{remedy}"
-            ) from error
+            raise UserError(f"{name}: its own code fails on this data ({place}): {reason_of(error)}") from error
         if _OF_ADAPTERS not in where:
             raise
         layer = _adapted_layer([frame for frame, _ in frames])
@@ -177,6 +174,13 @@ def forward_told(name: str) -> Iterator[None]:
             f"{name}: PEFT's adapter on {layer} fails ({place}): {first_line(error)}; leave that layer out: "
             "--lora_exclude_modules"
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error in a model's forward says, and what may help."""
+    # Under an adapter, checkpoints have the embedding's output require a gradient, and BLT and GIT add to it in place
+    remedy = "; try --gradient_checkpointing false" if "leaf Variable" in str(error) else ""
+    return first_line(error) + remedy
 
 
 def _adapted_layer(frames: Sequence[FrameType]) -> str:

@@ -8,7 +8,15 @@ from torch import nn
 # How configurations call the number of their experts
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _CHOOSING = ("expert_bias", "e_score_correction_bias", "correction_bias")
-_UNPASSED = {"indexer", "encoder_attn", "encoder_attn_layer_norm", "crossattention", "pooler", "patcher"}
+_UNPASSED = {
+    "indexer",
+    "encoder_attn",
+    "encoder_attn_layer_norm",
+    "crossattention",
+    "pooler",
+    "patcher",
+    "visual_projection",
+}
 _GATES = ("gate", "shared_expert_gate", "shared_experts_gate", "wg")
 
 

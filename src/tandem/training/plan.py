@@ -18,6 +18,7 @@ from tandem.devices import fast_bf16
 from tandem.engine.choice import LayoutReport
 from tandem.engine.layout import Layout
 from tandem.errors import UserError, first_line
+from tandem.models.fits import reason_of
 from tandem.models.load import load_tokenizer
 from tandem.monitor.memory import GIB, read_memory
 from tandem.options.fields import flags_of
@@ -173,7 +174,7 @@ class Plan:
             return moments_by_values(self)
         except _WITHOUT_VALUES as error:
             name = self.run.model.model_name_or_path
-            raise UserError(f"{name}: no plan, because a step fails: {first_line(error)} ({reason})") from error
+            raise UserError(f"{name}: no plan, because a step fails: {reason_of(error)} ({reason})") from error
 
     def moments(self, step: Rehearsal) -> list[Usage]:
         """The first optimizer step, a later one, and the pass that scores the reference."""
