@@ -1,4 +1,4 @@
-"""Held-out metrics of each model against one reference, with intervals and tests of their differences."""
+"""Measures models on held-out pairs against one reference, with intervals and tests of their differences."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,16 +28,16 @@ class EvaluateOptions(TemplateOptions, PreparationOptions):
     reference_model: str = opt(REQUIRED, "model that implicit rewards and KL are measured against")
     sft_model: str | None = opt(None, "model or adapter folder of the SFT policy")
     dpo_model: str | None = opt(None, "model or adapter folder of the DPO policy")
-    output_file: str = opt("results.json", "where the numbers go; the tables go beside it as .md")
+    output_file: str = opt("results.json", "file for the numbers; the tables are written beside it as .md")
     eval_batch_size: int = opt(8, "pairs per batch", low=1)
     max_eval_samples: int | None = opt(None, "use the first N held-out pairs", low=1)
     kl_prompts: int = opt(32, "held-out prompts that each policy answers twice to estimate its KL; 0: none", low=0)
-    kl_max_new_tokens: int = opt(64, "longest of these answers", low=1)
+    kl_max_new_tokens: int = opt(64, "longest of these answers, in tokens", low=1)
     eval_seed: int = opt(42, "seed of these answers and of the bootstrap")
     eval_dtype: str = opt(
         "auto",
-        "type of the weights held, one for all models; auto: float32 on the CPU, else the type they are stored in, or "
-        "float32 where they differ",
+        "type that the weights of all models are held in; auto: float32 on the CPU, else the type they are stored in, "
+        "or float32 if they differ in that",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     eval_bf16: bool | None = opt(None, "bfloat16 autocast; unset: where the device multiplies it fast")
@@ -56,14 +56,14 @@ class EvaluateOptions(TemplateOptions, PreparationOptions):
 
     @property
     def policies(self) -> dict[str, str]:
-        """Models to evaluate against the reference, by label."""
+        """The models to evaluate against the reference, by label."""
         named = {"sft": self.sft_model, "dpo": self.dpo_model}
         return {label: name for label, name in named.items() if name is not None}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A policy's own answers, two to each of k prompts, as pairs, and its log-probs (k, 2) of them in nats."""
+    """A policy's own answers, two to each of k prompts as a pair, and the policy's log-probs of them, (k, 2) nats."""
 
     pairs: list[dict[str, list[int]]]
     logps: Array
@@ -74,10 +74,10 @@ class HeldOut:
     """What is measured: n pairs and every model's log-probs of them.
 
     Attributes:
-        logps: by label, the reference among them: (n, 2) nats, summed over the completion, chosen then rejected
+        logps: by label, the reference's too: (n, 2) nats, summed over the completion, chosen then rejected
         chosen_tokens: (n,) tokens of each chosen completion
-        length_difference: (n,) tokens of chosen less those of rejected
-        sources: (n,) where each pair came from
+        length_difference: (n,) tokens of chosen minus those of rejected
+        sources: (n,) the source that each pair is from
     """
 
     logps: Mapping[str, Array]
@@ -90,17 +90,17 @@ class HeldOut:
         return self.logps[label][:, 0] - self.logps[label][:, 1]
 
     def margins(self, label: str) -> Array:
-        """(n,) M of Rafailov et al. 2023, Eq. 5, without its β: the lead, less the reference's."""
+        """(n,) the model's lead minus the reference's: the margin in Rafailov et al. 2023, Eq. 5, without β."""
         return self.lead(label) - self.lead(REFERENCE)
 
     def part(self, rows: Array) -> "HeldOut":
-        """Some of the pairs, by index."""
+        """The pairs with the indices `rows`."""
         logps = {label: logps[rows] for label, logps in self.logps.items()}
         return HeldOut(logps, self.chosen_tokens[rows], self.length_difference[rows], self.sources[rows])
 
 
 def accuracy(leads: Array) -> Estimate:
-    """Share of leads (n,) above 0, ties as ½, with Wilson's interval on n pairs."""
+    """The share of leads, (n,), above 0, ties as ½, with Wilson's interval for n pairs."""
     wins = float((leads > 0).sum() + 0.5 * (leads == 0).sum())
     return wilson(wins, len(leads), "there is no pair")
 
@@ -122,11 +122,11 @@ def _perplexity_difference(logps: Array, other: Array, counts: Array, axis: int)
 
 
 def pair_metrics(held_out: HeldOut, label: str, seed: int) -> dict[str, Estimate]:
-    """Accuracies, margins and perplexity of one model. The reference has no margins: they are measured against it.
+    """Accuracies, margins and perplexity of one model; the reference, which margins are relative to, has none.
 
-    Preference accuracy is the share of pairs with M > 0; ranking accuracy the share whose chosen answer is the likelier
-    one, which needs no reference (Chen et al. 2024, Preference Learning Algorithms Do Not Learn Preference Rankings).
-    Perplexity is over all tokens of the chosen answers. Intervals resample pairs.
+    Preference accuracy is the share of pairs with a margin above 0. Ranking accuracy is the share of pairs whose chosen
+    answer is the likelier one, which needs no reference (Chen et al. 2024, Preference Learning Algorithms Do Not Learn
+    Preference Rankings). Perplexity is over all tokens of the chosen answers. Intervals resample pairs.
     """
     metrics: dict[str, Estimate] = {}
     if label != REFERENCE:
@@ -144,9 +144,12 @@ def pair_metrics(held_out: HeldOut, label: str, seed: int) -> dict[str, Estimate
 
 
 def kl_metrics(samples: Samples, reference: Array, seed: int) -> dict[str, Estimate]:
-    """KL(π‖π_ref) by the mean log-ratio on the policy's own samples, per token and per answer, in nats.
+    """KL(π‖π_ref) as the mean log-ratio on the policy's own samples, per token and per answer, in nats.
 
-    `reference`: (k, 2) the reference's log-probs of the samples. Intervals resample prompts.
+    Intervals resample prompts.
+
+    Args:
+        reference: (k, 2) the reference's log-probs of the samples, in nats
     """
     if not samples.pairs:
         return {}
@@ -159,10 +162,10 @@ def kl_metrics(samples: Samples, reference: Array, seed: int) -> dict[str, Estim
 
 
 def differences(held_out: HeldOut, label: str, other: str, seed: int) -> dict[str, Estimate]:
-    """Metrics of one model less those of another on the same pairs, intervals by resampling pairs.
+    """One model's metrics minus another's on the same pairs; intervals resample pairs.
 
-    `p` is that of the exact McNemar test on the pairs that one model alone gets right, and for margins, in which the
-    reference cancels, of the Wilcoxon signed-rank test.
+    `p` is that of the exact McNemar test, on the pairs that only one of the models gets right; for margins, in whose
+    difference the reference cancels, it is that of the Wilcoxon signed-rank test.
     """
     lead, other_lead = held_out.lead(label), held_out.lead(other)
     chosen, other_chosen = held_out.logps[label][:, 0], held_out.logps[other][:, 0]
@@ -182,7 +185,7 @@ def _accuracy_difference(leads: Array, other: Array, seed: int) -> Estimate:
 
 
 def mcnemar(right: Array, other: Array) -> float:
-    """p of the exact McNemar test that two models, right (n,) or not on the same pairs, are right equally often."""
+    """p of the exact McNemar test: two models, each right or not on the same pairs, (n,), are right equally often."""
     from statsmodels.stats.contingency_tables import mcnemar as test
 
     table = [[(right & other).sum(), (right & ~other).sum()], [(~right & other).sum(), (~right & ~other).sum()]]
@@ -199,7 +202,7 @@ def wilcoxon(differences: Array) -> float:
 
 
 def breakdown(held_out: HeldOut, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The policies' metrics by tercile of the length difference and, of data from several sources, by source."""
+    """The policies' metrics by tercile of the length difference and, if there are several sources, by source."""
     policies = [label for label in held_out.logps if label != REFERENCE]
 
     def group(name: str, rows: Array) -> dict[str, Any]:
@@ -220,7 +223,7 @@ def breakdown(held_out: HeldOut, seed: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def summarize(held_out: HeldOut, kl: Mapping[str, dict[str, Estimate]], seed: int) -> dict[str, Any]:
-    """The metrics of every `models`, with its KL, the `differences` of each two of them, and the `breakdown`."""
+    """`models`: the metrics of each, with its KL; `differences` of every two models; and the `breakdown`."""
     return {
         "models": {label: pair_metrics(held_out, label, seed) | kl.get(label, {}) for label in held_out.logps},
         "differences": [
@@ -232,9 +235,9 @@ def summarize(held_out: HeldOut, kl: Mapping[str, dict[str, Estimate]], seed: in
 
 
 def evaluate(options: EvaluateOptions, text: Any, pairs: Sequence[Row]) -> dict[str, Any]:
-    """Score every model on the same pairs, write `output_file` and its tables, and return what the file holds.
+    """Score the same pairs with every model, write `output_file` and its tables, and return the file's content.
 
-    One model is in memory at a time; the reference, last, scores the pairs and every policy's samples.
+    One model is in memory at a time. The reference comes last: it scores the pairs and every policy's samples.
     """
     check_models([*options.policies.values(), options.reference_model])
     from tandem.data.adapt import day_of_models
@@ -302,7 +305,7 @@ def _write(options: EvaluateOptions, results: Mapping[str, Any]) -> None:
 
 
 def add_benchmarks(options: EvaluateOptions, asked: BenchmarkOptions, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the tasks on the reference and the policies; what `evaluate` wrote is written again with `benchmarks`."""
+    """Run the tasks on the reference and the policies, and write the file of `evaluate` again, with `benchmarks`."""
 
     def loads(name: str) -> Any:
         def load() -> tuple[Any, Any]:
@@ -320,7 +323,7 @@ def add_benchmarks(options: EvaluateOptions, asked: BenchmarkOptions, results: M
 
 
 def common_dtype(options: EvaluateOptions) -> str:
-    """One type for all models: weights rounded in one of two models alone would look like a difference of theirs."""
+    """The type that all models are held in: if only one were rounded, it would look like a difference between them."""
     from tandem.devices import has_accelerator
     from tandem.models.configuration import stored_dtype
 
@@ -345,7 +348,7 @@ def _score_policy(
 
     logps = scorer.pair_logps(pairs, text.max_length, label)
     prompts = list(dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs))[: options.kl_prompts]
-    prompts.sort(key=len)  # prompts of like length together: less padding
+    prompts.sort(key=len)  # batches of prompts of similar length have less padding
     own = Sampling(options.kl_max_new_tokens, temperature=1.0, top_p=1.0)
     size = max(1, scorer.rows_at_a_time(max(map(len, prompts), default=1), own.max_new_tokens) // 2)
 
