@@ -38,14 +38,14 @@ def is_first_here() -> bool:
 
 
 Said = tuple[str, str]
-"""How a line was said, `tell`, `tell_once` or `warn`, and the line."""
+"""The name of a function, `tell`, `tell_once` or `warn`, and the line that it was called with."""
 
 _recorded: ContextVar[list[Said] | None] = ContextVar("what is said", default=None)
 _told: set[str] = set()
 
 
 def tell(line: str) -> None:
-    """Say a line on stderr, by one process."""
+    """Print a line on stderr, from the first process only."""
     if not _is_recorded("tell", line) and is_first():
         print(one_line(line), file=sys.stderr)
 
@@ -58,19 +58,19 @@ def tell_once(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Log a warning, which `recorded` keeps like what is told."""
+    """Log a warning; within `recorded`, it is kept like lines of `tell`."""
     if not _is_recorded("warn", line):
         logger.warning("%s", line)
 
 
 def forget_told() -> None:
-    """Have `tell_once` say everything once more: another run has its own to tell."""
+    """Have `tell_once` print everything anew, for another run in the same process."""
     _told.clear()
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Said]]:
-    """What would be said in this block, for `say_again`; it is not said."""
+    """Within the block, lines are not printed but kept, in order, for `say_again`."""
     lines: list[Said] = []
     token = _recorded.set(lines)
     try:
@@ -80,7 +80,7 @@ def recorded() -> Iterator[list[Said]]:
 
 
 def say_again(lines: Sequence[Said]) -> None:
-    """Say what was recorded, each line as it would have been said."""
+    """Print or log recorded lines, each as it would have been."""
     for how, line in lines:
         {"tell": tell, "tell_once": tell_once, "warn": warn}[how](line)
 
@@ -214,7 +214,11 @@ def end_with_launcher() -> None:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Kill this process when the one that has started it dies, which is `parent` if that is known. Linux only."""
+    """Kill this process when the one that started it dies. Linux only.
+
+    Args:
+        parent: id of the process that started it, if known.
+    """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

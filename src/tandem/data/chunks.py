@@ -1,4 +1,4 @@
-"""Work on many rows by as many processes as there are cores, a chunk of rows at a time and in their order."""
+"""Spreads work on many rows over as many processes as there are cores, in chunks; results come in the rows' order."""
 
 import contextlib
 import gc
@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 
 CHUNK = 500  # rows that a process works on at a time
 FEW = 2_000  # rows up to which more processes take longer to start than to be useful
-_AHEAD = 3  # chunks for each process that are read before they are asked for
+_AHEAD = 3  # chunks for each process that are submitted ahead of the one whose result is awaited
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 _work: Callable[[Sequence[Any]], Any]
@@ -36,12 +36,13 @@ def cores() -> int:
 
 
 class Workers(Generic[Item, Made]):
-    """Processes that do one kind of work on chunks of items, started before the items are read: what a process has in
-    memory when others are forked from it would be kept by them.
+    """Processes that do one kind of work on chunks of items.
+
+    They are started before the items are read: forked later, they would hold on to the items in memory.
 
     Args:
-        work: of a chunk.
-        processes: how many; 1: this one does the work.
+        work: does the work on a chunk.
+        processes: how many; 1: this process does the work itself.
     """
 
     def __init__(self, work: Callable[[Sequence[Item]], Made], processes: int) -> None:
@@ -64,10 +65,10 @@ class Workers(Generic[Item, Made]):
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, items: Iterable[Item], total: int, label: str) -> Iterator[Made]:
-        """`work` of each chunk of `items`, in their order; items are taken a little ahead of what is asked for.
+        """Yield `work(chunk)` for each chunk of `items`, in order; items are taken a few chunks ahead.
 
         Args:
-            total: how many items there are, for the progress bar, which only more than a few items have.
+            total: how many items there are; if they are more than a few, there is a progress bar.
             label: of the bar.
 
         Raises:
@@ -103,7 +104,7 @@ class Workers(Generic[Item, Made]):
 def _can_be_sent(work: Callable[..., Any]) -> bool:
     try:
         pickle.dumps(work)
-    except Exception as error:  # whatever an object's own code raises
+    except Exception as error:  # an object's own code may raise anything
         tell_once(f"rows are tokenized by one process: the tokenizer cannot be sent to others ({first_line(error)})")
         return False
     return True
@@ -111,7 +112,7 @@ def _can_be_sent(work: Callable[..., Any]) -> bool:
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Here and in processes that start in this block a tokenizer has one thread, and nothing to warn of later."""
+    """Within the block, tokenizers use one thread, here and in processes that start here, and do not warn of forks."""
     before = os.environ.get(_PARALLELISM)
     os.environ[_PARALLELISM] = "false"
     try:
@@ -124,9 +125,9 @@ def _one_thread_each() -> Iterator[None]:
 
 def _start(work: Callable[[Sequence[Any]], Any], parent: int) -> None:
     global _work
-    gc.freeze()  # a collection would write into every object of the parent, whose pages would all be copied
+    gc.freeze()  # a collection would write to every object of the parent, and so copy all of its pages
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _work = work
 

@@ -1,7 +1,7 @@
-"""What tokenized rows are made of, by content: the files that are read, the tokenizer with its template, the code.
+"""Describes, by content, what tokenized rows depend on: files that are read, tokenizer, chat template, code.
 
-Everything here is told as values of JSON, of which a hash is a key: what has the same key gives the same tokens. Where
-no content can vouch for the outcome, there is no key (None).
+Descriptions are values of JSON, whose hash is a key: the same key means the same tokens. Where a description cannot
+guarantee that, it is None, and nothing is kept.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ _PACKAGES = (
     "transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy", "pyyaml", "sentencepiece", "tiktoken",
     "mistral-common", "regex",
 )  # fmt: skip
-_PACKED = 4  # times that a packed text is larger, about
-_NOW = "strftime_now"  # in a template that tells the time
+_PACKED = 4  # a compressed file's text is about this many times as large
+_NOW = "strftime_now"  # the function by which a template gets the time
 # Attributes of a tokenizer that say where it is from
 _PLACES = {"name_or_path", "vocab_file", "tokenizer_file", "cache_dir"}
 
 
 def code_content() -> Any:
-    """Of what turns rows into tokens: Tandem's own files and the versions of the libraries they use."""
+    """The code that turns rows into tokens: the content of Tandem's own files, and the versions of the libraries."""
     return [_code(), platform.python_version(), {name: _version(name) for name in _PACKAGES}, sys.byteorder]
 
 
@@ -61,7 +61,7 @@ class Content:
 
     Attributes:
         told: options, names and hashes, as values of JSON.
-        size: about how many bytes of text it is.
+        size: about how many bytes of text there are.
     """
 
     told: Any
@@ -69,14 +69,14 @@ class Content:
 
 
 def data_content(options: DataOptions, *, training: bool, held_out: bool) -> Content | None:
-    """Of the rows that a run reads: options, and names and bytes of the files.
+    """The rows that a run reads: options, and names and content of the files.
 
     Args:
         training: whether training rows are read.
-        held_out: whether held-out rows are.
+        held_out: whether held-out rows are read.
 
     Returns:
-        None where a function of the user's stands between the files and the rows, or the files are not known.
+        None where a function of the user's makes the rows, or the files are not known.
 
     Raises:
         UserError: data that cannot be found or read.
@@ -90,7 +90,7 @@ def data_content(options: DataOptions, *, training: bool, held_out: bool) -> Con
         if own.row_function is not None:
             return None
         splits = [own.dataset_train_split] if training or own.val_ratio else []
-        # A prompt that one source of a mixture holds out is no other's training prompt
+        # What one source of a mixture holds out is removed from the training prompts of the others
         if (held_out or options.val_ratio) and not own.val_ratio and has_test_split(own):
             splits.append(own.dataset_test_split)
         contents = []
@@ -105,7 +105,7 @@ def data_content(options: DataOptions, *, training: bool, held_out: bool) -> Con
 
 
 def _files(options: DataOptions, split: str) -> tuple[str, list[Path]]:
-    """A split under its own name, with its slice, and the files that hold it; none of them where that is not known."""
+    """The name of a split, with its slice, and the files that hold it; no files where that is not known."""
     if is_local(options.dataset_name):
         return files_of(options, split)
     name, rows = load_hub(options, split)
@@ -119,7 +119,7 @@ def _size(path: Path) -> int:
 
 
 def _hash_at(path: Path) -> str:
-    """Of a file, or of all files in a folder."""
+    """The hash of a file, or of all files in a folder."""
     try:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -142,10 +142,10 @@ def _hash_of(parts: Sequence[tuple[str, str]]) -> str:
 
 
 def tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> Any | None:
-    """Of all that a tokenizer's ids and its chat template's text depend on.
+    """All that a tokenizer's ids and its chat template's text depend on.
 
     Returns:
-        None where it has code of its own, or a part that cannot be told, or its template tells the time.
+        None where it has code of its own or cannot be described, or its template asks for the time.
     """
     owner, template = type(tokenizer), tokenizer.chat_template
     if not owner.__module__.startswith("transformers.") or _NOW in str(template):
@@ -171,7 +171,7 @@ def _engine(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 tokenizer.save_pretrained(folder)
-            except Exception:  # of code that any library may bring
+            except Exception:  # a library's own code may raise anything
                 return None
             return _hash_at(Path(folder))
     backend: Any = tokenizer.backend_tokenizer

@@ -1,4 +1,4 @@
-"""What a training says of tokenized rows that train nothing or teach no end, and of what no template renders."""
+"""Messages on tokenized rows that train nothing or teach no end, and on parts that the template does not render."""
 
 from collections import Counter
 
@@ -6,25 +6,25 @@ from tandem.data.tokenized import tell_left_out
 from tandem.errors import UserError
 from tandem.ranks import warn
 
-_UNRENDERED = "unrendered: "  # before what a template leaves out, among the counts of a making
+_UNRENDERED = "unrendered: "  # prefix, among the counts, of the names of parts that a template leaves out
 
 
 def count_unrendered(counts: Counter[str], names: set[str]) -> None:
-    """Count what the template leaves out of a row (`unrendered.left_out`)."""
+    """Count the parts that the template leaves out of a row (`unrendered.left_out`)."""
     counts.update(_UNRENDERED + name for name in names)
 
 
 def tell_unrendered(counts: Counter[str], total: int, what: str) -> None:
-    """Say what was counted by `count_unrendered` in `total` rows, each of which is a `what`."""
+    """Tell what `count_unrendered` has counted in `total` rows; a row is called `what`."""
     names = {name: count for name, count in counts.items() if name.startswith(_UNRENDERED)}
     tell_left_out(Counter({name.removeprefix(_UNRENDERED): names[name] for name in names}), total, f"{what}s")
 
 
 def refuse_none(lost: int, total: int, what: str, why: str, max_length: int) -> None:
-    """Say how many of `total` rows train nothing, and why.
+    """Warn that `lost` of `total` rows train nothing, and why.
 
     Raises:
-        UserError: all of them.
+        UserError: all of them train nothing.
     """
     if lost == total:
         raise UserError(

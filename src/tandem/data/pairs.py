@@ -1,4 +1,4 @@
-"""Canonical rows → tokenized pairs, as DPO trains them and as they are measured."""
+"""Makes tokenized pairs of canonical rows, as DPO trains them and as evaluation measures them."""
 
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ _ENDLESS, _SAME, _LOST, _INSIDE, _MASKED = "endless", "same", "lost", "inside", 
 
 
 def rendered(row: Row, text: TextOptions, tokenizer: "PreTrainedTokenizerBase") -> Row:
-    """A canonical row as the model reads it, its prompt trimmed.
+    """A canonical row as the model reads it, with its prompt trimmed.
 
     Raises:
         TemplateFault: the template refuses it.
@@ -78,8 +78,7 @@ class PairMaker:
 
 
 class WholePairMaker(PairMaker):
-    """See `data.prepare.Maker`. All pairs with their whole prompts, for those who measure; they say what they leave
-    out."""
+    """See `data.prepare.Maker`. Keeps all pairs, with their whole prompts: evaluation itself leaves some out."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", use_chat_template: bool) -> None:
         super().__init__(tokenizer, TextOptions(use_chat_template=use_chat_template, max_length=None))

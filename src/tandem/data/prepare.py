@@ -1,7 +1,7 @@
-"""Rows of a data set → one memory-mapped set of token ids, made in chunks by all cores and kept by its content.
+"""Turns the rows of a data set into a memory-mapped set of token ids, made by all cores and kept by content.
 
-The set of the same files, options, template, tokenizer and code is made once and found by every later start, on every
-process; what was said while it was made is said again then.
+For the same files, options, template, tokenizer and code the set is made once, and every process of every later start
+finds it. Messages about the rows, printed when it was made, are printed again then.
 """
 
 import contextlib
@@ -37,36 +37,36 @@ _MOST_TRIES = 3
 
 
 class Maker(Protocol):
-    """What makes tokenized rows. It goes to other processes."""
+    """Makes tokenized rows. It is sent to other processes."""
 
     what: str
-    """Of a row, in a sentence: `pair`."""
+    """What a row is called in messages: `pair`."""
 
     def settings(self) -> Any:
-        """The options that the outcome depends on, as values of JSON."""
+        """The options that the result depends on, as values of JSON."""
 
     def make(self, row: Row, counts: Counter[str]) -> Made | None:
-        """The tokenized row, None to leave it out; what happened is counted in `counts`.
+        """The tokenized row, or None to leave it out. Counts in `counts` what `tell` reports.
 
         Raises:
             TemplateFault: the template refuses the row.
         """
 
     def tell(self, counts: Counter[str], total: int) -> None:
-        """Say what happened with `total` rows.
+        """Report what was counted in `total` rows.
 
         Raises:
-            UserError: none is left.
+            UserError: no row is left.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What is read.
+    """The rows to tokenize.
 
     Attributes:
-        read: rows by the names of their splits.
-        content: what they are read from.
+        read: reads them; gives the rows of each split by its name.
+        content: describes what they are read from, without reading them as rows.
     """
 
     read: Read
@@ -78,8 +78,8 @@ class Prepared:
     """A prepared set.
 
     Attributes:
-        tables: of each split, memory-mapped: token ids as lists of int32.
-        data: digest of the ids of the training pairs, those that were left out among them.
+        tables: by split, memory-mapped: token ids as lists of int32.
+        data: digest of the ids of the training pairs, of those that were left out too.
         tokens: `tokenized.token_hash` of all splits.
         is_new: whether it was made now.
     """
@@ -91,11 +91,11 @@ class Prepared:
 
 
 def prepare(rows: Rows, maker: Maker, settings: Any | None, options: PreparationOptions) -> Prepared:
-    """The tokenized rows, made where there are none of the same content.
+    """The tokenized rows: those that were kept for the same content, else made now.
 
     Args:
-        settings: all that the outcome depends on beside the rows and the code, as values of JSON; None: no content can
-            vouch for it, and nothing is kept.
+        settings: all that the result depends on besides the rows and the code, as values of JSON; None if that cannot
+            be described: then nothing is kept.
 
     Raises:
         UserError: rows that cannot be read, rendered or trained; a disk that is full.
@@ -114,7 +114,7 @@ def prepare(rows: Rows, maker: Maker, settings: Any | None, options: Preparation
 
 
 def _by_rows(rows: Rows, maker: Maker, settings: Any, options: PreparationOptions) -> Prepared:
-    """Where no file vouches for the rows, they are read, and are the content themselves."""
+    """For rows whose files are not known: they are read first, and serve as the content themselves."""
     said, found = _quietly(rows.read)
     say_again(said)
     few = sum(map(len, found.values())) <= FEW
@@ -128,7 +128,7 @@ def _cached(options: PreparationOptions, content: Any, build: Build) -> Tokenize
 
 
 class _Changed(Exception):
-    """The files are others than those whose content was told."""
+    """The files have changed since their content was described."""
 
 
 def _if_unchanged(build: Build, rows: Rows, content: Content) -> Build:
@@ -148,7 +148,7 @@ def _told(found: Tokenized) -> Prepared:
 
 
 def _quietly(work: Callable[[], Any]) -> tuple[list[Said], Any]:
-    """What is said meanwhile, and what comes of it; where it fails, all is said at once."""
+    """The messages that `work` would have printed, and its result. If it fails, the messages are printed first."""
     said: list[Said] = []
     try:
         with recorded() as said:
@@ -159,7 +159,8 @@ def _quietly(work: Callable[[], Any]) -> tuple[list[Said], Any]:
 
 
 def _building(read: Read, maker: Maker, options: PreparationOptions, *, few: bool = False) -> Build:
-    """What reads the rows and writes their tokens; by one process where they are `few`, unless more are asked for."""
+    """A builder that reads the rows and writes their tokens; one process does, if they are `few`, unless more are asked
+    for."""
 
     def build(folder: Path) -> Any:
         with Workers(_Chunk(maker), options.dataset_num_proc or (1 if few else cores())) as workers:
@@ -181,7 +182,7 @@ def _built(folder: Path, read: Read, maker: Maker, workers: "Workers[Row, _Part]
 def _write_split(
     file: Path, rows: list[Row], maker: Maker, workers: "Workers[Row, _Part]", digest: "hashlib._Hash"
 ) -> "hashlib._Hash":
-    """Write a split's tokens; `digest` with them, as `tokenized.token_hash` has it."""
+    """Write a split's tokens. Returns `digest` updated with them, as in `tokenized.token_hash`."""
     counts, faults, sizes, schemas, total = Counter[str](), list[str](), list[int](), list[pa.Schema](), len(rows)
     begun, head = digest.copy(), f"[{json.dumps(file.stem)},".encode()
     parts = file.with_suffix(".parts")
@@ -204,13 +205,14 @@ def _write_split(
     parts.unlink()
     if all(set(each.names) in (set(), set(schema.names)) for each in schemas):
         return digest
-    for row in rows_of(mapped(file)):  # some parts have columns that others lack
+    # Some parts have columns that others lack, so that the rows are not what was hashed above
+    for row in rows_of(mapped(file)):
         begun.update(head + _values(row) + b"]")
     return begun
 
 
 def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
-    """A part's table with all columns: masks that it lacks are all 1, other things null."""
+    """A part's table with all columns of `schema`: masks that it lacks are all 1, other columns null."""
     columns = {}
     for field in schema:
         name = field.name
@@ -225,7 +227,7 @@ def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
 
 
 def rows_of(table: pa.Table) -> Iterator[Made]:
-    """The rows of a table, what is null in them left out."""
+    """The rows of a table, without the columns that are null in them."""
     for batch in table.to_batches():
         for row in batch.to_pylist():
             yield {name: value for name, value in row.items() if value is not None}
@@ -233,7 +235,7 @@ def rows_of(table: pa.Table) -> Iterator[Made]:
 
 @dataclasses.dataclass
 class _Part:
-    """What came of a chunk of rows: an Arrow stream, JSON of each row's lists and numbers, and what happened."""
+    """A chunk's tokenized rows as an Arrow stream, the JSON of each row's lists and numbers, counts and faults."""
 
     table: bytes
     lists: list[bytes]
@@ -264,7 +266,7 @@ class _Chunk:
 
 
 def table_of(rows: Sequence[Made]) -> pa.Table:
-    """Tokenized rows as a table; lists of numbers become lists of int32, whose null is a missing one."""
+    """Tokenized rows as a table. Lists of numbers become lists of int32; a column that a row lacks is null in it."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 

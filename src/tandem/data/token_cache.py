@@ -1,8 +1,8 @@
-"""Sets of tokenized rows on disk, by the content they were made from: whole or absent, mapped by all who use them.
+"""Sets of tokenized rows on disk, under keys of what they were made from: complete or absent, and memory-mapped.
 
-A set is a folder of Arrow files and `set.json`, which says what is in them and is written last; the folder is renamed
-to its key when everything is on the disk. Who builds a set holds its lock alone while others wait for it, and who uses
-one holds the lock with the others that do, so that no set is removed that is in use.
+A set is a folder of Arrow files with `set.json`, which describes them and is written last; the folder is renamed to
+its key once everything is on the disk. A process that builds a set holds an exclusive lock, for which others wait;
+processes that use a set hold a shared lock, so that no set is removed while it is in use.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from tandem.runs import sha256_json
 
 Json = dict[str, Any]
 
-CACHE = "TANDEM_CACHE"  # a folder in the place of ~/.cache/tandem
+CACHE = "TANDEM_CACHE"  # variable that names a folder to use in place of ~/.cache/tandem
 _ABOUT = "set.json"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: dict[Path, int] = {}
-"""The locks of the sets that this process uses, which the kernel lets go of when it ends."""
+"""The locks of the sets that this process uses. The kernel frees them when it ends."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Tokenized:
     """A set in use.
 
     Attributes:
-        tables: memory-mapped, by the names they were built under.
-        about: what the builder said of them.
+        tables: memory-mapped, by the names of their files.
+        about: what the builder returned.
         is_new: whether it was built now.
     """
 
@@ -51,7 +51,7 @@ class Tokenized:
 
 
 Build = Callable[[Path], Json]
-"""Writes `NAME.arrow` files (Arrow's stream format) into a folder, and says what JSON can hold of them."""
+"""Writes `NAME.arrow` files (Arrow's stream format) into a folder, and returns a description of them for JSON."""
 
 
 class TokenCache:
@@ -59,8 +59,7 @@ class TokenCache:
 
     Args:
         folder: unset: `tokens` in the folder that TANDEM_CACHE names, or in ~/.cache/tandem.
-        limit: bytes of all sets, beyond which those that were not used for the longest time are removed, but none in
-            use.
+        limit: bytes of all sets; beyond it, the sets that were unused for longest are removed, except those in use.
     """
 
     def __init__(self, folder: str | Path | None, limit: int) -> None:
@@ -68,10 +67,10 @@ class TokenCache:
         self.folder, self.limit = Path(folder or usual).expanduser(), limit
 
     def get(self, key: str, build: Build) -> Tokenized:
-        """The set of this key, built where there is no whole one.
+        """The set of this key; built, if there is no complete one.
 
         Raises:
-            UserError: the disk is full or read-only; or what `build` raises, and then nothing is left of it.
+            UserError: the disk is full or read-only; or what `build` raises. Nothing is left of the set then.
         """
         path = self.folder / key
         try:
@@ -82,14 +81,14 @@ class TokenCache:
             tell_once(f"{self.folder} cannot be written ({error.strerror}), so tokens are kept for this run alone")
             return unkept(build)
         found = _read(path, is_new=False) or self._built(path, build)
-        with contextlib.suppress(OSError):  # it is another user's
+        with contextlib.suppress(OSError):  # the file is another user's
             os.utime(path / _ABOUT)
         if found.is_new:
             self._evict()
         return found
 
     def _built(self, path: Path, build: Build) -> Tokenized:
-        """The set, built by this process or by the one that it has waited for."""
+        """The set, built by this process or by another one that it has waited for."""
         name = f".{path.name}.build"
         lock = self._lock(name, fcntl.LOCK_EX)
         try:
@@ -116,7 +115,7 @@ class TokenCache:
             _write(part, build)
             try:
                 os.rename(part, path)
-            except OSError as error:  # of another machine, where nothing locks
+            except OSError as error:  # a machine that the locks do not reach was faster
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
             _sync(self.folder)
@@ -124,13 +123,13 @@ class TokenCache:
             shutil.rmtree(part, ignore_errors=True)
 
     def _remove(self, path: Path) -> None:
-        """Away in one step, so that a kill leaves no half of a set under its key."""
+        """Remove a set; it is renamed first, so that a kill leaves no part of it under its key."""
         aside = self.folder / f".{path.name.strip('.').split('.')[0]}.{uuid.uuid4().hex}.part"
         os.rename(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _lock(self, name: str, kind: int) -> int:
-        """A descriptor of a file with its lock, which is waited for.
+        """Wait for the lock on a file; returns the file's descriptor.
 
         Raises:
             BlockingIOError: another process has it, and `kind` says not to wait.
@@ -146,10 +145,10 @@ class TokenCache:
             except BaseException:
                 os.close(handle)
                 raise
-            os.close(handle)  # a holder has removed it since it was opened
+            os.close(handle)  # a holder has removed the file since it was opened
 
     def _evict(self) -> None:
-        """Remove the sets that were not used for the longest time, until all are within the limit."""
+        """Remove the sets that were unused for longest, until the rest is within the limit."""
         sets, total = [], 0
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process has just removed it
@@ -164,7 +163,7 @@ class TokenCache:
                 total -= size
 
     def _dropped(self, path: Path) -> bool:
-        """Whether a set, or what a kill has left of one, was removed: not while anyone uses or builds it."""
+        """Remove a set, or what a kill left of one, unless it is being used or built. Returns whether it is gone."""
         name = f".{path.name.strip('.').split('.')[0]}.used"
         try:
             lock = self._lock(name, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +180,7 @@ class TokenCache:
 
 
 def unkept(build: Build) -> Tokenized:
-    """A set for this process alone: its files have no name, and go when it ends."""
+    """A set for this process alone: its files are removed at once, and exist until the process ends."""
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder, _disk_errors(Path(folder)):
         _write(Path(folder), build)
         found = _read(Path(folder), is_new=True)
@@ -190,7 +189,7 @@ def unkept(build: Build) -> Tokenized:
 
 
 def mapped(file: Path) -> pa.Table:
-    """The table in a file of Arrow's stream format, in the kernel's pages: processes that map it share them."""
+    """The table in a file of Arrow's stream format, memory-mapped: processes that map it share its memory."""
     with pa.memory_map(str(file)) as source:
         return pa.ipc.open_stream(source).read_all()
 
@@ -207,7 +206,7 @@ def _write(folder: Path, build: Build) -> None:
 
 
 def _read(path: Path, is_new: bool) -> Tokenized | None:
-    """The set in a folder; None where there is none, or one with a byte that its builder did not write."""
+    """The set in a folder; None where there is none, or one whose content has changed."""
     try:
         content = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
         digest = content.pop("sha256")
@@ -241,7 +240,7 @@ def _sync(folder: Path) -> None:
 
 
 def _flock(handle: int, kind: int) -> None:
-    """Lock, or go on without on a file system that has no locks: sets are still whole or absent there."""
+    """Lock; on a file system without locks, go on without one: sets are complete or absent there too."""
     try:
         fcntl.flock(handle, kind)
     except OSError as error:

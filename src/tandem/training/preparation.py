@@ -1,4 +1,4 @@
-"""What a run trains on, prepared: the token ids of its pairs (DPO) or examples (SFT), shared by all its processes."""
+"""Prepares what a run trains on: the token ids of its pairs (DPO) or examples (SFT), shared by all its processes."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,9 +29,9 @@ class TrainingData:
     """What is trained and evaluated.
 
     Attributes:
-        splits: tokenized, by the trainer's argument names: `train_dataset`; where the run evaluates, `eval_dataset`, or
-            one `eval_dataset.NAME` for each of `--eval_sets`. Their columns are mapped from the disk.
-        pairs: digest of the ids of the training pairs in their order, those that are left out among them.
+        splits: tokenized, by the trainer's argument names: `train_dataset`; if the run evaluates, `eval_dataset`, or an
+            `eval_dataset.NAME` for each of `--eval_sets`. Their columns are memory-mapped.
+        pairs: digest of the ids of the training pairs in their order, of those that are left out too.
         tokens: digest of all token ids.
     """
 
@@ -57,7 +57,7 @@ def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: "PreTrainedTokeni
 
 
 def training_rows(run: SFTOptionSet | DPOOptionSet, tokenizer: "PreTrainedTokenizerBase") -> Dataset | Groups:
-    """What a run trains on, as its steps draw it: pairs in the rows they are of; of SFT examples, packed if it packs.
+    """What the steps of a run draw from: pairs in the rows that they are of; for SFT, examples, packed if asked for.
 
     Raises:
         UserError: as `training_data`.
@@ -67,12 +67,12 @@ def training_rows(run: SFTOptionSet | DPOOptionSet, tokenizer: "PreTrainedTokeni
 
 
 def _limits(train: TrainOptions) -> tuple[int | None, int | None]:
-    """How many rows are trained on and how many evaluated, at most."""
+    """The most rows to train on, and the most to evaluate."""
     return 32 if train.debug else train.max_train_samples, train.max_eval_samples
 
 
 def _held_out_is_own(train: TrainOptions) -> bool:
-    """Whether what is evaluated is held out of the training data, and not a set of its own."""
+    """Whether evaluation is on what the training data hold out, and not on sets of its own."""
     return train.eval_strategy != "no" and not train.eval_sets
 
 
