@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tandem.models.scorer import Scorer
+
 from tandem.rounds.measure import measure
 from tandem.rounds.options import RoundsOptions
 from tests import tiny
@@ -43,6 +45,21 @@ def by_hand(model: Any, tokenizer: Any) -> list[float]:
         places = range(ids.shape[1] - len(answer) - 1, ids.shape[1] - 1)
         sums.append(sum(logps[at, token].item() for at, token in zip(places, answer, strict=True)))
     return sums
+
+
+def test_answers_in_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, 0, tiny.save_model(tmp_path / "model"), None)
+    write(tmp_path, 1, tmp_path / "model", None)
+    sizes: set[int] = set()
+    token_logps = Scorer._token_logps
+
+    def watched(self: Scorer, batch: dict[str, Any]) -> Any:
+        sizes.add(len(batch["input_ids"]))
+        return token_logps(self, batch)
+
+    monkeypatch.setattr(Scorer, "_token_logps", watched)
+    measure(RoundsOptions(run_dir=str(tmp_path), kl_batch_size=4))
+    assert sizes == {8, 4}  # two rows a pair, six answers
 
 
 def test_the_mean_log_ratio_per_answer_and_per_token(tmp_path: Path):

@@ -109,6 +109,9 @@ def test_lengths_are_tokens_where_all_are_known(tmp_path: Path):
 def test_all_pairs_up_to_a_number(tmp_path: Path):
     rows = [answer(f"{prompt}?", float(i), prose(i + prompt)) for prompt in range(3) for i in range(4)]
     assert len(made(tmp_path, rows, pair_strategy="all")[1]) == 3 * 6
+    assert (
+        len(made(tmp_path, rows, pair_strategy="all", min_score_margin=1)[1]) == 3 * 3
+    )  # 2 above 0, and 3 above 1 and 0
     _, pairs = made(tmp_path, rows, pair_strategy="all", max_pairs_per_prompt=2, min_score_margin=1)
     assert Counter(pair["prompt"][0]["content"] for pair in pairs) == {"0?": 2, "1?": 2, "2?": 2}
 

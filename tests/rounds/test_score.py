@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaForSequenceClassification
 
 from tandem.errors import UserError
 from tandem.rounds.judged import read_mark
@@ -112,6 +113,28 @@ def test_functions_that_are_none(tmp_path: Path, name: str, said: str):
     assert "--score_function" in str(error.value)
 
 
+def test_how_a_reward_model_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Batches of so many answers, and weights of that type: a random model's scores differ by their rounding."""
+    rows, name, sizes = (
+        [answer("q", text) for text in ("a b c", "d e", "f")],
+        str(save_reward(tmp_path / "r", "eos")),
+        [],
+    )
+    forward = LlamaForSequenceClassification.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", watched)
+    _, exact = scored(tmp_path, rows, reward_models=[name], reward_batch_size=2, reward_dtype="float32")
+    assert sizes == [2, 1]
+    _, rounded = scored(tmp_path, rows, reward_models=[name], reward_dtype="bfloat16")
+    assert sizes == [2, 1, 3]
+    differences = [abs(one["score"] - other["score"]) for one, other in zip(exact, rounded, strict=True)]
+    assert 0 < max(differences) < 0.1
+
+
 def test_reward_models_are_joined(tmp_path: Path):
     names = [str(save_reward(tmp_path / name, "eos")) for name in ("one", "two")]
     rows = [answer("q", "a b c"), answer("q", "d e")]
@@ -134,12 +157,14 @@ def test_a_judge_ranks_the_answers_to_a_prompt(tmp_path: Path, count: int):
     rows = [answer(f"p{prompt}", f"it is {(7 * i) % count}") for prompt in range(3) for i in range(count)]
     rows += [answer("alone", "it is 1"), answer("p0", "it is 0")]
     with server.serving() as url:
-        given: dict[str, Any] = {"judge_model": "m", "judge_base_url": url, "judge_concurrency": 4}
-        given |= {"judge_temperature": 0.0, "judge_max_output_tokens": 99}
+        given: dict[str, Any] = {"judge_model": "m", "judge_base_url": url}
+        given |= {"judge_temperature": 0.0, "judge_max_output_tokens": 99, "judge_concurrency": 2}
         _, records = scored(tmp_path, rows, **given)
         asked = len(server.requests)
         again = scored(tmp_path, rows, **given)[1]
         assert len(server.requests) == asked
+    assert server.most_active <= 2
+    assert {(body["temperature"], body["max_output_tokens"]) for body in server.requests} == {(0.0, 99)}
     assert again == records
     pairs = 6 if count == 4 else 3 + 3 + 3 + 2  # the last round finds no third pair that has not met
     verdicts = read_jsonl(tmp_path / "out" / "judge" / "verdicts.jsonl")
