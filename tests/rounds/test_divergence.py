@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.models.scorer import Scorer
-
 from tandem.rounds.measure import measure
 from tandem.rounds.options import RoundsOptions
 from tests import tiny
