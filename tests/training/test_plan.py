@@ -172,6 +172,16 @@ def test_the_reference_pass_comes_before_gradients(plan: Callable[..., Plan], ti
     assert peak.weights == alone.weights
 
 
+@pytest.mark.parametrize("given", [(), ("--use_peft", "true", "--lora_r", "2")])
+def test_a_reference_that_follows_holds_what_is_trained_once_more(plan: Callable[..., Plan], given: tuple[str, ...]):
+    alone = plan(DPOOptionSet, *given)
+    synced = plan(DPOOptionSet, *given, "--sync_ref_model", "true", "--ref_model_sync_steps", "1")
+    trained = sum(each.numel() * 4 for each in alone.model.parameters() if each.requires_grad)
+    assert (alone.peak.reference, synced.peak.reference) == (0, trained)
+    assert synced.peak.total == alone.peak.total + trained
+    assert "of training" in synced.time_line()
+
+
 @pytest.mark.parametrize(
     ("hardware", "expected"),
     [
