@@ -92,10 +92,11 @@ def trl(clock: Clock, count: int, folder: Path, model: str) -> None:
     tiny = LlamaConfig(
         vocab_size=len(text), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
+    LlamaForCausalLM(tiny).save_pretrained(folder / "tiny")
     for name in ("trl", "trl again"):
         rows = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "d"))
         made = DPOConfig(output_dir=str(folder / "out"), use_cpu=True, report_to="none", dataset_num_proc=2)
-        policy = LlamaForCausalLM(tiny)
+        policy = LlamaForCausalLM.from_pretrained(folder / "tiny")  # from a folder: TRL loads the reference by its name
         with clock(name):
             DPOTrainer(policy, args=made, train_dataset=rows, processing_class=text)
 
