@@ -41,7 +41,13 @@ SERVERS = {
         "python -m llama_cpp.server --model {gguf} --model_alias {model} --host 127.0.0.1 --port {port} --n_ctx 32768",
     ),
 }
-ENFORCES = {"vllm", "llama.cpp"}  # a schema
+# How a judge is to be asked there: the form, and what is left out of it
+ASKED = {
+    "transformers": ("responses", []),
+    "vllm": ("responses", []),
+    "litellm": ("responses", []),
+    "llama.cpp": ("chat", ["json_schema"]),
+}
 
 
 def free_port() -> int:
@@ -72,8 +78,10 @@ def serve(folder: Path, line: str, port: int, log: Path) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, bool]]:
-    """The server's address, the name of its model, and whether it holds replies to a schema."""
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str, tuple[str, list[str]]]]:
+    """The server's address, the name of its model, and how it is asked."""
     variable, line = SERVERS[request.param]
     folder = Path(sys.executable).parent if variable is None else Path(os.environ.get(variable, ""))
     if variable is not None and not os.environ.get(variable):
@@ -92,7 +100,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         port = free_port()
         command = line.format(model=model, port=port, inner=inner, gguf=gguf)
         started.append(serve(folder, command, port, work / "server.log"))
-        yield f"http://127.0.0.1:{port}", f"openai/{model}" if inner else str(model), request.param in ENFORCES
+        yield f"http://127.0.0.1:{port}", f"openai/{model}" if inner else str(model), ASKED[request.param]
     finally:
         for server in started:
             server.terminate()
@@ -115,7 +123,7 @@ def test_answers_are_drawn(served, tmp_path, script, tiny_data):
 
 def test_a_judge_judges_to_its_end(served, tmp_path, script, tiny_data):
     """Every verdict is there, those on labelled pairs too, and the report tells of them."""
-    url, model, enforces = served
+    url, model, asked = served
     for label in ("base", "dpo"):
         rows = [
             {"prompt_id": f"p{index}", "messages": [{"role": "user", "content": f"Question {index}?"}]}
@@ -129,11 +137,11 @@ def test_a_judge_judges_to_its_end(served, tmp_path, script, tiny_data):
     summary = json.loads((tmp_path / "judge_summary.json").read_text())
     counts = summary["accounting"]
     assert (counts["main"]["ok"], counts["labelled"]["ok"]) == (8, 8) and summary["lost"] == []
-    assert summary["judge"]["schema_enforced"] is enforces
+    assert (summary["judge"]["form"], summary["judge"]["left_out"]) == asked
     verdicts = [row for row in read_jsonl(tmp_path / "judge" / "verdicts.jsonl") if row["attempt"]]
     assert {row["rationale"] for row in verdicts} == {"As I see it."}
-    asked = len(read_jsonl(tmp_path / "judge" / "raw.jsonl"))
+    replies = len(read_jsonl(tmp_path / "judge" / "raw.jsonl"))
     script("judge").main(line.split())
-    assert len(read_jsonl(tmp_path / "judge" / "raw.jsonl")) == asked
+    assert len(read_jsonl(tmp_path / "judge" / "raw.jsonl")) == replies
     script("report").main(["--run_dir", str(tmp_path)])
     assert "labelled" in (tmp_path / "report.html").read_text()
