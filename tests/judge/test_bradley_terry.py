@@ -60,6 +60,7 @@ def test_an_advantage_of_length_alone_is_taken_out():
         ([0] * 30, [1] * 30, [1, 0] * 15, "never compared"),  # nobody met dpo
         ([0, 1] * 30, [1, 2] * 30, [1, 0, 0, 0] * 15, "won or lost all"),  # sft always lost to dpo
         ([0, 1], [1, 2], [1, 0], "fewer than 20 prompts"),
+        ([0, 1] * 30, [1, 2] * 30, [0.5] * 60, "no comparison has a winner"),
     ],
 )
 def test_what_has_no_value_says_why(first, second, score, why):

@@ -1,11 +1,13 @@
 """Files of answers, Tandem's own and other programs', as they are read to be compared."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tandem.errors import UserError
-from tandem.judge.comparisons import label_of, paired, read_answers
+from tandem.judge.comparisons import paired, read_answers
+from tandem.judge.options import label_of
 
 ROW = {"prompt_id": "p", "messages": [{"role": "user", "content": "Why?"}], "text": "So."}
 
@@ -75,4 +77,18 @@ def test_a_missing_file_names_what_there_is(tmp_path):
     (tmp_path / "generations_sft.jsonl").touch()
     with pytest.raises(UserError, match=r"dpo.jsonl: no such file; generate answers first; there are answers of sft$"):
         read_answers(tmp_path / "generations_dpo.jsonl", "dpo")
-    assert label_of(tmp_path / "generations_sft.v2.jsonl") == "sft"
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("generations_dpo.jsonl", "dpo"),
+        ("generations_qwen2.5-lr5e-7.jsonl", "qwen2.5-lr5e-7"),
+        ("generations_v2.1.jsonl.gz", "v2.1"),
+        ("answers.json", "answers"),
+        ("model", "model"),
+    ],
+)
+def test_a_label_may_have_dots(name, label):
+    """As `generate --models` takes them, and the report shows them."""
+    assert label_of(Path(name)) == label

@@ -205,6 +205,9 @@ def test_a_person_labels_goes_back_comes_again_and_saves(tmp_path):
         body = driver.find_element(By.TAG_NAME, "body")
         assert driver.title == "Which answer is better?"
         assert driver.find_element(By.ID, "answer-a").text == shown[0]["answers"][0].strip().replace("\u2028", "")
+        held = "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'a', repeat: true }))"
+        driver.execute_script(held)  # a key held down labels one pair, not one after another
+        assert driver.find_element(By.ID, "where").text == "Pair 1 of 3; 0 labelled."
         body.send_keys("a")
         driver.find_element(By.CSS_SELECTOR, '[data-verdict="B"]').click()
         driver.find_element(By.ID, "annotator").send_keys("ab n")  # a name is no verdict

@@ -1,6 +1,7 @@
 """Several models ranked by several judges: what is asked, what comes of it, and that nothing is asked twice."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,16 @@ def test_a_judge_that_is_not_believed_is_left_out(tmp_path, server):
     assert "κ of m and first: " in table(result)
     write_ranking(tmp_path / "r.html", result)
     assert "This judge is not believed." in (tmp_path / "r.html").read_text()
+
+
+def test_every_model_has_its_mark_in_the_plot(tmp_path, server):
+    """The models of a ranking have no colour of their own, as base, SFT and DPO have in the report."""
+    write_ranking(tmp_path / "r.html", ranked(options(server.url, write(tmp_path, 20), tmp_path / "out")))
+    page = (tmp_path / "r.html").read_text()
+    marks = re.findall(r'<span class="(?:range|dot)"', page)
+    colours = re.findall(r"^\.track \.(?:range|dot) \{.*background: var\(--c, var\(--accent\)\)", page, re.MULTILINE)
+    assert (len(marks), len(colours)) == (2 * 2 * 3, 2)
+    assert page.count('<th scope="col">against ') == 3
 
 
 def test_a_judge_that_nobody_tried_names_no_ranking(tmp_path, server):

@@ -7,6 +7,7 @@ The model of Bradley and Terry (1952): the probability that i beats j is expit(�
 has no maximum. A normal prior, θ_i ~ N(0, PRIOR²), gives the posterior one (Davidson and Solomon 1973).
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +52,8 @@ def fit(
     counts = np.bincount(np.concatenate([first, second]), minlength=len(names))
     if why := _why_none(first, second, clusters, len(names)):
         return _none(names, counts, why)
+    if (scores == 0.5).all():
+        return _none(names, counts, "no comparison has a winner")
     # Since strengths sum to zero, the last one is minus the sum of the others
     contrast = np.vstack([np.eye(len(names) - 1), -np.ones(len(names) - 1)])
     rows = contrast[first] - contrast[second]
@@ -73,9 +76,12 @@ def fit(
 def _likeliest(scores: Array, rows: Array, units: Array, contrast: Array) -> tuple[Array, Array]:
     """The maximum likelihood estimate of all strengths, (n,), and their covariance, (n, n), clustered by unit."""
     import statsmodels.api as sm
+    from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
     model = sm.GLM(scores, rows, family=sm.families.Binomial())
-    found = model.fit(cov_type="cluster", cov_kwds={"groups": units})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerfectSeparationWarning)  # of a fit without residuals, which has its maximum
+        found = model.fit(cov_type="cluster", cov_kwds={"groups": units})
     free = contrast.shape[1]
     return contrast @ found.params[:free], contrast @ found.cov_params()[:free, :free] @ contrast.T
 

@@ -13,7 +13,7 @@ from tandem.data.messages import read_turns
 from tandem.data.non_answers import non_answer, spoken
 from tandem.data.rows import Row, RowError, TrackedRow, kind_of
 from tandem.errors import UserError
-from tandem.judge.options import JudgeOptions
+from tandem.judge.options import JudgeOptions, label_of
 from tandem.judge.requests import Comparison
 
 
@@ -41,11 +41,6 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
         return _against_chosen(read_answers(file_2, options.policy), chosen_answers(pairs))
     one, other = (read_answers(file, label_of(file)) for file in (file_1, file_2))
     return paired(one, other, list(one.rows))
-
-
-def label_of(file: Path) -> str:
-    """What follows `generations_` in a file's name."""
-    return file.name.split(".")[0].removeprefix("generations_")
 
 
 def paired(one: Answers, other: Answers, keys: Sequence[str]) -> list[Comparison]:

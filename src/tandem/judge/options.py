@@ -1,6 +1,7 @@
 """Options of the judge. Nothing heavy is imported here, so that a wrong command line is answered at once."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from tandem.errors import UserError
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 from tandem.servers.address import OPENAI_URL, checked_url, default_url
+
+
+def label_of(file: Path) -> str:
+    """What stands after `generations_` in a file's name, dots within it too: v2.1 of generations_v2.1.jsonl."""
+    return re.sub(r"\.(?:jsonl?|ndjson|csv|parquet)(?:\.gz)?$", "", file.name).removeprefix("generations_")
 
 
 @dataclasses.dataclass

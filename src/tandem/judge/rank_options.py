@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.judge.options import JudgeOptions
+from tandem.judge.options import JudgeOptions, label_of
 from tandem.options.fields import REQUIRED, opt
 from tandem.options.rules import Options
 from tandem.runs import sha256_json
@@ -99,7 +99,7 @@ class RankOptions(Options):
         for given in self.answers:
             label, equals, file = given.partition("=")
             if not equals or "/" in label:
-                label, file = Path(given).name.split(".")[0].removeprefix("generations_"), given
+                label, file = label_of(Path(given)), given
             found.append((label, Path(file)))
         return found
 

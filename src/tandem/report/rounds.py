@@ -174,8 +174,8 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     names = [last["scorer"], *last["others"]]
     if judges := [short(name) for name in names if (name or "").startswith("judge:")]:
         yield (
-            f"{' and '.join(judges)} compared each answer with round 0's to the same prompt, in both orders: 1 for "
-            "better, 0 for worse, ½ for a tie and where the order decides. Here nobody has tried it on pairs "
+            f"The {' and the '.join(judges)} compared each answer with round 0's to the same prompt, in both orders: "
+            "1 for better, 0 for worse, ½ for a tie and where the order decides. Here nobody has tried it on pairs "
             "labelled by people."
         )
     if not last["others"]:

@@ -58,7 +58,7 @@
     link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
     link.download = "human_labels.jsonl";
     link.click();
-    find("saved").textContent = `${lines.length} labels saved as human_labels.jsonl.`;
+    find("saved").textContent = `${lines.length} labels saved as human_labels.jsonl: give that file to judge.py as --human_labels.`;
   }
 
   for (const button of document.querySelectorAll("[data-verdict]")) {
