@@ -14,6 +14,7 @@ _OF_THE_PLACE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENAMETOOLONG,
 }  # fmt: skip
+_A_FILE = "a file stands where a folder is wanted"
 
 
 class TandemExit(Exception):
@@ -72,14 +73,26 @@ def script_main(main: Callable[[list[str]], None]) -> NoReturn:
     except TandemExit as stop:
         _end(stop)
     except OSError as error:
-        if error.errno not in _OF_THE_PLACE or not isinstance(error.filename, str | bytes):
+        if (fault := _fault_of_place(error)) is None:
             raise
-        _end(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; put that right, or name another place"))
+        _end(UserError(f"{fault}; put that right, or name another place"))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
 
 
+def _fault_of_place(error: OSError) -> str | None:
+    """What is wrong with the place that an error is about; None if it is about none that a user has named."""
+    if not isinstance(error.filename, str | bytes):  # a write that failed names none
+        return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    if error.errno not in _OF_THE_PLACE:
+        return None
+    is_file = error.errno in (errno.ENOTDIR, errno.EEXIST)
+    return f"{os.fsdecode(error.filename)}: {_A_FILE if is_file else error.strerror}"
+
+
 def _end(stop: TandemExit) -> NoReturn:
-    print(f"{type(stop).__name__}: {one_line(str(stop))}", file=sys.stderr)
+    # The name of one of the three, of which a library's own errors are
+    kind = next(cls for cls in type(stop).__mro__ if TandemExit in cls.__bases__)
+    print(f"{kind.__name__}: {one_line(str(stop))}", file=sys.stderr)
     sys.exit(stop.exit_code)

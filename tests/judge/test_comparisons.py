@@ -39,7 +39,7 @@ def test_no_row_is_lost(tmp_path, between, end):
         (ROW | {"messages": "Why?"}, "field 'messages' must be a list of messages, not text"),
         (ROW | {"text": None}, "field 'text' must be text, not null"),
         (ROW | {"prompt_id": 3}, "field 'prompt_id' must be text, not a number"),
-        ({"prompt": "Why?", "response": "So."}, "field 'prompt_id' is missing: text"),
+        ({"prompt": "Why?", "response": "So."}, "field 'prompt_id' is missing: a row has prompt_id, messages and text"),
         (["Why?", "So."], "must be an object with columns, not a list"),
     ],
 )

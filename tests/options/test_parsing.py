@@ -96,6 +96,11 @@ def test_default_lists_are_not_shared():
         (["--name", "a", "--cuont", "3"], "command line: unknown option cuont; did you mean count?"),
         (["--name", "a", "--cou", "3"], "command line: unknown option cou; did you mean count?"),
         (["--name", "a", "--zzz"], "command line: unknown option zzz (see --help)"),
+        (
+            ["--name", "a", "--api-key", "sk-0123456789abcdefghijklmnop"],
+            "command line: unknown option api-key; keys are read from the environment: HF_TOKEN, OPENAI_API_KEY or "
+            "WANDB_API_KEY",
+        ),
         (["--name", "a", "stray"], "command line: unexpected argument stray (options start with --)"),
         (["--name", "a", "--count", "3.5"], "command line: count must be a whole number, not '3.5'"),
         (["--name", "a", "--count", "none"], "command line: count must be a whole number, not 'none'"),

@@ -111,10 +111,11 @@ def _answer(row: Row | RowError, where: str) -> Mapping[str, Any]:
     if isinstance(row, RowError):
         raise UserError(f"{where}: {row}")
     for field, kind in (("prompt_id", str), ("messages", list), ("text", str)):
-        if not isinstance(row.get(field), kind):
+        if field not in row:
+            raise UserError(f"{where}: field {field!r} is missing: a row has prompt_id, messages and text")
+        if not isinstance(row[field], kind):
             wanted = "a list of messages" if kind is list else "text"
-            found = f"must be {wanted}, not {kind_of(row[field])}" if field in row else f"is missing: {wanted}"
-            raise UserError(f"{where}: field {field!r} {found}")
+            raise UserError(f"{where}: field {field!r} must be {wanted}, not {kind_of(row[field])}")
     if not row["messages"]:
         return row
     try:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tandem.data.files import read_rows
+from tandem.data.rows import Row, RowError
 from tandem.errors import UserError
 from tandem.judge.requests import Comparison, text_digest
 from tandem.runs import sha256_json, write_atomic
@@ -73,7 +75,7 @@ def read_labels(file: str | Path, comparisons: Sequence[Comparison]) -> dict[str
     """
     pairs = {pair.prompt_id: pair for pair in comparisons}
     found: dict[str, dict[str, float]] = {}
-    for number, label in enumerate(_lines(file), start=1):
+    for number, label in _lines(file):
         where = f"--human_labels {file} line {number}"
         key, verdict = label.get("prompt_id"), label.get("verdict")
         if not isinstance(key, str) or key not in pairs:
@@ -96,18 +98,17 @@ def _score(verdict: str, shown: tuple[Any, Any], pair: Comparison) -> float | No
     return float(shown["AB".index(verdict)] == sides[1])
 
 
-def _lines(file: str | Path) -> list[Mapping[str, Any]]:
-    # Not `read_jsonl`: a person's editor may have left out the last newline
-    try:
-        lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--human_labels {file}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict):
-            raise UserError(f"--human_labels {file} line {number}: must be an object with prompt_id, verdict, a and b")
-    if not lines:
+def _lines(file: str | Path) -> Iterator[tuple[int, Row]]:
+    found = False
+    for number, row in read_rows(Path(file)):
+        if isinstance(row, RowError):
+            raise UserError(
+                f"--human_labels {file} line {number}: {row}; label.html in the judge's folder saves labels"
+            )
+        found = True
+        yield number, row
+    if not found:
         raise UserError(f"--human_labels {file}: no label in it")
-    return lines
 
 
 def is_first_part(labels: Mapping[str, float], comparisons: Sequence[Comparison], seed: int) -> bool:

@@ -26,6 +26,9 @@ from tandem.runs import write_atomic
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
 
+_NAMES_KEY = re.compile(r"api_?key$|(?:^|_)token$|password$")
+_KEYS = "the environment: HF_TOKEN, OPENAI_API_KEY or WANDB_API_KEY"
+
 
 def convert(option: Option, value: Any, where: str) -> Any:
     """`value` as `option`'s type; text is parsed.
@@ -126,7 +129,7 @@ def _refuse_secret(option: Option, value: Any, where: str) -> None:
         if isinstance(item, str) and holds_secret(item):
             raise UserError(
                 f"{where}: {option.name} holds a key or password, which would show in files and process lists; "
-                "put it into the environment: HF_TOKEN, OPENAI_API_KEY or WANDB_API_KEY"
+                f"put it into {_KEYS}"
             )
 
 
@@ -171,7 +174,9 @@ def _argparse_keywords(option: Option) -> dict[str, Any]:
 
 
 def unknown_option(name: str, known: Sequence[str], where: str, reason: str | None = None) -> UserError:
-    """The error for an unknown option, with the `reason`, or else the nearest known name."""
+    """The error for an unknown option: the `reason`, where keys are read from, or else the nearest known name."""
+    if reason is None and _NAMES_KEY.search(name.lower().replace("-", "_")):
+        reason = f"keys are read from {_KEYS}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; {reason}" if reason else f"; did you mean {near[0]}?" if near else " (see --help)"
     return UserError(f"{where}: unknown option {name}{hint}")

@@ -77,7 +77,7 @@ class _Client:
     def say(self, error: openai.APIError) -> str:
         """An error for people, without the key."""
         status = f" {error.status_code}" if isinstance(error, openai.APIStatusError) else ""
-        told = f"{type(error).__name__}{status}: {' '.join(error.message.split())[:300]}"
+        told = f"{type(error).__name__}{status}: {' '.join(error.message.split())[:300].rstrip('.')}"
         return self.scrub(told + _why_unconnected(error))
 
     def fatal(self, error: openai.APIError, model: str) -> UserError | None:

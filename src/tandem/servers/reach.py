@@ -25,6 +25,9 @@ def refuse_unreachable(url: str) -> None:
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((host, port), CONNECT_TIMEOUT).close()
-    except (OSError, UnicodeError) as error:  # the latter of a host that is no name, as 127.0.0..1
-        why = getattr(error, "strerror", None) or error
-        raise Unreachable(f"--base_url {url} does not answer ({why}): start the server, or see the address") from None
+    except UnicodeError:  # as of 127.0.0..1
+        raise Unreachable(f"--base_url {url}: {host} is no name of a host; see the address") from None
+    except OSError as error:
+        raise Unreachable(
+            f"--base_url {url} does not answer ({error.strerror or error}): start the server, or see the address"
+        ) from None
