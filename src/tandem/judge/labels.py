@@ -7,7 +7,6 @@ pair. The file has a line a label: `prompt_id`, `verdict` (A, B or tie), `a` and
 
 import base64
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
