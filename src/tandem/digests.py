@@ -4,12 +4,9 @@ import contextlib
 import json
 from pathlib import Path
 
-import xxhash
-
-from tandem.runs import CONFIG, MANIFEST, RUN, contents, is_complete, model_files, sha256_json, write_atomic
+from tandem.runs import CONFIG, MANIFEST, RUN, contents, file_hash, is_complete, model_files, sha256_json, write_atomic
 
 _BESIDE_THE_MODEL = (RUN, CONFIG, "training_metrics.json")
-_BLOCK = 1 << 24
 
 
 def manifest_digest(folder: str | Path) -> str | None:
@@ -23,15 +20,7 @@ def model_digest(folder: str | Path) -> str | None:
     """The digest of the model or adapter in `folder`, from its manifest, else from its files. None for a Hub name."""
     if not Path(folder).is_dir():
         return None
-    return manifest_digest(folder) or sha256_json({file.name: _hash(file) for file in model_files(folder)})
-
-
-def _hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as content:
-        while block := content.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return manifest_digest(folder) or sha256_json({file.name: file_hash(file) for file in model_files(folder)})
 
 
 class Hashes:
@@ -56,7 +45,7 @@ class Hashes:
         path, found = str(file.resolve()), file.stat()
         same = sha256_json([found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
         if path not in self._known or self._known[path][0] != same:
-            self._known[path] = [same, _hash(file)]
+            self._known[path] = [same, file_hash(file)]
         return self._known[path][1]
 
     def of_folder(self, folder: Path) -> str:

@@ -208,11 +208,15 @@ def write_manifest(folder: str | Path, files: Iterable[Path] | None = None) -> N
         if file.is_file() and file.name == CARD:
             sync(file)
         elif file.is_file() and file.name != MANIFEST:
-            listed[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "xxh3_128": _hash(file, sync=True)}
+            listed[str(file.relative_to(folder))] = {
+                "bytes": file.stat().st_size,
+                "xxh3_128": file_hash(file, sync=True),
+            }
     write_json(folder / MANIFEST, {"files": listed})
 
 
-def _hash(file: Path, sync: bool = False) -> str:
+def file_hash(file: Path, sync: bool = False) -> str:
+    """Hex XXH3 of a file's bytes, 128 bits; with `sync`, of bytes that are on the disk by then."""
     digest = xxhash.xxh3_128()
     with open(file, "rb") as content:
         if sync:
@@ -245,7 +249,7 @@ def damage(folder: str | Path) -> str | None:
     if found is not None:
         return found
     for name, digest in contents(folder).items():
-        if _hash(folder / name) != digest:
+        if file_hash(folder / name) != digest:
             return f"the content of {name} has changed"
     return None
 

@@ -22,6 +22,7 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import of_own_split
 from tandem.data.splits import files_of, has_test_split, is_local, load_hub
 from tandem.errors import UserError
+from tandem.runs import file_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,11 +131,7 @@ def _hash_at(path: Path) -> str:
 
 
 def _hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as content:
-        while block := content.read(1 << 24):
-            digest.update(block)
-    return f"{file.stat().st_size} {digest.hexdigest()}"
+    return f"{file.stat().st_size} {file_hash(file)}"
 
 
 def _hash_of(parts: Sequence[tuple[str, str]]) -> str:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import xxhash
 
 from tandem.errors import UserError
 from tandem.log import logger
 from tandem.ranks import tell_once
-from tandem.runs import sha256_json
+from tandem.runs import file_hash, sha256_json
 
 Json = dict[str, Any]
 
@@ -196,7 +195,7 @@ def mapped(file: Path) -> pa.Table:
 
 def _write(folder: Path, build: Build) -> None:
     about = build(folder)
-    files = {file.name: _digest(file, sync=True) for file in sorted(folder.glob("*.arrow"))}
+    files = {file.name: file_hash(file, sync=True) for file in sorted(folder.glob("*.arrow"))}
     content = {"files": files, "about": about}
     with open(folder / _ABOUT, "w", encoding="utf-8") as file:
         json.dump(content | {"sha256": sha256_json(content)}, file)
@@ -212,22 +211,12 @@ def _read(path: Path, is_new: bool) -> Tokenized | None:
         digest = content.pop("sha256")
         if sha256_json(content) != digest:
             return None
-        if any(_digest(path / name) != digest for name, digest in content["files"].items()):
+        if any(file_hash(path / name) != digest for name, digest in content["files"].items()):
             return None
         tables = {Path(name).stem: mapped(path / name) for name in content["files"]}
         return Tokenized(tables, content["about"], is_new)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None
-
-
-def _digest(file: Path, sync: bool = False) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as content:
-        if sync:
-            os.fsync(content.fileno())
-        while block := content.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:
