@@ -1,4 +1,4 @@
-"""An account of which columns and keys of a data set were read, and which were not."""
+"""Keeps account of which columns and keys of a data set were read, and which were not."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 from tandem.data.rows import TrackedRow, has_value, kind_of, leaves, listed, shorten
 from tandem.ranks import tell
 
-# Columns that describe a pair and are no part of it, by their names in widely used data sets
+# Columns that describe a pair without being part of it, by their names in widely used data sets
 _ABOUT = {
     "id", "uid", "idx", "index", "uuid", "hash", "prompt_id", "pair_id", "question_id", "conversation_id", "source",
     "source_dataset", "dataset", "origin", "split", "url", "license", "created_at", "timestamp", "date", "language",
@@ -21,12 +21,12 @@ _A_LINE = 8  # names in one line, which would be cut at 1,000 characters
 
 @dataclass
 class Unread:
-    """What is known of one column or key that was not read.
+    """A column or key that was not read.
 
     Attributes:
         count: rows that have a value there.
-        kind: what the values are.
-        why: the reason in words, unless it is that no format has the column.
+        kind: the kind of its values.
+        why: the reason in words; empty if it is that no format has the column.
         varies: whether its text differs from row to row.
     """
 
@@ -53,8 +53,8 @@ class Balance:
         place: the source and its split, for people.
         rows: how many rows were read.
         read: columns that are part of the pairs.
-        unread: name → what is there; a key of messages begins with a dot.
-        changed: what was done to texts → rows it was done in.
+        unread: by name, the columns and keys that were not read; a key of messages begins with a dot.
+        changed: by the change that was made to texts, the number of rows with it.
     """
 
     place: str
@@ -64,7 +64,7 @@ class Balance:
     changed: dict[str, int] = field(default_factory=dict)
 
     def add(self, row: TrackedRow, unread: Mapping[str, Any]) -> None:
-        """Count one row that was read, and what of it was not."""
+        """Count a row, and its columns and keys that were not read."""
         self.rows += 1
         self.read.update(name for name in row.read if name in row and has_value(row.peek(name)))
         for change in row.changed:
@@ -91,7 +91,7 @@ class Balance:
         return told + (f", {unread.why}" if unread.why else "")
 
     def lines(self) -> Iterator[str]:
-        """The balance in words; names that one line has no room for are in further ones."""
+        """The balance in words, on as many lines as the names need."""
         read = f"{self.place}: {self.rows} rows; read: {listed(sorted(map(shorten, self.read)))}"
         changed = listed([f"{what} in {count}" for what, count in self.changed.items()])
         unread = [self.describe(name) for name in self.unread]
@@ -102,7 +102,7 @@ class Balance:
             changed = ""
 
     def tell(self) -> None:
-        """Say on stderr what was not read as it is there; by one process."""
+        """Print on stderr what was not read, or was changed; from one process."""
         if self.unread or self.changed:
             for line in self.lines():
                 tell(line)

@@ -1,4 +1,4 @@
-"""Columns beside prompt and answers: each is read into the pair, left out by name, or refused; none is just dropped."""
+"""Columns besides prompt and answers: each is read into the pair, left out and named, or refused; none vanishes."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ _MAY_BE_JSON = ("prompt", "chosen", "rejected", "conversations", "history")
 def arrange(
     row: Row, keys: Mapping[str, str], data_format: str | None, ignored: Collection[str]
 ) -> tuple[Row, dict[str, tuple[Any, str]]]:
-    """`row` under the names that formats know, and what the user's options leave out of it: name → value and why.
+    """`row` with its columns under the names that formats know; and by name, what options leave out, and why.
 
     Args:
         keys: a format's own name of a column → the file's.
@@ -64,7 +64,7 @@ def _without_key(value: Any, key: str) -> tuple[Any, Any]:
 
 
 def with_line_feeds(value: Any) -> Any:
-    """`value` with CRLF, which Windows writes for a line's end, as a line feed in all its texts."""
+    """`value` with a line feed in place of every CRLF, Windows' line end, in all of its texts."""
     if isinstance(value, str):
         return value.replace("\r\n", "\n")
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def refuse_media(row: TrackedRow) -> None:
     """Refuse images, audio and video.
 
     Raises:
-        RowError: a column of it that is not empty.
+        RowError: such a column that is not empty.
     """
     for field in _MEDIA:
         if field in row and has_value(row.peek(field)):
@@ -84,7 +84,7 @@ def refuse_media(row: TrackedRow) -> None:
 
 
 def add_context(row: TrackedRow, prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any, Row]:
-    """The parts of a pair with the context that `row` has beside them, for which text becomes messages where needed.
+    """The parts of a pair with the context that is in other columns of `row`; text becomes messages where needed.
 
     Returns:
         prompt, chosen, rejected, and `tools` and `chat_template_kwargs` where the row has them.
@@ -189,10 +189,10 @@ def _kwargs(row: TrackedRow) -> Row:
 
 
 def refuse_lost(row: TrackedRow, prompt: str | list[Message]) -> Row:
-    """What of `row` is not read, name → value; content of a prompt among it is refused.
+    """The columns of `row` that are not read, by name. Content that belongs to the prompt is refused.
 
     Raises:
-        RowError: a second prompt, or a column that is part of what is asked.
+        RowError: a second prompt, or a column that is part of the question.
     """
     unread = row.unread()
     contents = {prompt.strip()} if isinstance(prompt, str) else {turn["content"].strip() for turn in prompt}

@@ -25,13 +25,13 @@ _ASSISTANTS = ("assistant", "gpt", "model", "ai", "chatgpt")
 
 @dataclass(frozen=True)
 class Example:
-    """A row as a pair, and what it was.
+    """A row in the form of a pair, and what it was before.
 
     Attributes:
-        row: with `chosen` and `rejected`, both the answer.
-        kind: None for a row that is a pair.
-        column: the answer's, in the file.
-        among: which of several rejected answers a pair is of, in words; nothing where it is the only one.
+        row: with `chosen` and `rejected`, which are both the answer.
+        kind: of example; None for a row that is a pair.
+        column: the answer's column in the file.
+        among: for a pair of several rejected answers, which one it is of, in words; empty for an only one.
     """
 
     row: Row
@@ -40,14 +40,14 @@ class Example:
     among: str = ""
 
     def in_its_words(self, error: RowError) -> RowError:
-        """`error` with the column that the file has in place of the one that the row was read under."""
+        """`error` with the file's own column in place of the one that the row was read under."""
         if self.kind is None:
             return RowError(str(error).replace("field 'rejected'", f"field 'rejected'{self.among}"))
         return RowError(str(error).replace("'chosen'", repr(self.column)).replace("'rejected'", repr(self.column)))
 
 
 def read_example(row: Row, options: "SFTDataOptions") -> Example:
-    """A row as SFT reads it; a pair as it is, of which SFT takes the chosen answer.
+    """A row as SFT reads it. A pair stays as it is; SFT takes its chosen answer.
 
     Raises:
         RowError: a row that is neither a pair nor any kind of example, or two that could be the answer.
@@ -72,7 +72,7 @@ def read_example(row: Row, options: "SFTDataOptions") -> Example:
 
 
 def _answer_column(row: Row) -> str | None:
-    """The column that is the answer to one that asks.
+    """The column that holds the answer to a question in another column.
 
     Raises:
         RowError: several could be.
@@ -95,7 +95,7 @@ def _paired(row: Row, column: str, answer: object) -> Row:
 
 
 def _conversation(row: Row, column: str) -> Example:
-    """A conversation as what is asked first and everything from the first answer on."""
+    """A conversation split into the first question, and everything from the first answer on."""
     turns = row[column]
     roles = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in turns]
     first = next((place for place, role in enumerate(roles) if str(role).strip().lower() in _ASSISTANTS), None)
@@ -110,10 +110,10 @@ def _conversation(row: Row, column: str) -> Example:
 
 
 def _refuse_lost(row: Row, names: Sequence[str], column: str) -> None:
-    """Refuse a question beside `column`, which is the whole example, unless it is in there.
+    """Refuse a question in a column beside `column`, which should hold the whole example.
 
     Raises:
-        RowError: it is not.
+        RowError: there is one, and it is not part of the example.
     """
     said = [text.strip() for text in leaves(row[column])]
     for name in names:

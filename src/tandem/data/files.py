@@ -141,7 +141,7 @@ class _RowParser:
         return row if end in (len(text), -1) else RowError(f"not JSON: {_near(text, end, 'a second value')}")
 
     def first(self, text: str) -> tuple[Row | RowError, int]:
-        """The row that `text` begins with, and where it ends; -1 where that cannot be told."""
+        """The row that `text` begins with, and the index of its end; -1 where it cannot be found."""
         try:
             value, end = self._decode(text)
         except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Any known shape of a preference row → the canonical row.
+"""Turns a preference row of any known format into the canonical row.
 
 Canonical: `prompt`, `chosen`, `rejected`, all three text or all three lists of messages (`data.messages`), plus
 `pair_id`, `source` and `row`, and where the row has them `tools` (a list) and `chat_template_kwargs` (a dict). `chosen`
@@ -33,7 +33,7 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 
 
 def to_canonical(row: Row, data_format: str, balance: Balance | None = None) -> Row:
-    """The canonical row of `row`, without `source` and `row`; `balance` is told what of it no one has read.
+    """The canonical row of `row`, without `source` and `row`; what of it is not read is added to `balance`.
 
     Raises:
         RowError: a missing column, a value of the wrong type, an empty completion, roles out of order, content that
@@ -90,7 +90,7 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
 
 
 def asked_of(pair: Mapping[str, Any]) -> Asked:
-    """The prompt of a canonical row, with all that its chat template is told."""
+    """The prompt of a canonical row, with all that its chat template gets besides messages."""
     place = f"{pair['source']} row {pair['row']}" if "source" in pair else ""
     return Asked(as_messages(pair["prompt"]), pair, place)
 
@@ -98,7 +98,7 @@ def asked_of(pair: Mapping[str, Any]) -> Asked:
 def prompt_id(prompt: str | list[Message]) -> str:
     """Stable id of a prompt: 16 hex digits of a hash of its messages, be they given as text or as a list.
 
-    The same question with other tools is another one, where `prompt` knows of them (`messages.Asked`).
+    The same question with other tools is another prompt, if `prompt` has its tools with it (`messages.Asked`).
     """
     messages = as_messages(prompt)
     extras = extras_of(messages)
@@ -208,10 +208,10 @@ def _prompt_turns(prompt: str) -> list[Message]:
 
 
 def _repeated(asked: list[Message], prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Parts:
-    """The parts that 'chosen' and 'rejected' share and have, if what stands in 'prompt' is among the shared ones.
+    """Prompt and answers of a row whose 'chosen' and 'rejected' repeat the prompt that 'prompt' holds.
 
     Raises:
-        RowError: the prompt is another.
+        RowError: they begin with another prompt.
     """
     contents = {turn["content"].strip() for turn in prompt}
     if not all(turn["content"].strip() in contents for turn in asked):

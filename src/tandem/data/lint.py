@@ -97,7 +97,7 @@ KINDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What is the matter with `rows` (indices into the split, ascending); a split as a whole has `count` alone."""
+    """What is wrong with `rows`, indices into the split, ascending. A finding about a whole split has only `count`."""
 
     name: str
     split: str
@@ -108,7 +108,7 @@ class Finding:
 
     @property
     def share(self) -> float:
-        """Of the split's pairs."""
+        """The share of the split's pairs."""
         return self.count / self.of
 
     @property
@@ -159,7 +159,7 @@ def lint(
 
 
 def unreadable(skipped: Sequence[str], kept: int) -> Finding:
-    """Rows that the reader left out, each said as place and reason, beside the `kept` ones."""
+    """The finding on rows that the reader left out, each given as place and reason, beside the `kept` ones."""
     examples = [{"found": line} for line in skipped[:EXAMPLES]]
     return Finding("unreadable", "all", len(skipped), kept + len(skipped), examples=examples)
 

@@ -16,11 +16,11 @@ EXTRAS = ("tools", "chat_template_kwargs")  # columns for the chat template besi
 
 
 class Asked(list[Message]):
-    """A prompt's messages, which is a plain list to most callers, with what else its row has for the chat template.
+    """A prompt's messages (for most callers a plain list), with what else its row has for the chat template.
 
     Attributes:
         extras: `tools` and `chat_template_kwargs`, as a canonical row has them; empty without.
-        place: file and row, for messages; empty where nobody knows.
+        place: file and row, for error messages; empty where they are not known.
     """
 
     def __init__(self, messages: Iterable[Message], extras: Mapping[str, Any] | None = None, place: str = "") -> None:
@@ -30,7 +30,7 @@ class Asked(list[Message]):
 
 
 def extras_of(prompt: list[Message]) -> dict[str, Any]:
-    """What a prompt has for the chat template beside its messages, where it knows of it."""
+    """What a prompt has for the chat template besides its messages; empty for a plain list."""
     return prompt.extras if isinstance(prompt, Asked) else {}
 
 
@@ -216,11 +216,11 @@ def message_texts(message: Message) -> Iterator[str]:
 
 
 def answer_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of an answer as it is counted, compared and shown to a judge: of several turns all, with an empty line
-    between them."""
+    """The text of an answer as it is counted, compared and shown to a judge: all of its turns, separated by empty
+    lines."""
     return answer if isinstance(answer, str) else "\n\n".join(turn["content"] or "" for turn in answer)
 
 
 def all_text(value: str | list[Message]) -> str:
-    """Every text of a prompt or an answer on end, that of tool calls too: what must not be empty."""
+    """All texts of a prompt or an answer together, those of tool calls too; it must not be empty."""
     return value if isinstance(value, str) else "".join(text for turn in value for text in message_texts(turn))

@@ -22,9 +22,9 @@ def spoken(text: str) -> str:
 def non_answer(record: Mapping[str, Any]) -> str | None:
     """Why a record's `text` is no answer, or None where it is one.
 
-    Reasoning that was closed and followed by nothing is `empty`. What the limit of tokens ended is `cut_off`, and
-    what a server's content filter ended, or it refused to answer, `filtered`, and what it failed on, again and again,
-    `failed`, as `finish_reason` says, where it is there.
+    `empty`: there is no text, or none after closed reasoning. By the record's `finish_reason`, if it has one:
+    `cut_off`, the limit of tokens ended it; `filtered`, a server refused or its content filter ended it; `failed`, a
+    server failed on it repeatedly.
     """
     text = record["text"]
     if _NOT_TEXT.search(text):
