@@ -109,6 +109,15 @@ def test_wrong_options(given: dict, message: str):
         CheckOptions(**given)
 
 
+def test_the_first_pairs_are_shown_by_their_tokens(
+    tmp_path: Path, script: Callable[[str], ModuleType], tiny_model: Path
+):
+    data, report = tiny.save_pairs(tmp_path / "a.jsonl", tiny.hh_rows(4)), tmp_path / "data_report.json"
+    asked = f"--dataset_name {data} --tokenizer_name_or_path {tiny_model} --show 2 --report {report} --fail_on none"
+    script("check_data").main(asked.split())
+    assert len(json.loads(report.read_text())["shown"]) == 2
+
+
 def test_show_needs_a_tokenizer():
     with pytest.raises(UserError, match="--show needs --tokenizer_name_or_path"):
         CheckOptions(show=1)

@@ -462,6 +462,19 @@ for given in json.loads(sys.argv[1]):
 """
 
 
+def test_a_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load(name: str, config: None, *, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append(revision)
+        return [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_, revision: [f"train_of_{revision}", "train"])
+    load_pairs(DataOptions("owner/in_process", dataset_revision="v2"), "train")
+    assert asked == ["v2"]
+
+
 def test_configuration_and_revision_of_a_hub_dataset(tmp_path: Path):
     """Two configurations at two revisions, of which each holds a row that no other does."""
 
@@ -692,8 +705,8 @@ PROOFS: dict[str, dict[str, str]] = {
         "global_batch_size": f"{HERE}::test_the_global_batch_size_sets_the_accumulation",
         "fp16": "options/test_training.py::test_options_across_classes",
         "use_cpu": f"{HERE}::test_the_cpu_where_there_is_an_accelerator",
-        "tp_size": "distributed/test_sharded_equality.py::test_tensor_parallelism_trains_as_one",
-        "balance_ranks": "distributed/test_balance.py::test_dealt_evenly_and_not",
+        "tp_size": "training/test_plan.py::test_what_no_plan_counts_is_refused",
+        "balance_ranks": "training/test_dealing.py::test_what_depends_on_a_micro_batch_stays",
         "max_train_samples": "training/test_stages.py::test_sft_learns_the_completion_only",
         "max_eval_samples": f"{HERE}::test_held_out_pairs_of_an_evaluation",
         "resume_from_checkpoint": "training/test_stages.py::test_a_named_checkpoint",
@@ -742,9 +755,8 @@ PROOFS: dict[str, dict[str, str]] = {
     },
     "DataOptions": {
         "dataset_name": LINE + "test_compare",
-        **dict.fromkeys(
-            ("dataset_config", "dataset_revision"), f"{HERE}::test_configuration_and_revision_of_a_hub_dataset"
-        ),
+        "dataset_config": "data/test_layout.py::test_configurations_of_a_card",
+        "dataset_revision": f"{HERE}::test_a_revision_is_asked_of_the_hub",
         **dict.fromkeys(("dataset_train_split", "dataset_test_split", "val_ratio", "data_seed"), SPLITS),
         "row_function": "test_extending.py::test_a_data_format",
         "val_ratio_of": "data/test_mixtures.py::test_only_sources_without_a_held_out_split_are_drawn_from",
@@ -756,9 +768,9 @@ PROOFS: dict[str, dict[str, str]] = {
         "max_bad_rows": "data/test_sources.py::test_bad_rows_up_to_a_limit",
     },
     "CheckOptions": {
-        "tokenizer_name_or_path": "data/test_check.py::test_report_file_and_the_refusal_when_nothing_fits",
+        "tokenizer_name_or_path": "data/test_check.py::test_the_first_pairs_are_shown_by_their_tokens",
         "report": LINE + "test_each_script_replays_what_it_saved",
-        "show": "data/test_check.py::test_show_needs_a_tokenizer",
+        "show": "data/test_check.py::test_the_first_pairs_are_shown_by_their_tokens",
         "fail_on": "data/test_check.py::test_fail_on",
         **dict.fromkeys(
             ("fix", "fixed_dir"), "data/test_check.py::test_fix_writes_a_folder_that_reads_back_and_leaves_the_old_file"

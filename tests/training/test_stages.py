@@ -588,6 +588,7 @@ def test_debug_is_short_and_loud(tmp_path: Path, train: Train, script: Callable[
     metrics = json.loads((tmp_path / "out" / "training_metrics.json").read_text())
     assert len(losses(metrics)) == 4
     assert "reference of train pairs: 0 of 32" in (tmp_path / "out" / "train.log").read_text()
+    assert (tmp_path / "log_probs.sqlite").is_file()
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
