@@ -122,7 +122,9 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["full_attention", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 1, "head_dim": 8, "num_key_value_heads": HEADS, "num_layers": 1},
     "mamba2": _MAMBA2 | {"head_dim": 16},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "moshi": {"audio_vocab_size": 32},
+    "phimoe": {"sliding_window": None},  # which no packed row keeps; it shows in the plan's float32 alone
     "qwen3_5": {"text_config": _LINEAR},
     "qwen3_5_moe": {"text_config": _LINEAR},
     "qwen3_5_moe_text": _LINEAR,

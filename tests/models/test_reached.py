@@ -64,7 +64,21 @@ def test_a_table_of_sines_is_not_trained():
 
 
 @pytest.mark.parametrize(
-    "name", ["mamba", "falcon_mamba", "jamba", "gemma3n_text", "blt", "git", "bart", "axk2", "longcat_flash"]
+    "name",
+    [
+        "mamba",
+        "falcon_mamba",
+        "jamba",
+        "gemma3n_text",
+        "blt",
+        "git",
+        "mllama",
+        "phi4_multimodal",
+        "prophetnet",
+        "bart",
+        "axk2",
+        "longcat_flash",
+    ],
 )
 def test_all_of_an_adapter_gets_a_gradient(name: str):
     """Layers whose weights alone are read, and those that nothing passes, have none."""

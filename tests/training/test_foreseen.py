@@ -68,7 +68,8 @@ def test_a_model_that_decides_by_values_has_a_plan(plan: Callable[[Path], Plan],
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "kept"), [("mamba2", 1, 1), ("qwen3_next", 1, 1), ("longcat_flash", 1, 2), ("gpt2", 1, 1)]
+    ("name", "layers", "kept"),
+    [("mamba2", 1, 1), ("qwen3_next", 1, 1), ("longcat_flash", 1, 2), ("gpt2", 1, 1), ("prophetnet", 1, 2)],
 )
 def test_fewer_layers(name: str, layers: int, kept: int):
     config = foreseen.shortened(families.config(name, 300), layers)

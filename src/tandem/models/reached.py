@@ -8,15 +8,19 @@ from torch import nn
 # How configurations call the number of their experts
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _CHOOSING = ("expert_bias", "e_score_correction_bias", "correction_bias")
-_UNPASSED = {
-    "indexer",
-    "encoder_attn",
-    "encoder_attn_layer_norm",
-    "crossattention",
-    "pooler",
-    "patcher",
-    "visual_projection",
-}
+_UNPASSED = set(
+    [
+        "indexer",
+        "encoder_attn",
+        "encoder_attn_layer_norm",
+        "crossattention",
+        "cross_attn",
+        "pooler",
+        "patcher",
+        "visual_projection",
+        "embed_tokens_extend",
+    ]
+)
 _GATES = ("gate", "shared_expert_gate", "shared_experts_gate", "wg")
 
 
@@ -65,13 +69,24 @@ def hold_still(model: Any) -> None:
     """
     for name in beside_text(model):
         model.get_submodule(name).requires_grad_(False)
+    for name in _unpassed(model):
+        model.get_submodule(name).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[-1] in _CHOOSING or _UNPASSED.intersection(parts):
+        if name.rpartition(".")[2] in _CHOOSING:
             parameter.requires_grad_(False)
     for module in model.modules():
         if "sinusoidal" in type(module).__name__.lower():
             module.requires_grad_(False)
+
+
+def _unpassed(model: Any) -> list[str]:
+    """Names of the parts of a decoder that text alone does not pass, or that get no gradient from it; of Mllama's
+    layers those that attend to images, whole."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in _UNPASSED or type(module).__name__.endswith("CrossAttentionDecoderLayer")
+    ]
 
 
 def routers(model: Any) -> list[str]:
@@ -79,13 +94,14 @@ def routers(model: Any) -> list[str]:
     passes in a decoder without its encoder."""
     config = model.config.get_text_config()
     counts = {value for name in _NUMBERS if isinstance(value := getattr(config, name, None), int) and value > 1}
+    unpassed = tuple(f"{name}." for name in _unpassed(model))
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         parts = name.split(".")
         gate = bool(counts) and parts[-1] in _GATES and module.out_features in counts | {1}
-        if gate or _UNPASSED.intersection(parts) or any("router" in part for part in parts):
+        if gate or f"{name}.".startswith(unpassed) or any("router" in part for part in parts):
             found.append(name)
     return found
 

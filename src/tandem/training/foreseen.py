@@ -65,10 +65,13 @@ def shortened(config: Any, layers: int) -> Any:
     text, whole = config.get_text_config(), depth(config)
     if layers >= whole:
         return config
+    try:
+        text.num_hidden_layers = layers
+    except NotImplementedError:  # ProphetNet has no one number for them
+        return config
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole and ("layer" in name or "block" in name):
             setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
     while text.num_hidden_layers < 1:  # LongCat counts a layer as two
         layers += 1
         text.num_hidden_layers = layers
