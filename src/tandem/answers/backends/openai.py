@@ -171,13 +171,13 @@ class OpenAIBackend:
             seed_of: gives the seed for a prompt's id and the number of the draw
         """
         left, ready = SimpleQueue[Draw | None](), SimpleQueue[tuple[Draw, Answer | Exception]]()
-        running = 0
-        for _ in range(self._concurrency):
+        running, workers = 0, min(self._concurrency, len(asked))
+        for _ in range(workers):
             # Daemons, since Ctrl-C must not wait for a server that hangs
             threading.Thread(target=self._work, args=(prompts, seed_of, left, ready), daemon=True).start()
         try:
             while asked or running:
-                while asked and running < self._concurrency:
+                while asked and running < workers:
                     left.put(asked.popleft())
                     running += 1
                 draw, answer = ready.get()
@@ -186,7 +186,7 @@ class OpenAIBackend:
                     raise answer
                 yield draw, answer
         finally:
-            for _ in range(self._concurrency):
+            for _ in range(workers):
                 left.put(None)
 
     def _work(
