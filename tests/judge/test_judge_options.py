@@ -34,6 +34,10 @@ GIVEN = {"judge_model": "m", "base_url": "http://localhost:1/v1", "run_dir": "ru
         ({"generations_a": "a", "generations_b": "b"}, "--run_dir"),
         ({"run_dir": None}, "--run_dir"),
         ({"against": "dpo"}, "--against"),
+        (
+            {"run_dir": None, "generations_a": "a", "generations_b": "b", "against": "chosen", "policy": "sft"},
+            "--policy, --against have no effect without --run_dir",
+        ),
     ],
 )
 def test_wrong_options_are_named(wrong, named):

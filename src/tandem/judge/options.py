@@ -32,8 +32,14 @@ class JudgeOptions(Options):
         unless="batch",
     )
     run_dir: str | None = opt(None, "run folder that holds generations_*.jsonl")
-    policy: str = opt("dpo", "in --run_dir: the model to be judged, as generations_<policy>.jsonl")
-    against: str = opt("base", "in --run_dir: the same of the other side; chosen: the answers that the data prefers")
+    policy: str = opt(
+        "dpo", "in --run_dir: the model to be judged, as generations_<policy>.jsonl", needs="run_dir!=none"
+    )
+    against: str = opt(
+        "base",
+        "in --run_dir: the same of the other side; chosen: the answers that the data prefers",
+        needs="run_dir!=none",
+    )
     generations_a: str | None = opt(None, "instead of --run_dir: answers of the model judged against")
     generations_b: str | None = opt(None, "instead of --run_dir: answers of the model to be judged")
     output_dir: str | None = opt(
