@@ -186,13 +186,12 @@ def test_a_budget_and_a_dry_run(tmp_path, server):
 
 def test_every_judge_has_its_options(tmp_path):
     prices = {"price_in": [1.0, 2.0], "price_out": [3.0]}
-    more = {"max_flip_rate": 0.2, "max_concurrency": 3, "max_attempts": 2, "samples": 4, "seed": 9}
+    more = {"max_flip_rate": 0.2, "max_concurrency": 3, "max_attempts": 2, "samples": 4, "seed": 9, "timeout": 7.0}
     given = options("http://a/v1", ["a=a", "b=b"], tmp_path, judge_model=["m/1", "n"], **prices, **more)
     first, second = (given.of_judge(index) for index in (0, 1))
     assert (first.judge_model, first.price_in, first.price_out) == ("m/1", 1.0, 3.0)
     assert (second.judge_model, second.price_in, second.price_out) == ("n", 2.0, 3.0)
-    shared = ("max_flip_rate", "max_concurrency", "max_attempts", "samples", "seed")
-    assert [getattr(second, name) for name in shared] == [0.2, 3, 2, 4, 9]
+    assert {name: getattr(second, name) for name in more} == more
     assert first.folder.parent == tmp_path / "judges" == second.folder.parent and first.folder != second.folder
 
 

@@ -33,6 +33,7 @@ from tandem.data.sources import load_held_out, load_pairs, load_splits
 from tandem.data.texts import tokenize_pair
 from tandem.engine.forward import pair_engine
 from tandem.errors import UserError
+from tandem.evaluation.benchmark import BenchmarkOptions, run_benchmarks
 from tandem.evaluation.evaluate import EvaluateOptions, evaluate
 from tandem.launch.ray import launch
 from tandem.models.load import load_model
@@ -563,6 +564,20 @@ def stand_in(name: str, monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return module
 
 
+def test_options_reach_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`evaluation/test_benchmark.py` is about the real one, where it is installed."""
+    harness, tasks = stand_in("lm_eval", monkeypatch), stand_in("lm_eval.tasks", monkeypatch)
+    for module in ("lm_eval.models", "lm_eval.models.huggingface"):
+        stand_in(module, monkeypatch)
+    harness.simple_evaluate.return_value = {"results": {}}
+    options = BenchmarkOptions(["arc_easy"], 3, str(tmp_path), benchmark_fewshot=2, benchmark_chat=True)
+    run_benchmarks(options, {"base": lambda: (MagicMock(device="cpu"), None)}, batch_size=8)
+    asked = harness.simple_evaluate.call_args.kwargs
+    assert (asked["tasks"], asked["limit"], asked["num_fewshot"]) == (["arc_easy"], 3, 2)
+    assert asked["apply_chat_template"] is True
+    tasks.TaskManager.assert_called_once_with(include_path=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("data_parallel_size", 2), ("tensor_parallel_size", 2), ("enforce_eager", True), ("gpu_memory_utilization", 0.5)],
@@ -842,7 +857,7 @@ PROOFS: dict[str, dict[str, str]] = {
     },
     "BenchmarkOptions": dict.fromkeys(
         ("benchmark", "benchmark_limit", "benchmark_tasks", "benchmark_fewshot", "benchmark_chat"),
-        "evaluation/test_benchmark.py::test_tasks_run_before_and_after_from_end_to_end",
+        f"{HERE}::test_options_reach_the_harness",
     ),
     "MergeOptions": {
         **dict.fromkeys(("adapter", "output_dir"), LINE + "test_each_script_replays_what_it_saved"),
@@ -884,21 +899,20 @@ PROOFS: dict[str, dict[str, str]] = {
     },
     "RankOptions": {
         **dict.fromkeys(
-            ("answers", "judge_model", "base_url", "output_dir"),
-            f"{RANKED}test_a_judge_that_is_not_believed_is_left_out",
+            ("answers", "judge_model", "base_url"), f"{RANKED}test_a_judge_that_is_not_believed_is_left_out"
         ),
         **dict.fromkeys(
             ("max_prompts", "calibration_pairs", "samples", "temperature", "max_output_tokens", "seed"),
             f"{RANKED}test_what_a_judge_is_asked",
         ),
         **dict.fromkeys(
-            ("price_in", "price_out", "max_flip_rate", "max_concurrency", "timeout", "max_attempts"),
+            ("output_dir", "price_in", "price_out", "max_flip_rate", "max_concurrency", "timeout", "max_attempts"),
             f"{RANKED}test_every_judge_has_its_options",
         ),
         **dict.fromkeys(("max_cost", "dry_run"), f"{RANKED}test_a_budget_and_a_dry_run"),
     },
     "ConvertOptions": {
-        "recipe": "options/test_convert.py::test_a_flat_recipe",
+        "recipe": "options/test_convert.py::test_every_key_is_in_the_file_and_the_file_is_the_config",
         "stage": "options/test_convert.py::test_the_stage_decides_what_is_an_option",
         "output": "options/test_convert.py::test_every_key_is_in_the_file_and_the_file_is_the_config",
     },
