@@ -707,8 +707,8 @@ PROOFS: dict[str, dict[str, str]] = {
     },
     "PreparationOptions": {
         "dataset_num_proc": f"{PREPARED}test_as_many_processes_as_are_asked_for",
-        "token_cache": f"{PREPARED}test_the_tokens_are_those_of_a_plain_loop",
-        "token_cache_gib": f"{PREPARED}test_what_was_unused_for_the_longest_time_goes_but_nothing_in_use",
+        "token_cache": f"{PREPARED}test_the_folder_of_sets_and_its_size",
+        "token_cache_gib": f"{PREPARED}test_the_folder_of_sets_and_its_size",
     },
     "TrainOptions": {
         **dict.fromkeys(TRAIN_CHANGES, TRL),

@@ -324,6 +324,15 @@ def test_what_was_unused_for_the_longest_time_goes_but_nothing_in_use(tmp_path: 
         user.end()
 
 
+def test_the_folder_of_sets_and_its_size(tmp_path: Path):
+    cache, one, other = (tmp_path / name for name in ("cache", "one.jsonl", "other.jsonl"))
+    training_data(run_of(tiny.save_pairs(one, TEXTS), cache), tiny.tokenizer())
+    (kept,) = (path for path in cache.iterdir() if path.is_dir())
+    unused = shutil.copytree(kept, cache / ("0" * 32))
+    training_data(run_of(tiny.save_pairs(other, TEXTS[1:]), cache, token_cache_gib=0), tiny.tokenizer())
+    assert kept.is_dir() and not unused.exists()
+
+
 def test_one_process_makes_it_and_a_killed_one_leaves_nothing(tmp_path: Path):
     """A process is killed at its work; of two that go on, one does it and the other waits, then maps the same."""
     killed = User(tmp_path, "a", seconds=30)
