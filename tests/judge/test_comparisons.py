@@ -77,6 +77,8 @@ def test_a_missing_file_names_what_there_is(tmp_path):
     (tmp_path / "generations_sft.jsonl").touch()
     with pytest.raises(UserError, match=r"dpo.jsonl: no such file; generate answers first; there are answers of sft$"):
         read_answers(tmp_path / "generations_dpo.jsonl", "dpo")
+    with pytest.raises(UserError, match=r": a folder; name a file of answers in it, as .*/generations_dpo.jsonl"):
+        read_answers(tmp_path, "dpo")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def read_answers(file: Path, label: str) -> Answers:
     Raises:
         UserError: there is no such file, or a row of it is no answer.
     """
+    if file.is_dir():
+        raise UserError(f"{file}: a folder; name a file of answers in it, as {file / 'generations_dpo.jsonl'}")
     if not file.is_file():
         others = sorted(map(label_of, file.parent.glob("generations_*.jsonl")))
         there = f"; there are answers of {', '.join(others)}" if others else ""
