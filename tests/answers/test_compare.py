@@ -166,6 +166,7 @@ def test_the_page_shows_both_sides_as_text(compared: tuple[CompareOptions, list[
         ({"against": "sft"}, "--against sft needs --sft_model"),
         ({"policy": "sft"}, "--policy sft needs --sft_model"),
         ({"policy": "base"}, "--policy and --against are both base: nothing to compare"),
+        ({"ab_verdicts": "v"}, "--ab_verdicts v: no such file"),
         (
             {"shuffle_ab": True, "ab_verdicts": "v"},
             "--shuffle_ab writes questions anew, which --ab_verdicts answers: give one of them",

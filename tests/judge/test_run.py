@@ -571,6 +571,8 @@ def test_comparisons_come_from_two_generation_files(tmp_path):
 
 
 def test_generations_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--run_dir .*/nope: no such folder$"):
+        load_comparisons(run_options(tmp_path / "nope"), [])
     with pytest.raises(UserError, match=r"generations_base.jsonl: no such file"):
         load_comparisons(run_options(tmp_path), [])
     generations(tmp_path, "base", "b0")

@@ -45,6 +45,8 @@ class CompareOptions(Options):
                 yield f"--{name} {label} needs --{label}_model"
         if self.shuffle_ab and self.ab_verdicts is not None:
             yield "--shuffle_ab writes questions anew, which --ab_verdicts answers: give one of them"
+        elif self.ab_verdicts is not None and not Path(self.ab_verdicts).is_file():  # before answers are drawn
+            yield f"--ab_verdicts {self.ab_verdicts}: no such file"
 
     @property
     def models(self) -> dict[str, str]:

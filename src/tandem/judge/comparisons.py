@@ -34,8 +34,10 @@ def load_comparisons(options: JudgeOptions, pairs: Sequence[Mapping[str, Any]]) 
     `generations_` in the files' names. With `--against chosen`, side 1 is the chosen answer of the held-out `pairs`.
 
     Raises:
-        UserError: a file is missing, a row of it cannot be read, or the sides answer different prompts.
+        UserError: the folder or a file is missing, a row of it cannot be read, or the sides answer different prompts.
     """
+    if options.run_dir is not None and not Path(options.run_dir).is_dir():
+        raise UserError(f"--run_dir {options.run_dir}: no such folder")
     file_1, file_2 = options.generation_files
     if options.run_dir is not None and options.against == CHOSEN:
         return _against_chosen(read_answers(file_2, options.policy), chosen_answers(pairs))
