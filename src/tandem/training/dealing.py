@@ -47,7 +47,7 @@ def row_costs(data: Dataset | Groups, max_length: int | None, config: Any, layou
 
 
 def why_undealt(train: TrainOptions, dpo: DPOOptions | None, config: Any) -> str | None:
-    """Why the pairs of a step are left in the sampler's order; None where they are dealt.
+    """Why the pairs of a step stay in the sampler's order; None if they are dealt.
 
     Args:
         dpo: None for SFT, whose loss is a mean over the tokens of the whole step.
@@ -72,7 +72,7 @@ def why_coupled(train: TrainOptions, dpo: DPOOptions | None, config: Any) -> str
 
 
 def check_budget(run: DPOOptionSet, config: Any) -> None:
-    """Refuse a budget where parts would not add up to the whole.
+    """Refuse a token budget where the losses of parts would not add up to that of the whole batch.
 
     Args:
         config: transformers' of the text model.
@@ -96,7 +96,7 @@ class Order:
 
     Args:
         pairs: n, how many there are.
-        seed: of the first epoch; the next has the next.
+        seed: of the first epoch; each further epoch has the next number.
         dealing: how a step is dealt.
         costs: (n,) of the pairs; None: nothing is dealt, and the order is that of accelerate's SeedableRandomSampler.
     """
@@ -121,7 +121,7 @@ class Order:
         """The pairs of each step, by micro-batch, process and row.
 
         Args:
-            undealt_before: the steps before this one are given as they are: they are skipped anyway.
+            undealt_before: steps before this one are not dealt, since a resumed run skips them.
         """
         order = self._sampled(epoch)
         for step in range(self.steps):

@@ -1,4 +1,4 @@
-"""What is particular to a run on a GPU: its defaults, and the message when its memory is full."""
+"""Defaults of a run on a GPU, and the message when the GPU's memory is full."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def arguments(train: TrainOptions, on_cpu: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def memory_told(run: SFTOptionSet | DPOOptionSet) -> Iterator[None]:
-    """Within, an out-of-memory error becomes one line that names the cheapest change.
+    """Within the block, an out-of-memory error becomes one line that names the cheapest change.
 
     Raises:
         UserError: in its place.

@@ -1,4 +1,4 @@
-"""Tokenized pairs by the row they are of: what a step draws, where a prompt has several rejected answers."""
+"""Tokenized pairs grouped by their row: if prompts have several rejected answers, steps draw rows and not pairs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ GROUP = "group"
 
 
 class Groups(torch.utils.data.Dataset[list[dict[str, Any]]]):
-    """Rows of pairs: an item is the list of one row's pairs.
+    """A data set of rows: an item is the list of a row's pairs.
 
     Args:
         pairs: with a column `group`, a number for each pair.
@@ -39,11 +39,11 @@ class Groups(torch.utils.data.Dataset[list[dict[str, Any]]]):
         return [self.pairs[int(pair)] for pair in self._pairs_of[row]]
 
     def __getitems__(self, rows: Sequence[int]) -> list[list[dict[str, Any]]]:
-        """Several items in one go, as a data loader asks for them."""
+        """Several items at once, which a data loader asks for."""
         return [self[row] for row in rows]
 
     def sums(self, of_pairs: Ints) -> Ints:
-        """(n,) for each row the sum of what its pairs have."""
+        """(n,) for each row the sum of its pairs' values."""
         sums = np.zeros(len(self), of_pairs.dtype)
         np.add.at(sums, self._of_pair, of_pairs)
         return sums
@@ -57,10 +57,10 @@ class Groups(torch.utils.data.Dataset[list[dict[str, Any]]]):
 
 
 def by_row(pairs: Dataset) -> Dataset | Groups:
-    """The pairs in their rows; as they are where each row is one pair."""
+    """The pairs grouped by row; unchanged if each row is a single pair."""
     return Groups(pairs) if GROUP in pairs.column_names else pairs
 
 
 def pairs_of(item: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs of an item of either."""
+    """The pairs of an item of either kind of data set."""
     return item if isinstance(item, list) else [item]

@@ -13,15 +13,15 @@ from tandem.options.training import PlanOptions
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """Where the run goes.
+    """The devices that a run will have.
 
     Attributes:
         device: `cpu` or the accelerator's type.
         processes: data-parallel processes.
-        sharded: which of weights, gradients and optimizer are cut over the processes.
+        sharded: which of weights, gradients and optimizer are sharded over the processes.
         copies_gradients: whether DDP holds a second copy of the gradients, for communication.
         limit: memory of one device in bytes, None where it is not known.
-        is_here: whether this machine is the one.
+        is_here: whether it is the hardware of this machine.
     """
 
     device: str

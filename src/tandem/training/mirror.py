@@ -50,8 +50,8 @@ class Mirror(TrainerCallback):
 
     def __init__(self, source: Path, mount: Path) -> None:
         self.source, self.folder = source, mount / source.resolve().name
-        # What was copied is trusted to be there: to ask a drive for each file of a long run takes minutes. Size and
-        # time of each original when it was copied: a mounted drive may not keep the times of its copies
+        # Size and time of each original when it was copied. A copy is then assumed to be there: to look for each file
+        # of a long run on a drive takes minutes, and a mounted drive may not keep times
         self._copied: dict[Path, tuple[int, int]] = {}
         self._whole: set[str] = set()  # checkpoints that are whole in the mirror, and the same as here
         self._ids: dict[str, str | None] = {}  # by checkpoint of the mirror: the run that made it
@@ -59,14 +59,14 @@ class Mirror(TrainerCallback):
         self._asked: list[Future[None]] = []
 
     def refuse_foreign(self, ids: Iterable[str], start_over: bool) -> None:
-        """Refuse a mirror that this run may neither write over nor be restored from.
+        """Refuse a mirror that this run must neither overwrite nor be restored from.
 
         Args:
             ids: of the run in `source` and of those that it has replaced there; none where there is no run.
-            start_over: the run is not one to be gone on with, so that nothing is restored.
+            start_over: whether the run starts over, so that nothing is restored.
 
         Raises:
-            UserError: another run's, or files of which none says what they are.
+            UserError: it is another run's, or holds files that are no run's mirror.
         """
         if not self.folder.exists() or all(map(is_temporary, self.folder.iterdir())):
             return
@@ -93,7 +93,7 @@ class Mirror(TrainerCallback):
         """Copy into the run's folder what it has lost.
 
         Args:
-            whole: with the manifest that says that the run has finished.
+            whole: the manifest too, which says that the run has finished.
 
         Raises:
             UserError: the run's folder cannot be written.
@@ -112,7 +112,7 @@ class Mirror(TrainerCallback):
                 copy_file(file, self.source / place)
 
     def claim(self) -> None:
-        """Mark the mirror as that of the run that begins or goes on in `source`, and as unfinished.
+        """Mark the mirror as that of the run that starts or resumes in `source`, and as unfinished.
 
         Raises:
             UserError: it cannot be written.
@@ -128,7 +128,7 @@ class Mirror(TrainerCallback):
             write_atomic(self.folder / RUN, (self.source / RUN).read_bytes())
 
     def put_aside_after(self, step: int) -> None:
-        """Move checkpoints of later steps away, as the run's folder does.
+        """Rename checkpoints of later steps, as is done in the run's folder.
 
         Raises:
             UserError: the mirror cannot be written.
@@ -138,7 +138,7 @@ class Mirror(TrainerCallback):
 
     @contextlib.contextmanager
     def in_background(self) -> Iterator[None]:
-        """Within the block, a thread makes the copies that saves ask for; at its end all are made.
+        """Within the block, a thread makes the copies that saves ask for; at its end all copies are complete.
 
         Raises:
             UserError: at the next step, save or removal of a checkpoint, or at the end: the mirror cannot be written.
@@ -181,7 +181,7 @@ class Mirror(TrainerCallback):
             self._asked.append(self._thread.submit(self.copy))
 
     def _tell(self) -> None:
-        """Raise what a copy has failed with."""
+        """Raise the error with which a copy has failed, if any."""
         while self._asked and self._asked[0].done():
             self._asked.pop(0).result()
 
@@ -216,11 +216,11 @@ class Mirror(TrainerCallback):
         return found - self._whole
 
     def _to_copy(self, new: set[str]) -> list[Path]:
-        """All files of the run but those of checkpoints that are not `new`."""
+        """All files of the run, of its checkpoints only the `new` ones."""
         return _manifests_last(self.source, {path.name for path in checkpoints(self.source)} - new)
 
     def _copy_all(self, files: Iterable[Path]) -> bool:
-        """Copy what has changed of `files`; whether each was there, and stayed the same while it was copied."""
+        """Copy those of `files` that have changed. Returns whether each was there and did not change meanwhile."""
         steady, packed = True, []
         for file in files:
             try:
@@ -251,11 +251,11 @@ class Mirror(TrainerCallback):
         return [path for path in found if self._ids[path.name] == own]
 
     def is_up_to_date(self) -> bool:
-        """Whether the finished run is all in the mirror."""
+        """Whether the mirror has all of the finished run."""
         return _is_copied(self.source, self.folder)
 
     def _update(self, file: Path) -> bool:
-        """Copy a file, unless that was done; whether this process has not seen it as it is.
+        """Copy a file, unless that was done. Returns whether it has changed since this process saw it last.
 
         Raises:
             FileNotFoundError: it is not there.

@@ -1,6 +1,6 @@
-"""Everything that a run of SFT or DPO is asked for: the option classes of its command line, one instance each.
+"""All options of a run of SFT or DPO: an instance of each option class of its command line.
 
-Light to import: the scripts parse these before anything loads.
+Nothing heavy is imported here: the scripts parse these before anything loads.
 """
 
 import functools
@@ -47,19 +47,19 @@ class DPOOptionSet(NamedTuple):
 
 
 def classes(run: type[SFTOptionSet] | type[DPOOptionSet]) -> tuple[type, ...]:
-    """The option classes of a run, for `config.parse`, in the order in which `run` takes their instances."""
+    """The option classes of a run, for `options.parsing.parse`, in the order in which `run` takes their instances."""
     return tuple(typing.get_type_hints(run).values())
 
 
 def foreign(run: type[SFTOptionSet] | type[DPOOptionSet]) -> dict[str, Counterpart]:
-    """What is said of options that this run does not have: other programs' options, and the other stage's."""
+    """What becomes of options that this run does not have: those of other programs, and of the other stage."""
     other, script = (DPOOptionSet, "dpo.py") if run is SFTOptionSet else (SFTOptionSet, "sft.py")
     theirs, own = ({name for cls in classes(each) for name in names_of(cls)} for each in (other, run))
     return COUNTERPARTS | dict.fromkeys(theirs - own, Counterpart(told=f"it is one of scripts/{script}"))
 
 
 def check(*options: Any) -> None:
-    """Refuse, before anything is loaded, options of a run that do not go together; for `config.parse`.
+    """Refuse, before anything is loaded, options of a run that do not go together; for `options.parsing.parse`.
 
     Args:
         options: instances of a run's `classes`, and perhaps others.
@@ -86,9 +86,9 @@ def check(*options: Any) -> None:
 
 
 def check_there(run: SFTOptionSet | DPOOptionSet) -> None:
-    """Refuse models and data that are named by a path where there are none, before anything is imported to read them.
+    """Refuse paths at which there is no model or data, before anything is imported to read them.
 
-    A run that has finished may have lost what it was made from.
+    Nothing is refused of a run that has finished: what it was made from may be gone.
 
     Raises:
         UserError: naming all of them together.
@@ -118,7 +118,7 @@ def _check_cache(engine: EngineOptions | None, dpo: DPOOptions | None) -> None:
         return
     try:
         needed = dpo.needs_reference
-    except UserError:  # a loss that is not there, which the class of these options tells
+    except UserError:  # an unknown loss, which DPOOptions itself reports
         return
     if not needed:
         raise UserError(f"--ref_cache has no effect with --loss_type {' '.join(dpo.loss_type)}, which has no reference")

@@ -29,7 +29,7 @@ class Schedule:
     Attributes:
         data: the tokenized pairs or examples that it trains on (`preparation.training_rows`).
         config: transformers' of the text model.
-        layout: that the run forwards its batches in.
+        layout: of the batches that the run forwards.
     """
 
     run: SFTOptionSet | DPOOptionSet
@@ -72,7 +72,7 @@ class Schedule:
         ]
 
     def _within(self, batches: list[list[int]], budget: int) -> list[list[int]]:
-        """The parts of one batch of each process, which all have as many."""
+        """The parts of a batch, for each process; all processes have equally many."""
         padded, sizes = self.layout == "padded", [[self.tokens([pair]) for pair in batch] for batch in batches]
         parts = max(parts_within(each, budget, padded=padded) for each in sizes)
         return [
@@ -87,14 +87,14 @@ class Schedule:
         return self.dealt(self.undealt is None)
 
     def dealt(self, evenly: bool) -> list[list[list[int]]]:
-        """`as_dealt`, dealt by what the pairs take or in the sampler's order."""
+        """`as_dealt`, with pairs dealt by their costs, or in the sampler's order."""
         size, epochs = self.run.train.per_device_train_batch_size, math.ceil(self.steps / self.steps_per_epoch)
         order = Order(len(self.data), self.run.train.seed, self.dealing, self.costs if evenly else None)
         return [_cut(pairs, size) for epoch in range(epochs) for pairs in order.epoch(epoch)][: self.steps]
 
     @property
     def undealt(self) -> str | None:
-        """Why the run does not deal its pairs evenly."""
+        """Why the run does not deal its pairs evenly; None if it does."""
         if self.hardware.processes == 1:
             return "one process"
         dpo = self.run.dpo if isinstance(self.run, DPOOptionSet) else None
@@ -108,7 +108,7 @@ class Schedule:
 
     @functools.cached_property
     def costs(self) -> Ints:
-        """(n,) what each pair or row takes."""
+        """(n,) the cost of each pair or row."""
         if isinstance(self.run, SFTOptionSet):
             return row_lengths(self.data, self.run.text.max_length)
         return row_costs(self.data, self.run.text.max_length, self.config, self.layout)
@@ -123,7 +123,7 @@ class Schedule:
         return int(self.costs[batch].max() * len(batch) if self.layout == "padded" else self.costs[batch].sum())
 
     def unevenness_line(self) -> str:
-        """How much longer steps take than if all processes had as much to do."""
+        """A line on how much longer steps take than if all processes had equally much to do."""
         sampled = self.unevenness(self.dealt(False))
         if self.undealt is not None:
             return f"slowest process, over the mean: {sampled:.2f}; a step's pairs are not dealt evenly: {self.undealt}"

@@ -1,4 +1,4 @@
-"""The settings of a run as its `run.json` keeps them, and which of them another start may change."""
+"""The settings of a run as its `run.json` keeps them, and which of them a resumed run may change."""
 
 import json
 import os
@@ -35,15 +35,15 @@ _KEPT_BY_OPTIMIZER = {"learning_rate", "weight_decay", "optim"}
 # Of versions that did not note which options were given
 _FORMER_DEFAULTS = {"learning_rate": (1e-6, 2e-5)}
 
-# What the models that a run begins with hold, where their folders say so
+# The option that names a model, by the entry with that model's content (as far as the model has a manifest)
 _CONTENTS = {"model_content": "model_name_or_path", "reference_content": "reference_model"}
 
-# What older runs have not noted is not compared
+# Entries that older runs do not have, and that are not compared with them then
 _NOTED_LATER = (*_CONTENTS, "tokens")
 
 
 def usual(*options: Any) -> dict[str, Any]:
-    """By its name, the value of every option that is not given: its default, or what the default means in this run."""
+    """By name, the value of each option if it is not given: its default, or what the default means in this run."""
     known = defaults(*options)
     for each in options:
         if isinstance(each, TrainOptions):
@@ -60,8 +60,10 @@ def _trains_adapter(options: tuple[Any, ...]) -> bool:
 
 
 def as_begun(run: Run) -> Run:
-    """`run` with a value for each option: the one given now; else, where it goes on with a run that was not given the
-    option either, that run's, since the default may have changed since then; else the usual one.
+    """`run` with a value for each option.
+
+    It is the value that is given now. For an option that is not given, nor was to the run that is resumed, it is that
+    run's, since the default may have changed; otherwise the usual one.
 
     Raises:
         UserError: the folder's `run.json` is not one of ours.
@@ -85,7 +87,7 @@ def as_begun(run: Run) -> Run:
 
 
 def given(run: dict[str, Any], known: dict[str, Any]) -> set[str]:
-    """The options that a run was given; of one that has not noted them, those that have not a default's value.
+    """The options that a run was given; for a run that did not note them, those whose values are not the usual ones.
 
     Args:
         run: of `run.json`.
@@ -102,12 +104,12 @@ def given(run: dict[str, Any], known: dict[str, Any]) -> set[str]:
 
 
 def settings_of(config: dict[str, Any], known: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a run's result depends on, as `run.json` has it.
+    """The settings that a run's result depends on, as `run.json` has them.
 
     Args:
         config: its options.
         known: their `usual` values.
-        before: of the `run.json` that is gone on with, whose values that were not given are not given here either.
+        before: the settings of the run that is resumed, if any: options that it was not given count as not given here.
     """
     own = {name for name, value in config.items() if value != known.get(name)}
     if before:
@@ -129,9 +131,9 @@ def contents_of(config: dict[str, Any]) -> dict[str, str]:
 
 
 def run_in(folder: str | Path, defaults: dict[str, Any]) -> dict[str, Any] | None:
-    """What `run.json` says of the run that has written into `folder`; None where there is none.
+    """The `run.json` of the run that wrote to `folder`; None where there is none.
 
-    An option that came later than that run is taken at its default, which is what the run did.
+    For an option that is newer than that run it has the default, which is what the run did.
 
     Raises:
         UserError: the file is not one of ours.
@@ -154,7 +156,7 @@ def day_of(run: dict[str, Any] | None) -> str:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """The settings that differ, each with a few words on how; those that cannot change a result are left out.
+    """The settings that differ, each with a few words on how, without those that cannot change a result.
 
     Args:
         before: of `run.json`.

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or broken: one line that says what failed, and the torn checkpoint removed."""
+"""Turns write errors of a full, read-only or broken disk into one line, and removes the checkpoint that was cut off."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ _NEARLY_FULL = 1 << 20  # a disk with fewer bytes than this left counts as full
 
 @contextlib.contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Within, a failed write becomes one line, and the checkpoint that it cut off is removed to free its space.
+    """Within the block, a failed write becomes one line, and the checkpoint that it cut off is removed to free space.
 
     Raises:
         UserError: for a full disk or quota, a folder that is read-only or forbidden, a disk that fails.

@@ -1,4 +1,4 @@
-"""Trackers: in each one record of the run, for the numbers of all ranks, which a resumed run continues."""
+"""Trackers: each has one record of the run, with the numbers of all ranks, which a resumed run continues."""
 
 import contextlib
 import netrc

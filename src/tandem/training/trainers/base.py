@@ -14,13 +14,13 @@ from tandem.training.trainers.reference_scorer import ReferenceScorer
 
 
 class TandemTrainer(Trainer):
-    """A trainer of transformers that passes what it is called for on to the parts that it holds.
+    """A transformers Trainer that passes calls of its hooks on to the parts that it holds.
 
-    A trainer names it before the class of the library that it builds on.
+    A trainer inherits from it first, and then from the library's class that it builds on.
 
     Attributes:
         checkpoints: its checkpoints, complete or absent.
-        held_out: the sums of the evaluation that runs.
+        held_out: the sums of the evaluation under way.
         reference, monitor: of a trainer of pairs; None in SFT.
     """
 
@@ -40,10 +40,10 @@ class TandemTrainer(Trainer):
         raise NotImplementedError
 
     def save_beside(self, folder: Path) -> None:
-        """Write what a trainer of this kind goes on from besides weights, optimizer and counters; one process."""
+        """Write what a resumed run of this kind needs besides weights, optimizer and counters. By one process."""
 
     def renew_card(self) -> None:
-        """Write the model's card again where a checkpoint has brought one: a kill may have torn it."""
+        """Write the model's card again if a checkpoint has brought one, which a kill may have torn."""
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint:
@@ -51,7 +51,7 @@ class TandemTrainer(Trainer):
                 self.monitor.load(resume_from_checkpoint)
             self.restore_counters(self.checkpoints.resume(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
-        if self.args.should_save:  # a run that was killed after its last save has none before which to do so
+        if self.args.should_save:  # a run that was killed after its last save has no further save that does this
             self.checkpoints.remove_older()
         return result
 
@@ -62,8 +62,8 @@ class TandemTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
-        """The batches of the next step; none where a checkpoint of the last step is gone on from. transformers looks at
-        `max_steps` only after a step, and would train one too many."""
+        """The batches of the next step; none if the run resumes from a checkpoint of the last step. transformers looks
+        at `max_steps` only after a step, and would train one too many."""
         if self.checkpoints.nothing_left():
             return [], None
         samples: tuple[list[Any], Any] = super().get_batch_samples(*arguments, **keywords)

@@ -1,9 +1,9 @@
 """Micro-batches that stay within so many tokens (`--token_budget`): memory is not sized for the longest pairs.
 
-A batch of the data loader is forwarded and sent back in parts of as many pairs each, in as many on all processes. So
-every mean over pairs weighs each as before, also in TRL's metrics (those over tokens are the mean of the parts'), and
-sharded weights are gathered as often by each process. What the sampler gives, the steps and what is resumed stay the
-same.
+A batch of the data loader goes through forward and backward in parts. All parts have equally many pairs, and all
+processes equally many parts: so every mean over pairs weights each pair as before, also in TRL's metrics (those over
+tokens become the mean of the parts'), and all processes gather sharded weights equally often. The sampler's order, the
+steps and resuming do not change.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def forwarded(pair: Mapping[str, Any], max_length: int | None, layout: Layout) -
 
 @dataclass(frozen=True)
 class _Kept:
-    """Pairs that are not yet tensors, in what accelerate passes on as it is."""
+    """Pairs that are not tensors yet, in an object that accelerate passes on unchanged."""
 
     pairs: Sequence[dict[str, Any]]
 
@@ -54,7 +54,7 @@ class TokenBudget:
     """The budget of a DPO trainer.
 
     Args:
-        limit: tokens that a process forwards at a time; None: whatever the loader's batches have.
+        limit: tokens that a process forwards at a time; None: no limit.
     """
 
     def __init__(self, trainer: Any, limit: int | None) -> None:
@@ -68,7 +68,7 @@ class TokenBudget:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Within, the trainer makes a data loader of pairs that are not yet tensors."""
+        """Within the block, the trainer makes a data loader of pairs that are not tensors yet."""
         self._warn_of_long_pairs()
         trainer = self._trainer
         collate, trainer.data_collator = trainer.data_collator, self.collator()
@@ -78,7 +78,7 @@ class TokenBudget:
             trainer.data_collator = collate
 
     def collator(self) -> PairCollator:
-        """Of batches that `train` and `score` take."""
+        """The collator of the batches that `train` and `score` take."""
         collator: PairCollator = self._trainer.data_collator
         return collator if self._limit is None else _Keeping(**vars(collator))
 
@@ -121,7 +121,7 @@ class TokenBudget:
         return torch.stack(losses).sum()
 
     def as_padded(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What transformers counts the operations of: the loader's batch as it would be padded."""
+        """The batch for transformers' count of operations: the loader's, with the shape it has when padded."""
         if _EXAMPLES not in inputs:
             return inputs
         pairs, limit = inputs[_EXAMPLES].pairs, self._trainer.data_collator.max_length
@@ -144,7 +144,7 @@ class TokenBudget:
             )  # fmt: skip
 
     def _parts(self, pairs: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The pairs, by index, as they are forwarded together. Collective."""
+        """The parts of a batch, as indices of pairs that are forwarded together. Collective."""
         assert self._limit is not None
         collator, accelerator = self._trainer.data_collator, self._trainer.accelerator
         sizes: Ints = np.array([forwarded(pair, collator.max_length, collator.layout) for pair in pairs])
@@ -156,9 +156,9 @@ class TokenBudget:
         return evenly(sizes, count, padded=padded)
 
     def _gradients_stay(self, model: Any, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Where each process has the whole model, gradients are summed over the processes after the last part alone.
+        """With the whole model on each process, sum gradients over the processes only after the last part.
 
-        Not where it is sharded: what is not summed there is held whole.
+        Not with a sharded model: there, gradients that are not summed yet take the memory of the whole model.
         """
         accelerator = self._trainer.accelerator
         if last or not accelerator.sync_gradients or self._trainer.topology.engine != "ddp":

@@ -1,4 +1,4 @@
-"""What a training run shows and leaves behind besides the model."""
+"""Callbacks of a training run: the progress bar, the reaction to SIGTERM, early stopping."""
 
 import signal
 import threading

@@ -27,7 +27,7 @@ from tandem.runs import (
     write_manifest,
 )
 
-# What transformers reads with torch.load; it writes training_args.bin and never reads it
+# The files that transformers reads with torch.load; training_args.bin it only writes
 _PICKLES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
 
 _FEWEST_STEPS = 0.001  # by this transformers divides a loss where no step was made
@@ -59,13 +59,13 @@ def steps_done(checkpoint: str | Path) -> int:
 
 
 def _is_cut_off(checkpoint: Path) -> bool:
-    """Whether it is a checkpoint of Tandem that a kill has left without a manifest, half written or half removed."""
+    """Whether a kill has left this checkpoint of Tandem's without a manifest, half written or half removed."""
     names = {file.name for file in checkpoint.iterdir()}
     return MANIFEST not in names and (not names or bool(names & {RUN, COUNTERS}))
 
 
 def _is_evaluation(metric: str) -> bool:
-    """Whether it is the loss of held-out data, of one set or of several."""
+    """Whether a log's entry is the loss on held-out data, of the only set or of one of several."""
     return metric.startswith("eval_") and metric.endswith("_loss")
 
 
@@ -76,7 +76,7 @@ class CheckpointState:
     the trainer counts, and metrics not yet logged.
 
     Attributes:
-        before_removal: called before older checkpoints are removed, which a copy may still be made of.
+        before_removal: called before older checkpoints are removed: the mirror may still be copying them.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -86,7 +86,7 @@ class CheckpointState:
 
     @contextlib.contextmanager
     def completed(self, counters: dict[str, Any]) -> Iterator[None]:
-        """What transformers saves within becomes a complete checkpoint of the current step. Collective."""
+        """What transformers saves within the block becomes a complete checkpoint of the current step. Collective."""
         args = self._trainer.args
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._trainer.state.global_step}"
         if args.should_save:
@@ -112,13 +112,13 @@ class CheckpointState:
             self.remove_older()
 
     def resume(self, checkpoint: str) -> dict[str, Any]:
-        """Go on from `checkpoint`; its counters."""
+        """Note that the run resumes from `checkpoint`; returns the checkpoint's counters."""
         counters: dict[str, Any] = json.loads((Path(checkpoint) / COUNTERS).read_text())
         self._resumed_at = steps_done(checkpoint)
         return counters
 
     def remove_older(self) -> None:
-        """Remove checkpoints beyond `save_total_limit`, and what is left of those that a kill has cut off."""
+        """Remove checkpoints beyond `save_total_limit`, and what kills have left of others."""
         args = self._trainer.args
         found = checkpoints(args.output_dir)
         whole = [path for path in found if is_complete(path)]
@@ -132,13 +132,13 @@ class CheckpointState:
             discard(path)
 
     def nothing_left(self) -> bool:
-        """Whether the checkpoint that was gone on from is of the last step, and no step has been made since."""
+        """Whether the run resumed from a checkpoint of the last step, so that there is no step to make."""
         steps: int = self._trainer.state.global_step
         return steps == self._resumed_at and steps >= self._trainer.state.max_steps
 
     def end_again(self) -> None:
-        """At the end of an epoch that may have come before the checkpoint: save nothing again, nor evaluate what was
-        evaluated."""
+        """For the end of an epoch that ended before the checkpoint was saved: keep it from being saved or evaluated
+        again."""
         state, control = self._trainer.state, self._trainer.control
         control.should_save = False
         steps = [log["step"] for log in state.log_history if any(map(_is_evaluation, log))]
@@ -146,8 +146,8 @@ class CheckpointState:
 
 
 class LossSums:
-    """The sums that a TRL trainer on transformers 5 logs averages of, kept in checkpoints: a resumed run logs what one
-    that was never stopped logs."""
+    """The sums of which a TRL trainer on transformers 5 logs averages. Checkpoints keep them, so that a resumed run
+    logs the same numbers as one that was never stopped."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -170,7 +170,7 @@ class LossSums:
         self._resumed = counters["losses"]
 
     def bring_back(self) -> None:
-        """Before an epoch: put the sums where the checkpoint had them, once."""
+        """Called before an epoch: restore the sums of the checkpoint, once."""
         if self._resumed is None:
             return
         losses, self._resumed = self._resumed, None
@@ -181,8 +181,8 @@ class LossSums:
         trainer._globalstep_last_logged = losses["last_logged"]
 
     def finish(self) -> None:
-        """Before the end's log, for which transformers divides the sum over all steps by those since the resume, or by
-        a fraction where there was none: scale it so that the mean over all steps comes out."""
+        """Called before the last log, for which transformers divides the sum over all steps by the number of steps
+        since the resume (by a fraction if there were none): scale the sum, so that the mean over all steps results."""
         trainer = self._trainer
         steps = trainer.state.global_step - trainer._initial_global_step
         total = trainer._total_loss_scalar + trainer._tr_loss.item()

@@ -116,7 +116,7 @@ class DeferredMetrics:
 
     @contextlib.contextmanager
     def put_off(self) -> Iterator[None]:
-        """Within, what TRL gathers for its metrics is promised."""
+        """Within the block, TRL's gathers for its metrics return promises."""
         trainer = self._trainer
         accelerator, counted = trainer.accelerator, trainer._total_train_tokens
         trainer.accelerator, trainer._total_train_tokens = self._gather, 0

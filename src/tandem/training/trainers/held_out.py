@@ -45,7 +45,7 @@ def _widest(device: torch.device) -> torch.dtype:
 
 
 def own_rows(accelerator: Accelerator, batch_size: int, rows: int, tp_size: int = 1) -> int:
-    """How many of this process's rows, counted from the first, are not copies that fill up the last batches.
+    """How many of this process's rows, from the first on, are not copies that fill up the last batches.
 
     Args:
         batch_size: rows of a full batch on one process.
@@ -75,7 +75,7 @@ class _Alone:
 
 
 class HeldOut:
-    """A trainer's evaluation: means over rows of what is added for each batch, `loss` among it."""
+    """A trainer's evaluation: means over rows of the values that are added for each batch, `loss` among them."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -96,12 +96,12 @@ class HeldOut:
         return {f"{prefix}_{name}": mean for name, mean in means.items()}
 
     def is_own(self, per_row: torch.Tensor) -> torch.Tensor:
-        """(rows,) float32 beside the rows of a batch: 0 for those that another process has too."""
+        """(rows,) float32, a weight for each row of a batch: 0 for rows that another process has too, else 1."""
         rows = len(per_row)
         return (torch.arange(rows, device=per_row.device) < self._own(rows)).float()
 
     def once(self, inputs: dict[str, Any], rows: "Rows", tp_size: int) -> "Counted":
-        """A batch without the rows that another process has too, and what the means over it weigh.
+        """A batch without the rows that another process has too, and the weights of the means over it.
 
         Args:
             tp_size: see `own_rows`.
@@ -114,14 +114,14 @@ class HeldOut:
         return Counted(inputs, *rows.weights(inputs), counts=own > 0)
 
     def add_trls(self, loss: torch.Tensor, metrics: dict[str, list[Any]], batch: "Counted") -> None:
-        """Add the loss of a batch, and what TRL has appended to its `metrics` on it, which is taken away there."""
+        """Add the loss of a batch, and the values that TRL has appended to `metrics` for it, which are removed."""
         found = {name: metrics.pop(name)[-1] for name in list(metrics) if name != "num_tokens"}
         for name, value in {"loss": loss, **found}.items():
             self._means.add(name, value, batch.weights.get(name, batch.others) * int(batch.counts))
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, the trainer's accelerator gathers nothing."""
+        """Within the block, the trainer's accelerator gathers nothing."""
         accelerator = self._trainer.accelerator
         self._trainer.accelerator = _Alone(accelerator)
         try:
@@ -139,9 +139,9 @@ class Counted:
 
     Attributes:
         inputs: what is forwarded.
-        weights: how many each of its metrics is a mean over, by name.
-        others: how many all other metrics are.
-        counts: False where all of its rows are another process's.
+        weights: by the name of a metric, how many values it is a mean over.
+        others: the same for all other metrics.
+        counts: False if all of its rows are another process's.
     """
 
     inputs: dict[str, Any]

@@ -40,9 +40,9 @@ class OnTRL(TandemTrainer):
         undealt: see `EvenDealing`.
 
     Attributes:
-        unit: what it trains on, as the start table says it.
+        unit: what it trains on, as the start table calls it.
         rows: how its batches are made.
-        topology: what the run is, from the moment on that its accelerator is there.
+        topology: what the run consists of; set once there is an accelerator.
     """
 
     unit: ClassVar[str]
@@ -67,7 +67,7 @@ class OnTRL(TandemTrainer):
         raise NotImplementedError
 
     def table_rows(self) -> dict[str, str]:
-        """Rows of the start table that this trainer has beside those of `Topology.table`."""
+        """Rows of the start table besides those of `Topology.table`."""
         return self.dealing.table_row()
 
     def counters(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class OnTRL(TandemTrainer):
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a folder that anything loads; of sharded weights, too, of which transformers writes nothing.
+        """Save a folder that any program can load, of sharded weights too, of which transformers writes none.
 
         A checkpoint (`_internal_call`) keeps its shards beside it and gets what makes a model of them (`merge_shards`).
         """

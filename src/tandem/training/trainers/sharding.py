@@ -28,7 +28,7 @@ from tandem.training.trainers.reference_scorer import Logps, ReferenceScorer
 
 
 class ShardedScorer(ReferenceScorer):
-    """Of a reference that is forwarded as the launch shards it, and within the trainer's token budget."""
+    """Scores a reference that is sharded as the launch asks for, within the trainer's token budget."""
 
     _engine: Any = None
     """DeepSpeed's, of the policy: made for the training pairs, and used for the held-out ones too."""
@@ -62,7 +62,7 @@ class ShardedScorer(ReferenceScorer):
 
 
 def shard_by_layer(accelerator: Accelerator, model: Any) -> None:
-    """Have FSDP shard `model` a layer a unit, where the launch names no other units, and sum gradients exactly."""
+    """Have FSDP shard `model` with a unit for each layer, unless the launch names others, and sum gradients exactly."""
     plugin = accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy = exact_sums(plugin.mixed_precision_policy)
     if plugin.transformer_cls_names_to_wrap is None:
@@ -76,7 +76,7 @@ def saves_shards(accelerator: Accelerator) -> bool:
 
 
 def trained(model: Any) -> str:
-    """How many of the parameters are trained; of an adapter also which layers have one, by the ends of their names."""
+    """How many parameters are trained; with an adapter, also which layers have one, by the ends of their names."""
     count = dict.fromkeys((True, False), 0)
     for parameter in model.parameters():
         count[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
@@ -98,7 +98,7 @@ def trained(model: Any) -> str:
 
 
 def learning_rate(args: Any) -> str:
-    """The peak, and how it comes and goes."""
+    """The peak learning rate and the schedule, in words."""
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     if not args.warmup_steps:
         return f"{args.learning_rate:g}, {name}"
