@@ -93,7 +93,6 @@ def test_a_flat_recipe(tmp_path: Path):
     result = converted(tmp_path, FLAT)
     assert result.values == {
         "model_name_or_path": "owner/sft",
-        "dtype": "bfloat16",
         "dataset_name": "owner/pairs",
         "dataset_num_proc": 8,
         "warmup_steps": 0.1,
@@ -103,7 +102,7 @@ def test_a_flat_recipe(tmp_path: Path):
         "output_dir": "data/out",
         "report_to": ["tensorboard"],
     }
-    assert [key.split(":")[0] for key in result.open] == ["push_to_hub", "hub_model_id"]
+    assert [key.split(":")[0] for key in result.open] == ["push_to_hub", "hub_model_id", "dtype"]
     lines = result.text.splitlines()
     assert "warmup_steps: 0.1  # warmup_ratio: below 1 it is a share of all steps" in lines
     assert any(line.startswith("# NOT TAKEN  push_to_hub: 'true'  (upload the finished model") for line in lines)
@@ -152,12 +151,11 @@ def test_a_flat_recipe(tmp_path: Path):
             {
                 "run_name": "first",
                 "model_name_or_path": "owner/model",
-                "dtype": "bfloat16",
                 "learning_rate": 1e-6,
                 "per_device_train_batch_size": 1,
                 "warmup_steps": 20.0,
             },
-            ["logging_dir", "actor_train.strategy_args"],
+            ["logging_dir", "actor_train.strategy_args", "dtype"],
         ),
     ],
     ids=["sections", "more sections", "nested"],

@@ -12,7 +12,7 @@ RECIPES = FLAT | SECTIONED
 # What no config of a training can hold; the line names what to use
 NAMED = {
     "hub_model_id", "push_to_hub", "hub_private_repo", "overwrite_output_dir", "margin_plot", "strategy_args",
-    "logging_dir",
+    "logging_dir", "dtype",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import yaml
 from tandem.errors import UserError, one_line
 from tandem.options.fields import REQUIRED, Option, opt
 from tandem.options.migration import COUNTERPARTS
+from tandem.options.model import is_adapter
 from tandem.options.parsing import convert
 from tandem.options.rules import Options
 from tandem.options.yaml_text import read_yaml
@@ -170,7 +171,7 @@ def convert_recipe(recipe: str | Path, known: Mapping[str, Option]) -> Converted
     if trackers and "report_to" not in values:
         values["report_to"] = trackers
         lines.append(_line("report_to", trackers))
-    return Converted("\n".join(lines) + "\n", values, left)
+    return _held_in_float32(Converted("\n".join(lines) + "\n", values, left))
 
 
 _NOT_NEEDED = "(not needed: "
@@ -191,6 +192,23 @@ def without_idle(converted: Converted, faults: Callable[[dict[str, Any]], list[s
         del values[name]
         text = [f"# NO EFFECT  {line}  ({told})" if line.startswith(f"{name}: ") else line for line in text]
     return Converted("\n".join(text) + "\n", values, converted.open)
+
+
+_HALF = ("bfloat16", "float16")
+
+
+def _held_in_float32(converted: Converted) -> Converted:
+    """The recipe without a `dtype` of half precision where all weights are trained: a run would refuse it, since their
+    updates would be lost in rounding."""
+    values = dict(converted.values)
+    trains_adapter = values.get("use_peft") or is_adapter(str(values.get("model_name_or_path")))
+    if values.get("dtype") not in _HALF or trains_adapter:
+        return converted
+    dtype = values.pop("dtype")
+    told = "all weights are trained, and held in float32; bf16 computes in bfloat16"
+    lines = converted.text.splitlines()
+    lines = [f"# NOT TAKEN  {line}  ({told})" if line.startswith("dtype: ") else line for line in lines]
+    return Converted("\n".join(lines) + "\n", values, [*converted.open, f"dtype: {dtype}: {told}"])
 
 
 def _counterpart(key: str, value: Any, known: Mapping[str, Option]) -> tuple[str | None, str]:
