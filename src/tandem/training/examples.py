@@ -1,4 +1,4 @@
-"""Rows as SFT trains them: token ids, which of them count in the loss, and several examples in one row."""
+"""Examples for SFT: token ids, the labels that say which of them count in the loss, and packing."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _ENDLESS, _LOST = "endless", "lost"
 
 Example = dict[str, list[int]]
-"""`input_ids`, and `labels`, which are `IGNORED_LABEL` at what is not trained."""
+"""`input_ids`, and `labels`, which are `IGNORED_LABEL` at tokens that do not count in the loss."""
 
 
 class ExampleMaker:
-    """See `data.prepare.Maker`. Examples of at most `max_length` tokens; one of which nothing would be trained is left
+    """A `data.prepare.Maker` of examples of at most `max_length` tokens. Those without a token in the loss are left
     out."""
 
     what = "example"
@@ -84,7 +84,7 @@ def _example(row: Row, tokenizer: "PreTrainedTokenizerBase", run: SFTOptionSet, 
 
 
 def _whole(row: Row, tokenizer: "PreTrainedTokenizerBase", unrendered: set[str]) -> list[int]:
-    """A whole conversation as the template renders it; one of plain text gets its end-of-sequence token."""
+    """A whole conversation as the template renders it; plain text gets an end-of-sequence token."""
     if isinstance(row["prompt"], str):
         return list(tokenizer(closed(row["prompt"] + row["chosen"], tokenizer))["input_ids"])
     text = templated(row["prompt"] + row["chosen"], tokenizer, keywords_of(row))
@@ -94,15 +94,15 @@ def _whole(row: Row, tokenizer: "PreTrainedTokenizerBase", unrendered: set[str])
 
 
 def packed(examples: Dataset, run: SFTOptionSet) -> Dataset:
-    """Training examples as the run has them in rows: one each, or with `packing` as many as `max_length` holds.
+    """The rows of a run: an example each, or with `packing` as many as `max_length` holds.
 
-    Rows of several have `seq_lengths`. They are filled best fit first, longest first, by TRL's function (Fewer
-    Truncations Improve Language Modeling, arXiv 2404.10830, section 3). The collator takes them apart again, and the
-    engine forwards them side by side: no example sees another.
+    Packed rows have `seq_lengths`. TRL's function fills them by best fit, in order of decreasing length (Fewer
+    Truncations Improve Language Modeling, arXiv 2404.10830, section 3). The collator separates the examples again, and
+    the engine forwards them side by side: no example attends to another.
     """
     if not run.train.packing:
         return examples
-    from trl import pack_dataset  # which Gaudi's TRL has not
+    from trl import pack_dataset  # not in Gaudi's TRL
 
     columns = examples.select_columns(["input_ids", "labels"])
     return pack_dataset(columns, run.text.limit, run.train.packing_strategy)

@@ -42,13 +42,13 @@ _HEAP_ALL, _HEAP_LORA = 1.27, 1.5
 # Layers of the two models whose steps are timed
 PROBED_LAYERS = (1, 5)
 _PROBE_REPEATS = 3
-# Of tensors without values, over what takes some; of torch's own exceptions all that matter are of these kinds
+# What a step raises that needs the values of fake tensors: torch's exceptions for it are all of these kinds
 _WITHOUT_VALUES = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, IndexError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Memory in bytes at the moment of the training step that needs most, on one device."""
+    """Memory in bytes, by part, on one device, at the moment of the run at which most is in use."""
 
     weights: int
     reference: int
@@ -82,12 +82,12 @@ def plan_run(run: SFTOptionSet | DPOOptionSet, options: PlanOptions) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One run's figures; changed copies of it are the candidates where it does not fit.
+    """One run's figures. If the run does not fit, changed copies of it are tried.
 
     Attributes:
         data: the tokenized pairs that it trains on.
         libraries: bytes of everything that is not tensors.
-        layouts: by the layout asked for, what the run will take; found once for all candidates.
+        layouts: by the layout asked for, the one that the run will take; shared by all copies.
     """
 
     run: SFTOptionSet | DPOOptionSet
@@ -97,7 +97,7 @@ class Plan:
     layouts: dict[Layout, LayoutReport] = dataclasses.field(default_factory=dict)
 
     def changed(self, options: dict[str, Any]) -> Self:
-        """The same with other values of these options."""
+        """A copy with other values of these options."""
         parts = {
             name: dataclasses.replace(part, **{key: value for key, value in options.items() if hasattr(part, key)})
             for name, part in self.run._asdict().items()
@@ -136,7 +136,7 @@ class Plan:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether activations are made anew, as far as the model can."""
+        """Whether activations are recomputed in the backward pass, if the model can do that."""
         return self.run.train.gradient_checkpointing is not False
 
     @property
@@ -156,15 +156,15 @@ class Plan:
     def peak(self) -> Peak:
         """Peak memory of the run on one device."""
         peak = max(map(self.on_device, self.usages()), key=lambda peak: peak.total)
-        if self.checkpoints and self.hardware.device == "cpu":  # what is dropped has made its holes all the same
+        if self.checkpoints and self.hardware.device == "cpu":  # dropped activations leave holes in the heap, too
             return dataclasses.replace(peak, allocator=self.changed({"gradient_checkpointing": False}).peak.allocator)
         return peak
 
     def usages(self) -> list[Usage]:
-        """Of the moments that may need most.
+        """Bytes in use at each of the moments that may need most.
 
         Raises:
-            UserError: a model that cannot be forwarded without its values, and is too large to be given some.
+            UserError: the model's forward needs values, and the model is too large to give it random ones.
         """
         try:
             return self.moments(self.rehearse(self.model))
@@ -194,23 +194,23 @@ class Plan:
         return usages
 
     def reference_usage(self, step: Rehearsal) -> Usage:
-        """Of the pass that scores the reference before training."""
+        """Bytes in use at the peak of the pass that scores the reference before training."""
         usage = step.count_forward(self.schedule.largest_reference())
         if isinstance(self.run, DPOOptionSet) and self.run.dpo.reference_model:  # counted as large as the policy
             usage["reference"] = usage["weights"]
         return usage
 
     def on_device(self, usage: Usage) -> Peak:
-        """The share of one device in a usage that was counted for one device alone."""
+        """What each of the run's devices needs, from the usage of a run on a single one."""
 
         def share(part: str) -> int:
             kind = "weights" if part == "reference" else part
             size = usage[part] - (self.saved_by_4_bits if part == "weights" else 0)
-            whole = _in_4_bits(self) if part == "weights" else 0  # which nothing shards
+            whole = _in_4_bits(self) if part == "weights" else 0  # 4-bit weights are never sharded
             return whole + (size - whole) // (self.hardware.processes if kind in self.hardware.sharded else 1)
 
         activations = usage["activations"]
-        if "weights" in self.hardware.sharded:  # two layers are whole while one is computed
+        if "weights" in self.hardware.sharded:  # the layer that is computed and the next one are gathered
             blocks = max((size(each) for each in self.model.modules() if isinstance(each, nn.ModuleList)), default=0)
             activations += 2 * blocks // foreseen.depth(self.model.config)
         return Peak(
@@ -226,7 +226,7 @@ class Plan:
 
     @property
     def heap(self) -> float:
-        """Memory that the allocator holds for activations, over their size."""
+        """The ratio of the memory that the allocator holds for activations to their size."""
         if self.hardware.device != "cpu":
             return cuda_memory.FRAGMENTATION
         return _HEAP_LORA if self.trains_adapter else _HEAP_ALL
@@ -328,8 +328,8 @@ class Plan:
 
 
 def moments_by_values(plan: Plan) -> list[Usage]:
-    """`moments` on random numbers: of the whole model, or of few layers where that is too large, the others taken
-    to need as much as those between."""
+    """`moments` on random numbers, of the whole model if it is small enough. Else it is extrapolated to all layers from
+    two models of few layers."""
     models = [plan.build()]
     if size(models[0]) * 4 > foreseen.LIMIT:
         config = foreseen.config_of(plan.run.model)
@@ -354,13 +354,13 @@ def _syncs_reference(run: SFTOptionSet | DPOOptionSet) -> bool:
 
 
 def size(model: nn.Module, *, trained: bool = False) -> int:
-    """Bytes of the parameters, or of those that are trained alone."""
+    """Bytes of the parameters; with `trained`, only of those that are trained."""
     parameters = [each for each in model.parameters() if each.requires_grad or not trained]
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def kernels(plan: Plan) -> int:
-    """Bytes that CUDA's kernels take for the largest batch and the CPU's do not; see `cuda_memory`."""
+    """Bytes that CUDA's kernels take for the largest batch and the CPU's kernels do not; see `cuda_memory`."""
     if plan.hardware.device != "cuda":
         return 0
     computed = plan.rehearse(plan.model).autocast or plan.model.dtype
@@ -375,7 +375,7 @@ def _in_4_bits(plan: Plan) -> int:
 
 
 def _quantized(plan: Plan) -> list[torch.Tensor]:
-    """The weights that are held in 4 bits: of the linear layers, but for the head."""
+    """The weights that are held in 4 bits: those of the linear layers except the output head."""
     if not plan.run.lora.load_in_4bit:
         return []
     head = plan.model.get_output_embeddings().weight

@@ -1,6 +1,7 @@
 """A training step without the model's weights: on fake tensors to count memory, or on random ones to measure time.
 
-Fake tensors have shapes, dtypes and lifetimes, but no values. Each storage that a step makes is counted while it lives.
+Fake tensors have shapes, dtypes and lifetimes, but no values. Each storage that a step allocates is counted until it is
+freed.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ Usage = Counter[str]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One batch: the arguments of the fused forward, and the engine's layout where it has one."""
+    """One batch: the arguments of the fused forward, and the engine's layout unless it is `padded`."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -57,7 +58,7 @@ class Batch:
         return cls(input_ids, mask, labels, plan)
 
     def log_probs(self, model: Any) -> Tensor:
-        """Their sum, from `foreseen.build`'s model."""
+        """() the sum of the batch's log-probs in nats, by `foreseen.build`'s model."""
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         if self.plan is not None:
             output = forward_laid_out(base, self.plan, self.input_ids, self.labels, OUTPUTS)
@@ -73,11 +74,11 @@ class Rehearsal:
     """Steps of one model.
 
     Attributes:
-        model: `foreseen.build`'s. Its tensors are replaced by those of the last rehearsal.
+        model: made by `foreseen.build`. Each rehearsal replaces its tensors.
         train: options of the optimizer.
         autocast: the type that the forward is cast to, or None.
         dropout: whether the model's dropout is on.
-        values: whether its tensors hold random numbers, on the CPU: for a model that decides by values what it does.
+        values: whether its tensors hold random numbers, on the CPU: for a model whose control flow depends on values.
     """
 
     model: Any
@@ -114,7 +115,7 @@ class Rehearsal:
         return storages.at_peak
 
     def time(self, batch: Batch, device: torch.device, repeats: int) -> tuple[float, float]:
-        """Seconds of an optimizer step on one micro-batch, and of a forward without gradient: the fastest of each."""
+        """Seconds of an optimizer step on one micro-batch and of a forward without gradients: the minimum of each."""
         step = self._step(functools.partial(random_like, device=device))
         batch = _mapped(batch, lambda tensor: tensor.to(device))
         return _timed(functools.partial(step.whole, batch), device, repeats), _timed(
@@ -123,7 +124,7 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _counted(self, batch: Batch) -> Iterator[tuple["_Step", Batch, "Storages"]]:
-        """A step on fake tensors, its batch as such, and the count of what lives."""
+        """A step on fake tensors, the batch as fake tensors, and the count of live storages."""
         if self.values:
             step = self._step(functools.partial(random_like, device=torch.device("cpu")))
             with (storages := Storages(step.model)):
@@ -179,7 +180,7 @@ class _Step:
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages while they live."""
+    """Counts the bytes of all storages that are not freed yet."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class Storages(TorchDispatchMode):
         self.mark(list(model.parameters()), "weights")
 
     def mark(self, tensors: list[Any], part: str) -> None:
-        """Count what lives under another name from now on."""
+        """From now on, count these tensors' storages as `part`."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self.add(tensor)
@@ -199,7 +200,7 @@ class Storages(TorchDispatchMode):
                 self.live[part] += size
 
     def forget_peak(self) -> None:
-        """Begin anew at what lives now."""
+        """Restart the peak from the bytes in use now."""
         self.at_peak = self.live.copy()
 
     def add(self, tensor: Tensor) -> None:
@@ -228,8 +229,10 @@ class Storages(TorchDispatchMode):
 
 
 def _grouped_product(left: Tensor, right: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """What torch's grouped product (experts' matrices, each times its own tokens) makes, without values: of fake
-    tensors it takes bfloat16 alone, where its kernels take float32 too."""
+    """The result of torch's grouped product (each expert's matrix times its own tokens), without values.
+
+    torch's own rule for fake tensors takes only bfloat16, although its kernels take float32 too.
+    """
     dtype = out_dtype or left.dtype
     if left.dim() == right.dim() == 2:  # the tokens are summed over: a matrix for each expert
         return left.new_empty(len(offs), left.shape[0], right.shape[1], dtype=dtype)
@@ -239,26 +242,26 @@ def _grouped_product(left: Tensor, right: Tensor, offs: Any = None, bias: Any = 
 
 
 def optimizer_of(train: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """One of the model's trained parameters, with the state of `train.optim`."""
+    """An optimizer of the model's trained parameters whose state takes as much memory as that of `train.optim`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if train.optim == "sgd":
         return torch.optim.SGD(trained, lr=1e-6)
     if train.optim == "adafactor":
         return Adafactor(trained, lr=1e-6, scale_parameter=False, relative_step=False)
     if "8bit" in train.optim:
-        # As transformers' trainer has it, and bitsandbytes below 4096 numbers
+        # transformers' trainer keeps moments of embeddings in float32, and bitsandbytes those of fewer than 4096
         embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
         return _EightBitState(trained, {own for own in trained if own in embeddings or own.numel() < 4096})
     return torch.optim.AdamW(trained, lr=1e-6)
 
 
 class _EightBitState(torch.optim.SGD):
-    """What bitsandbytes' AdamW of 8 bits keeps; its kernels take no fake tensors, so the update is SGD's.
+    """SGD with state of the size of bitsandbytes' 8-bit AdamW, whose kernels take no fake tensors.
 
-    Two moments of a byte a number, with a float32 factor for each block of 256 (arXiv 2110.02861, section 2.1).
+    Two moments of one byte per number, with a float32 factor for each block of 256 (arXiv 2110.02861, section 2.1).
 
     Args:
-        parameters: what is trained.
+        parameters: the trained parameters.
         exact: those of them whose moments are float32.
     """
 
@@ -303,14 +306,14 @@ def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 def random_like(tensor: Tensor, device: torch.device) -> Tensor:
-    """Small random numbers of the shape and dtype of `tensor` on `device`; zeros where it holds whole numbers."""
+    """Small random numbers of the shape and dtype of `tensor` on `device`; zeros for an integer dtype."""
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
     return torch.randn(tensor.shape, dtype=tensor.dtype, device=device) * 0.02
 
 
 def _mapped(holder: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a dataclass with `function` of every tensor in it."""
+    """A copy of a dataclass with `function` applied to every tensor in it."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -323,7 +326,7 @@ def _mapped(holder: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _timed(function: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest call, after one that warms up."""
+    """Seconds of the fastest call, after a warm-up call."""
     function()
     seconds = []
     for _ in range(repeats):

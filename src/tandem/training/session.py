@@ -1,4 +1,4 @@
-"""One training run in its output folder: where it goes on, what it leaves, and when it counts as done."""
+"""One training run in its output folder: from where it resumes, what it leaves, and when it counts as done."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ GOING_AWAY = 10.0  # seconds for which a killed process may still hold its folde
 
 @contextlib.contextmanager
 def added_callbacks(*callbacks: TrainerCallback) -> Iterator[None]:
-    """Within, runs also call `callbacks`, by which what surrounds them (Ray) follows their progress."""
+    """Within the block, runs also call `callbacks`: the program around them (Ray) follows their progress by these."""
     token = _ADDED_CALLBACKS.set(callbacks)
     try:
         yield
@@ -82,13 +82,13 @@ class Session:
     """One training run in its output folder.
 
     Attributes:
-        own: what the run has set for its whole process, to be undone at its end.
-        processes: what `Builders.start_processes` gave, which is needed as long as models are loaded.
+        own: holds what the run has set for its whole process and its end undoes.
+        processes: the result of `Builders.start_processes`, which must exist while models are loaded.
 
     Args:
         options: all of the run's, `train` among them.
         before: the settings of the run that is in the folder, None if there is none.
-        mirror: of rank 0, where the run has one.
+        mirror: on rank 0, if the run has one.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Session:
         trainer.end()
 
     def _checkpoint(self) -> str | None:
-        """The checkpoint to go on from. Those that follow it are put aside: this run will make its own.
+        """The checkpoint to resume from. Checkpoints of later steps are put aside: this run will make its own.
 
         Raises:
             UserError: one named by the user that is damaged, or one that hides code.
@@ -230,7 +230,7 @@ class Session:
         if not is_adapter(str(self.folder)):  # an adapter gets them when it is merged
             carry(self.config["model_name_or_path"], self.config["model_revision"], self.folder)
         write_json(self.folder / "training_metrics.json", {"train": metrics, "log_history": trainer.state.log_history})
-        for name in (CARD, TRAINING_ARGS_NAME):  # which are not of the model, but should not be lost either
+        for name in (CARD, TRAINING_ARGS_NAME):  # not part of the model, but a crash should not lose them either
             if (self.folder / name).exists():
                 sync(self.folder / name)
         write_manifest(self.folder, [*model_files(self.folder), self.folder / RUN])
@@ -239,11 +239,11 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> Iterator[Session | None]:
-    """Open `output_dir`; None where an earlier run with the same settings has finished there, or in its mirror.
+    """Open `output_dir`; None if an earlier run with the same settings has finished there, or in its mirror.
 
     Raises:
         UserError: the folder or its mirror holds a run with other settings, which this one would overwrite or resume
-            wrongly; another run is going on there; or it cannot be written, at its start or later.
+            wrongly; another process is training there; or it cannot be written, at its start or later.
     """
     end_with_launcher()
     folder = Path(train.output_dir)
@@ -278,7 +278,7 @@ def open_session(train: TrainOptions, options: tuple[Any, ...], unit: str) -> It
             if changed:
                 logger.warning("resuming with changed settings: %s", "; ".join(changed))
         own.enter_context(_quiet_libraries())
-        own.callback(forget_told)  # a later run has its own to tell
+        own.callback(forget_told)  # a later run in this process tells everything again
         yield Session(train, unit, options, before, mirror, own)
 
 
@@ -298,8 +298,8 @@ def _quiet_libraries() -> Iterator[None]:
 def _found(
     train: TrainOptions, options: tuple[Any, ...], mirror: Mirror | None
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The settings of the run in `output_dir`, or its mirror, that this one goes on with (None: there is none), and the
-    changes since then that are allowed.
+    """The settings of the run in `output_dir` or its mirror that is resumed (None: there is none), and the allowed
+    changes since then.
 
     Raises:
         UserError: there is a run with other settings, or a finished model that would be trained over.
@@ -319,7 +319,7 @@ def _found(
     if is_complete(folder) or checkpoints(folder) or (mirror and mirror.holds_more()):
         changed = check_changes(before, settings, train)
     elif before and changes(before, settings):
-        before, changed = None, []  # it has left nothing to go on from, and this is another run
+        before, changed = None, []  # that run has left nothing to resume from, so this is a new one
     else:
         changed = []
     _refuse_to_train_over(folder, before, changed)
@@ -342,7 +342,7 @@ def _refuse_to_train_over(folder: Path, before: dict[str, Any] | None, changed: 
 
 
 def _ids(folder: Path) -> set[str]:
-    """The run in `folder`, and those that have started over there."""
+    """The ids of the run in `folder` and of those that it has replaced."""
     try:
         run = json.loads((folder / RUN).read_text())
         return {run["id"], *run.get("replaced", [])}

@@ -107,7 +107,7 @@ def fill_reference_cache(run: DPOOptionSet, *, part: int, parts: int) -> None:
     }
     if "train_dataset" not in splits:
         return
-    # Building a trainer scores what its cache lacks
+    # Building the trainer is enough: that scores the pairs that the cache lacks
     with tempfile.TemporaryDirectory() as folder:
         builders.dpo_trainer(
             Build(
@@ -138,10 +138,10 @@ def _reference(model: ModelOptions, dpo: DPOOptions, tp_size: int) -> Any:
 def _policy(
     run: SFTOptionSet | DPOOptionSet, held: ModelOptions, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]
 ) -> Any:
-    """What is trained, held as `held` says.
+    """The model that is trained, in the dtype that `held` names.
 
     Raises:
-        UserError: it does not fit the tokens of `splits`, or the adapter that is asked for.
+        UserError: the model does not fit the tokens of `splits` or the adapter that is asked for.
     """
     if held != run.model:
         logger.info("--dtype auto: held in %s, not in the stored type, since all weights are trained", held.dtype)
@@ -181,7 +181,7 @@ def trainable(model: ModelOptions, lora: LoraOptions, tp_size: int) -> Any:
 
 
 def _settle_checkpointing(train: TrainOptions, arguments: dict[str, Any], policy: Any) -> None:
-    """Leave activations as they are where the model has no way to make them anew, and nobody asked for it."""
+    """Keep activations if the model cannot recompute them and recomputing is only the default."""
     can = check_checkpointing(train.gradient_checkpointing, policy)
     if arguments["gradient_checkpointing"] and not can:
         logger.info("%s keeps its activations: it has no gradient checkpointing", type(policy).__name__)

@@ -73,7 +73,7 @@ class _OnGaudi(TandemTrainer):
         return completion_logps(logits, ids, completion_mask)
 
     def get_batch_samples_transformers(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
-        """transformers' `get_batch_samples`, by the name that optimum-habana calls it by."""
+        """transformers' `get_batch_samples`, under the name that optimum-habana calls."""
         if self.checkpoints.nothing_left():
             return [], None
         samples: tuple[list[Any], Any] = super().get_batch_samples_transformers(*arguments, **keywords)
@@ -94,13 +94,13 @@ class _OnGaudi(TandemTrainer):
         super()._save(output_dir, state_dict)
         file = Path(output_dir or self.args.output_dir) / CONFIG_NAME
         if file.exists():
-            # It names Intel's class, which only this environment knows: other loaders, as vLLM, go by that name
+            # It names optimum-habana's class, which other loaders that go by this name (vLLM) do not know
             config = json.loads(file.read_text())
             config["architectures"] = [name.removeprefix("Gaudi") for name in config["architectures"]]
             write_json(file, config)
 
     def end(self) -> None:
-        """Finish the trackers and destroy the process group, as transformers 5 has it."""
+        """Finish the trackers and destroy the process group, as transformers 5 does."""
         self.accelerator.end_training()
 
 
@@ -119,8 +119,8 @@ class TandemGaudiDPOTrainer(_OnGaudi, GaudiDPOTrainer):
     """optimum-habana's GaudiDPOTrainer on tokenized pairs with their `pair_id`, with TRL 1.16's numbers.
 
     The losses are those of TRL 0.9.6, which it calls. Against the stock class: accumulation is a mean over its
-    micro-batches; the reference is that of the cache; attention flags reach the model; a batch that is not full is
-    filled with copies that weigh nothing; metrics are means over all ranks, read when they are logged.
+    micro-batches; the reference's log-probs come from the cache; attention flags reach the model; an incomplete batch
+    is filled up with copies of weight 0; metrics are means over all ranks, read when they are logged.
     """
 
     reference: ReferenceScorer
@@ -199,8 +199,8 @@ class TandemGaudiDPOTrainer(_OnGaudi, GaudiDPOTrainer):
     def _loss_and_metrics(
         self, chosen: torch.Tensor, rejected: torch.Tensor, batch: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
-        """Means over the batch's pairs, those that only fill it up left out; () each, on the device. And the rewards,
-        (B,) each, where they are not β times the log-ratios."""
+        """The loss and the metrics, () each, on the device: means over the batch's pairs without those that fill it up.
+        And the rewards, (B,) each, if they are not β times the log-ratios."""
         references = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         weights = batch["pair_weights"] / batch["pair_weights"].sum()
         lengths = batch["completion_mask"].sum(1).clamp(min=1).chunk(2)
@@ -231,10 +231,10 @@ class TandemGaudiDPOTrainer(_OnGaudi, GaudiDPOTrainer):
         return loss, means, None if first.rewards is None else (chosen_rewards, rejected_rewards)
 
     def _losses(self, pairs: Pairs, references: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """(B,) weighted sum of the run's losses, each pair's."""
+        """(B,) each pair's weighted sum of the run's losses."""
         logps = (pairs.chosen_logps, pairs.rejected_logps, *references)
         lengths = [pairs.chosen_lengths, pairs.rejected_lengths]
-        # IPO is in means over tokens, in TRL of every version, as its authors confirmed to TRL's
+        # IPO takes means over tokens, in every version of TRL, which IPO's authors have confirmed
         means = [values / length for values, length in zip(logps, [*lengths, *lengths], strict=True)]
         total = torch.zeros_like(pairs.chosen_logps)
         for loss, weight in self._dpo.losses:
@@ -246,7 +246,7 @@ class TandemGaudiDPOTrainer(_OnGaudi, GaudiDPOTrainer):
         return total
 
     def _averages(self, kind: str) -> dict[str, float]:
-        """Means of the metrics stored since the log before, over all ranks. Collective; waits for the device."""
+        """Means of the metrics stored since the last log, over all ranks. Collective; waits for the device."""
         stored = self._stored_metrics.pop(kind, {})
         if not stored:
             return {}
@@ -339,8 +339,8 @@ class TandemGaudiSFTTrainer(_OnGaudi, GaudiSFTTrainer):
 
 
 def start_processes(arguments: Mapping[str, Any]) -> None:
-    """See `build.Builders`: optimum-habana's arguments do it when a trainer is built, and each card loads the whole
-    model. The seed is set here because an adapter starts at random, and is made before the stock class sets it."""
+    """See `build.Builders`. Only the seed is set here: an adapter starts at random, and is made before the stock class
+    sets the seed. optimum-habana's arguments connect the processes, which is early enough: each loads a whole model."""
     set_seed(arguments["seed"])
 
 
@@ -367,7 +367,7 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemGaudiDPOTrainer:
         raise UserError("--token_budget is not there on Gaudi, where all batches have one shape")
     refuse_columns([name for pairs in build.splits.values() for name in pairs.column_names])
     logger.info("Gaudi: layout padded, every row %d tokens long, whatever --layout says", max_length)
-    # A graph recorded with the adapter on could be replayed for the reference
+    # No graphs if the reference is the policy without its adapter: a graph with the adapter could be replayed for it
     shared = build.reference is None and (run.lora.use_peft or isinstance(build.policy, PeftModel))
     return TandemGaudiDPOTrainer(
         model=build.policy,
@@ -391,7 +391,7 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemGaudiDPOTrainer:
 
 
 def _on_either(build: Build[Any]) -> dict[str, Any]:
-    """What SFT's and DPO's trainers are given alike."""
+    """Arguments that SFT's and DPO's trainers have in common."""
     return {
         "gaudi_config": GaudiConfig(**gaudi_config(build.arguments)),
         "tokenizer": build.tokenizer,

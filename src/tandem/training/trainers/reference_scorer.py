@@ -29,12 +29,12 @@ class ReferenceScorer:
     """Scores the pairs (`data.tokenized.tokenize_pair`, with their `pair_id`) of a trainer with its reference.
 
     Args:
-        trainer: whose `ref_model`, or else whose policy, is the reference until training begins.
+        trainer: its `ref_model`, or without one its policy, is the reference until training begins.
         cache: None in a run whose losses need no reference.
         logps: (model, batch) → the model's log-probs.
         given: the model that is the reference; None: it is the policy before training.
-        added: the adapter that the policy was given for this run.
-        source: what the reference was read from, by which its fingerprint is remembered; None: of no files.
+        added: the config of the adapter that the policy got for this run; None: it got none.
+        source: the files that the reference was read from, by which its fingerprint is remembered; None: none.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ReferenceScorer:
         self._fingerprint = ""
         self._checked = False
 
-    # What an accelerator or a launch has otherwise
+    # What subclasses for other accelerators and launches change
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Any]:
@@ -66,7 +66,7 @@ class ReferenceScorer:
         return gathered
 
     def collator(self, batch_size: int) -> PairCollator:
-        """Of the batches that the reference scores."""
+        """The collator of the batches that the reference scores."""
         collator: PairCollator = self._trainer.data_collator
         return collator
 
@@ -78,14 +78,14 @@ class ReferenceScorer:
     # The reference's log-probs
 
     def identify(self, model: PreTrainedModel) -> None:
-        """Take the fingerprint of `model`, the reference, or remember it. Before anything wraps it; collective."""
+        """Compute the fingerprint of `model`, the reference, or look it up. Before anything wraps it. Collective."""
         if self.cache is None:
             return
         main = self._trainer.accelerator.is_main_process
         key = source_key(model, self._source, adapter=self._with_adapter) if main else None
         found = of_rank_0(self.cache.fingerprint_of(key) if key is not None else None)
         if found is None:
-            # Where each rank has the whole, one hashes it; a part's hash is a collective
+            # If each rank has the whole model, only one hashes it; the hash of a sharded model is a collective
             of_whole = fingerprint(model, adapter=self._with_adapter) if main or is_sharded(model) else None
             found = of_rank_0(of_whole)
             if key is not None:
@@ -96,7 +96,7 @@ class ReferenceScorer:
         """`dataset` with the reference's log-probs: from the cache, or computed and added to it batch by batch.
 
         Args:
-            name: which pairs they are, as the log says it.
+            name: of the split, for the log.
         """
         if self.cache is None:  # TRL reads the columns all the same, for the rewards that it logs
             nothing = [0.0] * len(dataset)
@@ -109,7 +109,7 @@ class ReferenceScorer:
         hits = len(keys) - len(missing)
         logger.info("reference of %s pairs: %d of %d in %s", name, hits, len(keys), self.cache.path)
         if missing:
-            # A loader draws from the random numbers: a run must have the same left whether the cache was full or not
+            # A loader draws random numbers, but the run must draw the same ones whether the cache was full or not
             with torch.random.fork_rng(devices=[]):
                 found |= self._score(dataset, keys, missing, name, batch_size)
         chosen, rejected = zip(*(found[key] for key in keys), strict=True)
@@ -134,13 +134,13 @@ class ReferenceScorer:
     def _score(
         self, dataset: Dataset, keys: list[bytes], missing: list[int], name: str, batch_size: int
     ) -> dict[bytes, tuple[float, float]]:
-        # Pairs of like length together, so that batches are alike in memory and time; the longest first, so that what
-        # does not fit fails at once
+        # By length, so that batches have little padding; the longest first, so that a run that lacks the memory fails
+        # at once
         tokens = PairLengths.of(dataset, self._trainer.data_collator.max_length).tokens("packed")
         order = sorted(missing, key=lambda index: -tokens[index])
         loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.collator(batch_size))
         scores: dict[bytes, tuple[float, float]] = {}
-        done = 0  # more than there are scores, where a pair is there twice
+        done = 0  # not len(scores): a pair may occur twice
         writes = self._trainer.accelerator.is_main_process and self.cache is not None
         writer = self.cache.writer() if writes and self.cache else contextlib.nullcontext(lambda _: None)
         with self.ready() as model, writer as write:
@@ -155,7 +155,7 @@ class ReferenceScorer:
         return scores
 
     def logps(self, model: Any, inputs: dict[str, Any]) -> Logps:
-        """The log-probs of a batch by the reference `model`, with the policy's adapter off where it is none of it."""
+        """A batch's log-probs by the reference `model`, without the policy's adapter unless that belongs to it."""
         off: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
         if isinstance(policy, PeftModel) and not self._with_adapter:
@@ -166,8 +166,7 @@ class ReferenceScorer:
     # That it is the policy before training
 
     def check_once(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Before the first update of a run that is not resumed, of which this is the first batch: see `check_gap`.
-        Collective."""
+        """Run `check_gap` on the first batch of a run that is not resumed, before its first update. Collective."""
         if self._checked:
             return
         self._checked = True

@@ -1,4 +1,4 @@
-"""What a run consists of in fact, and whether that is what its launcher was asked for.
+"""What a run really consists of, and whether that is what its launcher was asked for.
 
 Four launches of accelerate exit with 0 and do something else: a MULTI_CPU config with several processes starts one; a
 MULTI_GPU or FSDP config on a machine without GPUs starts jobs that do not know each other; a config of one GPU trains
@@ -35,12 +35,12 @@ def _is_on(environment: Mapping[str, str], name: str) -> bool:
 def check_launch(
     environment: Mapping[str, str], arguments: Mapping[str, Any], *, cpu_asked: bool, tp_size: int
 ) -> None:
-    """Refuse a launch that is known to come out as another one. Before anything is loaded or written.
+    """Refuse a launch that is known to start something else. Before anything is loaded or written.
 
     Args:
         environment: of this process.
         arguments: of TrainingArguments; device, precision and `save_strategy` count.
-        cpu_asked: the run was told to stay on the CPU, and is not there for want of a device.
+        cpu_asked: the run was told to use the CPU, and is not there for lack of an accelerator.
         tp_size: ranks that share each matrix.
 
     Raises:
@@ -129,12 +129,12 @@ def _check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any
 
 
 def start_processes(arguments: Mapping[str, Any]) -> TrainingArguments | None:
-    """Bring the processes of this run together, which has to come before a model is loaded: only then is it loaded
-    once per machine (FSDP), in parts (ZeRO-3) or as slices (tensor parallelism).
+    """Connect the processes of this run. Before a model is loaded: only then is it loaded once per machine (FSDP), in
+    parts (ZeRO-3) or as slices (tensor parallelism).
 
     Returns:
-        what the run has to keep: transformers refers to the DeepSpeed config of its arguments weakly, and looks there
-        while a model is loaded.
+        an object that must exist while models are loaded: transformers holds only a weak reference to the DeepSpeed
+        config in it, which it needs then.
     """
     if not ranks.has_launcher():
         return None
@@ -144,7 +144,7 @@ def start_processes(arguments: Mapping[str, Any]) -> TrainingArguments | None:
 
 @dataclass(frozen=True)
 class Topology:
-    """What a run is made of, as accelerate's state has it.
+    """What a run consists of, according to accelerate's state.
 
     Attributes:
         processes, nodes: how many.
@@ -169,7 +169,7 @@ class Topology:
 
     @classmethod
     def of(cls, accelerator: Accelerator, args: TrainingArguments, model: Any) -> "Topology":
-        """Read it from what accelerate has made of the launch.
+        """Read it from the state of accelerate.
 
         Raises:
             UserError: the processes are not those that the launcher has started.
@@ -198,7 +198,7 @@ class Topology:
         return self.pairs * self.accumulation * self.processes // self.copies
 
     def sharding(self) -> str:
-        """How the policy lies on the processes."""
+        """How the policy is distributed over the processes, in words."""
         over = f"over {self.processes} processes"
         line = {
             "single": "whole",
@@ -280,7 +280,7 @@ def _is_cut(model: Any) -> bool:
 
 
 def _layers_sharded(model: Any) -> bool:
-    """Whether every weight is, and the repeated layers are units of their own: one would gather the whole model."""
+    """Whether every weight is sharded, and each layer is a unit: a single unit would gather the whole model at once."""
     # 4-bit weights stay whole: accelerate cannot shard them
     weights = (parameter for parameter in model.parameters() if parameter.is_floating_point())
     if not all(isinstance(weight, DTensor) for weight in weights):
