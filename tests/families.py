@@ -139,10 +139,16 @@ OWN: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [16, 32],
         "axial_pos_embds_dim": [32, 32],
     },
+    "rwkv": {"num_hidden_layers": 3},
     "xlstm": {"hidden_size": 64, "num_heads": 4},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * _HEAD,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 NOT_TINY: dict[str, str] = {

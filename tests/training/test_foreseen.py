@@ -78,6 +78,16 @@ def test_fewer_layers(name: str, layers: int, kept: int):
         AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.parametrize(("name", "layers", "kept"), [("llama", 1, 1), ("rwkv", 1, 2), ("zamba", 2, 4)])
+def test_no_fewer_layers_than_a_model_can_have(name: str, layers: int, kept: int):
+    options = ModelOptions(name)
+    config = families.config(name, 300)
+    shortest = foreseen.least(config, options, layers)
+    assert foreseen.depth(shortest) == kept
+    foreseen.model_of(shortest, options, "cpu")
+    assert foreseen.depth(foreseen.least(config, options, 9)) == foreseen.depth(config)
+
+
 @pytest.mark.parametrize("name", ["mllama", "qwen2_5_vl", "llama"])
 def test_the_class_is_the_one_that_a_run_loads(name: str, tmp_path: Path):
     """The class that the configuration names, though no table of causal language models has it."""

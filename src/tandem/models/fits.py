@@ -178,9 +178,12 @@ def forward_told(name: str) -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """What an error in a model's forward says, and what may help."""
-    # Under an adapter, checkpoints have the embedding's output require a gradient, and BLT and GIT add to it in place
-    remedy = "; try --gradient_checkpointing false" if "leaf Variable" in str(error) else ""
-    return first_line(error) + remedy
+    said = str(error)
+    if "leaf Variable" in said:  # which checkpoints make of the embedding's output, and BLT and GIT add to it in place
+        return f"{first_line(error)}; try --gradient_checkpointing false"
+    if "dtypes match" in said and "BFloat16" in said:  # X-MOD puts what autocast has rounded among other numbers
+        return f"{first_line(error)}; try --bf16 false"
+    return first_line(error)
 
 
 def _adapted_layer(frames: Sequence[FrameType]) -> str:

@@ -8,19 +8,10 @@ from torch import nn
 # How configurations call the number of their experts
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _CHOOSING = ("expert_bias", "e_score_correction_bias", "correction_bias")
-_UNPASSED = set(
-    [
-        "indexer",
-        "encoder_attn",
-        "encoder_attn_layer_norm",
-        "crossattention",
-        "cross_attn",
-        "pooler",
-        "patcher",
-        "visual_projection",
-        "embed_tokens_extend",
-    ]
-)
+_UNPASSED = {
+    "indexer", "encoder_attn", "encoder_attn_layer_norm", "crossattention", "cross_attn", "cross_attn_layer_norm",
+    "pooler", "patcher", "visual_projection", "embed_tokens_extend",
+}  # fmt: skip
 _GATES = ("gate", "shared_expert_gate", "shared_experts_gate", "wg")
 
 

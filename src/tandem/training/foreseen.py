@@ -31,6 +31,8 @@ from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 # Bytes of weights that are drawn for a probe
 LIMIT = 2 * GIB
+# So many more layers are tried where a model cannot have as few as wanted
+_MORE = 16
 
 
 class _Silent(Findings):
@@ -72,7 +74,8 @@ def shortened(config: Any, layers: int) -> Any:
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole and ("layer" in name or "block" in name):
             setattr(text, name, value[:layers])
-    while text.num_hidden_layers < 1:  # LongCat counts a layer as two
+    # LongCat counts a layer as two, and RWKV divides by all layers but one
+    while text.num_hidden_layers < (2 if text.model_type == "rwkv" else 1):
         layers += 1
         text.num_hidden_layers = layers
     return config
@@ -107,6 +110,20 @@ def model_of(config: Any, options: ModelOptions, device: str) -> Any:
         raise UserError(f"{name}: cannot be built as a causal language model: {first_line(error)}") from error
 
 
+def least(config: Any, options: ModelOptions, layers: int) -> Any:
+    """`shortened` to as few layers, from `layers` on, as make a model: Zamba ties those of a kind to each other.
+
+    Raises:
+        UserError: as in `model_of`.
+    """
+    for count in range(layers, min(layers + _MORE, depth(config))):
+        candidate = shortened(config, count)
+        with contextlib.suppress(UserError):
+            model_of(candidate, options, "meta")
+            return candidate
+    return shortened(config, layers + _MORE)
+
+
 def _named_class(config: Any) -> Any:
     """The class of transformers that a configuration names, as TRL 1.16 loads a model: of models of several modalities,
     and of the text part of some, no table of causal language models has one. None where it names no such class."""
@@ -133,7 +150,7 @@ def build(
         UserError: no config of a model is there, or the adapter is none of this model.
     """
     config = config_of(options)
-    model = model_of(config if layers is None else shortened(config, layers), options, "meta")
+    model = model_of(config if layers is None else least(config, options, layers), options, "meta")
     findings = _Silent()
     if report is not None:
         findings.made_by_head[type(model).__name__] = report.reason != own_logits.REASON
@@ -179,7 +196,7 @@ def layout(options: ModelOptions, asked: Layout, input_ids: Tensor, longest: int
     """
     config = config_of(options)
     choice = LayoutChoice(model_of(config, options, "meta"), layout=asked, findings=_Silent())
-    config = shortened(config, layers_of_all_kinds(config))
+    config = least(config, options, layers_of_all_kinds(config))
     config.dtype = torch.float32  # in which rounding hides least
     size = sum(4 * parameter.numel() for parameter in model_of(config, options, "meta").parameters())
     if size > LIMIT:
