@@ -22,7 +22,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "torn": (lambda config: json.dumps(config)[:40], "not a valid JSON file"),
     "another_type": (lambda config: json.dumps(config | {"hidden_size": "wide"}), "hidden_size"),
     "unknown": (lambda config: json.dumps(config | {"model_type": "nobodys"}), "nobodys"),
-    "code": (lambda config: json.dumps(config | CODE), "which only --trust_remote_code runs: read that code first"),
+    "code": (lambda config: json.dumps(config | CODE), "which only SFT and DPO run, with --trust_remote_code"),
 }
 
 

@@ -56,5 +56,5 @@ def test_remote_code_names_the_option(tiny_model: Path, tmp_path: Path):
         auto_map={"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"},
     )
     (folder / "strange.py").write_text("raise SystemExit('was executed')\n")
-    with pytest.raises(UserError, match="code of its own, which only --trust_remote_code runs"):
+    with pytest.raises(UserError, match="code of its own, which only SFT and DPO run, with --trust_remote_code"):
         load_model(ModelOptions(str(folder)))

@@ -1,4 +1,4 @@
-"""What of a model makes states of tokens, and how even its experts are taken: found in the model, under whatever names.
+"""The part of a model that computes hidden states, and the balance of its experts, whatever their names in the model.
 
 TRL asks `base_model` for the states and the configuration for `num_experts`. Llama 4's `base_model` is the whole model,
 Granite 4 calls it `num_local_experts`, and others have other names again.

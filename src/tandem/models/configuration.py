@@ -46,7 +46,7 @@ def revision_of_base(folder: str) -> str | None:
 def load_fault(error: Exception) -> str:
     """A library's message on a model that it cannot load; in Tandem's words where it names a library's own argument."""
     if "trust_remote_code" in str(error):
-        return "its repository has code of its own, which only --trust_remote_code runs: read that code first"
+        return "its repository has code of its own, which only SFT and DPO run, with --trust_remote_code: read it first"
     return first_line(error)
 
 

@@ -1,4 +1,4 @@
-"""Checks that model, tokenizer, data and adapter fit each other, so that a device need not fail over it."""
+"""Checks that model, tokenizer, data and adapter fit each other, so that a run does not first fail on the device."""
 
 import contextlib
 import traceback
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tandem.errors import UserError, first_line
 from tandem.options.model import LoraOptions
 
-# Functions of PEFT that an adapter is made in; a forward through one goes through others
+# PEFT's functions that make an adapter; a forward through an adapter calls others
 _MAKING = ("get_peft_model", "inject_adapter")
 _OF_MODELS = (
     "/transformers/models/",
@@ -52,8 +52,8 @@ def check_rows(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int
 
 
 def positions_of(model: Any) -> int | None:
-    """The number of positions in a model's table of them, as in GPT-2 and GPT-J; None for a model that computes them,
-    and so accepts any length."""
+    """The number of positions in a model's position table, as in GPT-2 and GPT-J; None for a model that computes
+    positions, and so accepts any length."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
@@ -69,10 +69,10 @@ def _name(model: Any) -> str:
 
 
 def check_head(model: Any) -> None:
-    """Refuse an adapter that changes the head where the head's weights alone are read.
+    """Refuse an adapter on the head: training reads the head's weights and never calls its forward.
 
     Raises:
-        UserError: it does.
+        UserError: the adapter changes the head.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -121,7 +121,7 @@ def check_lora(options: LoraOptions, model: Any) -> None:
 
 @contextlib.contextmanager
 def adapter_told() -> Iterator[None]:
-    """Within, a refusal by PEFT, or by TRL because of an adapter, becomes one line.
+    """Within the block, an adapter's refusal by PEFT or TRL becomes one line.
 
     Raises:
         UserError: in its place.
@@ -141,8 +141,8 @@ def adapter_told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_told(name: str) -> Iterator[None]:
-    """Turn what fails within transformers' code of a model, or PEFT's of an adapter on it, into one line: it cannot be
-    trained as it is there. DDP's stop over what got no gradient, too.
+    """Turn errors in transformers' code of a model or in PEFT's code of its adapter into one line: the model cannot be
+    trained with these libraries. Also DDP's error over weights that got no gradient.
 
     Raises:
         UserError: in its place.
@@ -197,7 +197,7 @@ def _adapted_layer(frames: Sequence[FrameType]) -> str:
 
 
 def check_checkpointing(asked: bool | None, model: Any) -> bool:
-    """Whether activations are made anew in the backward; where it is not said, they are, if the model can.
+    """Whether activations are recomputed in the backward pass; if nothing is said, they are if the model can do it.
 
     Raises:
         UserError: it was asked for, and cannot.

@@ -20,7 +20,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
     """The PEFT configuration of `options`, or None without `--use_peft`.
 
     Args:
-        base: options of the model that is adapted; the adapter remembers which revision of it.
+        base: options of the model that is adapted; the adapter's config names its revision.
         model: the model itself. Of it, `all-linear` means what text reaches (an adapter of a tower for images or sound
             would never get a gradient) but no router, since what chooses experts stays as it was trained, and no layer
             that is linear by its type alone. `--lora_exclude_modules` leaves out more.
@@ -36,7 +36,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
     )
     if targets == "all-linear" and model is not None:
         excluded = _both(excluded, [*_beside_text(model), *_read_alone(model), *routers(model), *own_forwards(model)])
-    if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes no word and no regex with layers
+    if options.lora_layers_to_transform and isinstance(targets, str):  # PEFT takes only a list of names then
         targets = _linear_ends(model) if targets == "all-linear" and model is not None else [targets]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -63,7 +63,7 @@ def lora_config(options: LoraOptions, base: ModelOptions | None = None, model: A
 
 
 def left_out(model: Any) -> list[str]:
-    """The ends of the names, and how many, of the layers that an adapter left out for their forward (`own_forwards`).
+    """The layers that the adapter left out for their forward (`own_forwards`): the ends of their names, and how many.
 
     Args:
         model: a `PeftModel`.
@@ -80,7 +80,7 @@ def left_out(model: Any) -> list[str]:
 
 
 def _both(asked: str | list[str] | None, names: list[str]) -> str | list[str] | None:
-    """What is left out as asked, a regex or the ends of names, and these layers too."""
+    """The modules to leave out: those asked for, by a regex or by the ends of names, and these layers."""
     if isinstance(asked, str):
         return "|".join([f"(?:{asked})", *map(re.escape, names)]) if names else asked
     return [*(asked or ()), *dict.fromkeys(names)] or None

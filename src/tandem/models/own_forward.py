@@ -1,4 +1,4 @@
-"""Layers that are linear by their type, and by their forward are not: no adapter of linear layers is made for them."""
+"""Layers of a linear type whose forward is not linear: they get no adapter of linear layers."""
 
 import copy
 from typing import Any

@@ -1,11 +1,11 @@
-"""What of a model text reaches, and what of it chooses experts: neither a tower for images nor a router is trained."""
+"""Which parts of a model text reaches, and which choose experts: towers for images and routers are not trained."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-# How configurations call the number of their experts
+# The names of the number of experts in configurations
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _CHOOSING = ("expert_bias", "e_score_correction_bias", "correction_bias")
 _UNPASSED = {

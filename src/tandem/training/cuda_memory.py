@@ -1,4 +1,4 @@
-"""What a training step takes on a CUDA device beyond what the CPU's algorithm takes, which is what a rehearsal counts.
+"""The memory that a training step takes on a CUDA device beyond that of the CPU's kernels, which a rehearsal counts.
 
 Arithmetic on shapes. Sources: FlashAttention 2's backward in torch (`aten/src/ATen/native/transformers/cuda/flash_attn/
 flash_api.cpp`, `mha_varlen_bwd`); TRL 1.16's `ChunkedLogProbFunction`; NCCL's user guide (`NCCL_BUFFSIZE`,
@@ -49,7 +49,7 @@ def head_tile(scored: int, element: int) -> int:
 
 
 def of_batch(config: PreTrainedConfig, batch: Batch, element: int) -> int:
-    """Bytes of the larger of both, which do not come together.
+    """Bytes of the larger of `flash_backward` and `head_tile`, which are never in use at once.
 
     Args:
         config: of the text model.

@@ -1,6 +1,6 @@
-"""A model of which no weights are read: its parameters on the meta device, and the layout that a run of it will take.
+"""A model whose weights are not read: its parameters on the meta device, and the layout that its run will take.
 
-The layout is found as the run finds it, by a probe: on a model of a few layers and random weights.
+The layout is found by a probe, as in the run, but on a model of few layers with random weights.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from tandem.models.reached import hold_still
 from tandem.monitor.memory import GIB
 from tandem.options.model import LoraOptions, ModelOptions, is_adapter
 
-# What TRL 1.16's trainers ask of the fused forward, for their metrics
+# The outputs that TRL 1.16's trainers ask of the fused forward for their metrics
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-# Bytes of weights that are drawn for a probe
+# The most bytes of random weights that are drawn for a probe
 LIMIT = 2 * GIB
 # So many more layers are tried where a model cannot have as few as wanted
 _MORE = 16
 
 
 class _Silent(Findings):
-    """Says nothing: what is tried for a plan is no run."""
+    """Drops messages, since a trial for a plan is not a run."""
 
     def say_once(self, level: int, line: str) -> None:
         pass
 
 
 def config_of(options: ModelOptions) -> Any:
-    """The configuration of a model, or of an adapter's base, with the type of weights that is asked for.
+    """The configuration of a model, or of an adapter's base, with the dtype that is asked for.
 
     Raises:
         UserError: as in `read_config`.
@@ -57,19 +57,19 @@ def config_of(options: ModelOptions) -> Any:
 
 
 def depth(config: Any) -> int:
-    """How many layers the text model has; 1 where the configuration has no one number for them (BLT)."""
+    """How many layers the text model has; 1 if the configuration has no single number of layers (BLT)."""
     return int(getattr(config.get_text_config(), "num_hidden_layers", None) or 1)
 
 
 def shortened(config: Any, layers: int) -> Any:
-    """A copy whose text model has only its first layers, at least one; all of them where they cannot be fewer."""
+    """A copy whose text model has only its first layers, at least one; all of them if it cannot have fewer."""
     config = copy.deepcopy(config)
     text, whole = config.get_text_config(), depth(config)
     if layers >= whole:
         return config
     try:
         text.num_hidden_layers = layers
-    except NotImplementedError:  # ProphetNet has no one number for them
+    except NotImplementedError:  # ProphetNet has no single number of layers
         return config
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole and ("layer" in name or "block" in name):
@@ -82,7 +82,7 @@ def shortened(config: Any, layers: int) -> Any:
 
 
 def layers_of_all_kinds(config: Any) -> int:
-    """How many of its first layers have one of each kind that the configuration names."""
+    """How many layers, from the first on, include each kind of layer that the configuration names."""
     text, needed = config.get_text_config(), 1
     for name in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types"):
         kinds = getattr(text, name, None)
@@ -92,7 +92,7 @@ def layers_of_all_kinds(config: Any) -> int:
 
 
 def model_of(config: Any, options: ModelOptions, device: str) -> Any:
-    """A model of random weights, on `device`; on the meta device of none.
+    """A model of random weights on `device`, or without values on the meta device.
 
     Raises:
         UserError: transformers has no causal language model of this configuration.
@@ -125,8 +125,8 @@ def least(config: Any, options: ModelOptions, layers: int) -> Any:
 
 
 def _named_class(config: Any) -> Any:
-    """The class of transformers that a configuration names, as TRL 1.16 loads a model: of models of several modalities,
-    and of the text part of some, no table of causal language models has one. None where it names no such class."""
+    """The class of transformers that a configuration names, which TRL 1.16 loads; None if it names none. transformers'
+    table of causal language models lacks those of several modalities, and of some the text part."""
     names = getattr(config, "architectures", None) or ("",)
     named = getattr(transformers, names[0], None)
     own = getattr(named, "config_class", None)
@@ -141,7 +141,7 @@ def build(
     layers: int | None = None,
     report: LayoutReport | None = None,
 ) -> Any:
-    """The model on the meta device, with its adapter; with fewer layers where wanted, with gradient checkpointing.
+    """The model on the meta device, with its adapter; on request with fewer layers and with gradient checkpointing.
 
     Args:
         report: `layout`'s; without one its logits are taken to be its head's.
@@ -170,7 +170,7 @@ def build(
 
 def _adapter(options: ModelOptions, lora: LoraOptions, model: Any) -> Any:
     if not is_adapter(options.model_name_or_path):
-        plain = dataclasses.replace(lora, init_lora_weights="true") if lora.use_peft else lora  # no values, no start
+        plain = dataclasses.replace(lora, init_lora_weights="true") if lora.use_peft else lora  # there are no values
         return lora_config(plain, model=model)
     from peft import PeftConfig
 
@@ -180,10 +180,10 @@ def _adapter(options: ModelOptions, lora: LoraOptions, model: Any) -> Any:
 
 
 def layout(options: ModelOptions, asked: Layout, input_ids: Tensor, longest: int) -> LayoutReport:
-    """The layout that a run will settle on, and why it is another than the one asked for.
+    """The layout that a run will take, and, if it is not the one asked for, why.
 
     Args:
-        asked: the run's.
+        asked: the layout that the run is asked to take.
         input_ids: ids of the run's data, of any shape, int64.
         longest: tokens of its longest row.
 
@@ -197,7 +197,7 @@ def layout(options: ModelOptions, asked: Layout, input_ids: Tensor, longest: int
     config = config_of(options)
     choice = LayoutChoice(model_of(config, options, "meta"), layout=asked, findings=_Silent())
     config = least(config, options, layers_of_all_kinds(config))
-    config.dtype = torch.float32  # in which rounding hides least
+    config.dtype = torch.float32  # so that rounding hides as little as possible
     size = sum(4 * parameter.numel() for parameter in model_of(config, options, "meta").parameters())
     if size > LIMIT:
         return choice.report or LayoutReport(choice.name, asked)
@@ -219,7 +219,7 @@ def layout(options: ModelOptions, asked: Layout, input_ids: Tensor, longest: int
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """Random numbers that are the same each time, and leave the others as they were."""
+    """Within the block, random numbers are the same each time; the state of the generators is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

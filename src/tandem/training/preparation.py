@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained and evaluated.
+    """The data that a run trains and evaluates on.
 
     Attributes:
         splits: tokenized, by the trainer's argument names: `train_dataset`; if the run evaluates, `eval_dataset`, or an
@@ -57,7 +57,7 @@ def training_data(run: SFTOptionSet | DPOOptionSet, tokenizer: "PreTrainedTokeni
 
 
 def training_rows(run: SFTOptionSet | DPOOptionSet, tokenizer: "PreTrainedTokenizerBase") -> Dataset | Groups:
-    """What the steps of a run draw from: pairs in the rows that they are of; for SFT, examples, packed if asked for.
+    """What the steps of a run draw from: for DPO, pairs grouped by row; for SFT, examples, packed if asked for.
 
     Raises:
         UserError: as `training_data`.

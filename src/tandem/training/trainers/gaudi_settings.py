@@ -1,4 +1,7 @@
-"""What a run's options become on Intel Gaudi, and which of them have no meaning there. Imports no torch."""
+"""Turns a run's options into those of Intel Gaudi's libraries, and refuses those without a meaning there.
+
+Imports no torch.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,7 +15,7 @@ from tandem.options.training import GaudiOptions, SFTOptions, TrainOptions
 def check_gaudi(
     model: ModelOptions, lora: LoraOptions, train: TrainOptions, dpo: DPOOptions | None, *, lazy: bool
 ) -> None:
-    """Refuse what optimum-habana cannot do.
+    """Refuse options that optimum-habana cannot carry out.
 
     Raises:
         UserError: naming all such options together.
@@ -58,10 +61,10 @@ def check_gaudi(
 
 
 def refuse_columns(columns: Collection[str]) -> None:
-    """Refuse what pairs are trained by beside their tokens.
+    """Refuse the columns of weights, margins and rows, which the losses do not take here.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the column.
     """
     names = {
         "weight": "the data's column 'weight'",

@@ -1,4 +1,4 @@
-"""A trainer's monitor, and what it is fed with: every pair of every micro-batch."""
+"""Feeds a trainer's monitor with every pair of every micro-batch."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +56,8 @@ class MonitorFeed:
 
         Args:
             logps: the policy's, detached.
-            rewards: where they are not β times the log-ratios: margins are then their difference over β.
-            rows: of the pairs, where a row of the data has several.
+            rewards: if they are not β times the log-ratios; margins are then their difference over β.
+            rows: the row of each pair, if rows have several.
         """
         chosen_ratio = logps[0] - inputs["ref_chosen_logps"]
         rejected_ratio = logps[1] - inputs["ref_rejected_logps"]

@@ -21,12 +21,12 @@ from tandem.training.trainers.synced import SyncedReference
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the data say of a micro-batch's B pairs beside their tokens.
+    """What a micro-batch has on its B pairs besides their tokens.
 
     Attributes:
-        pairs, rows: B, and of how many rows of the data they are.
-        weight: (B,) what each pair's loss is multiplied by; None: 1.
-        margin: (B,) what its reward margin must exceed, in nats times β; None: 0.
+        pairs, rows: B, and the number of rows of the data that they come from.
+        weight: (B,) the factor of each pair's loss; None: 1.
+        margin: (B,) the amount that its reward margin must exceed, in nats times β; None: 0.
         group: (B,) int64, the row of each pair; None: each has its own.
     """
 
@@ -38,7 +38,7 @@ class Given:
 
     @classmethod
     def taken_from(cls, inputs: dict[str, Any]) -> Self:
-        """From a batch of `PairCollator`, which then has it no more."""
+        """Take it out of a batch of `PairCollator`, which is left without these entries."""
         row = inputs.pop(ROW, None)
         pairs = len(inputs["input_ids"]) // 2
         rows = pairs if row is None else row[-1] + 1
@@ -47,11 +47,11 @@ class Given:
 
     @property
     def scale(self) -> float:
-        """Pairs of a row on average, by which a mean over pairs becomes a mean over rows of their pairs' sums."""
+        """The mean number of pairs in a row: times it, a mean over pairs is the mean over rows of their pairs' sums."""
         return self.pairs / self.rows
 
     def total(self, losses: Tensor) -> Tensor:
-        """() mean over rows of what their pairs have, (B,), each times its weight."""
+        """() the mean over rows of the weighted sum of their pairs' values, (B,)."""
         return (losses if self.weight is None else losses * self.weight).sum() / self.rows
 
 

@@ -40,7 +40,7 @@ def without_trls_copy(model: Any) -> Iterator[None]:
         return
     find = model.get_parameter
     model.add_adapter = lambda *_, **__: None
-    # Each parameter is then copied to itself
+    # TRL then copies each parameter to itself
     model.get_parameter = lambda name: find(name.replace(".ref.", ".default."))
     try:
         yield
@@ -64,7 +64,7 @@ def check_gap(found: float, computed: torch.dtype) -> None:
 
     Args:
         found: the largest `gap` of any process in the first batch, both in evaluation mode, before the first update.
-            Not a number where the policy gives none, which the monitor tells.
+            NaN if the policy's outputs are, which the monitor reports.
         computed: dtype that the policy computes in.
 
     Raises:

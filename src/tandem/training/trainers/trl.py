@@ -154,7 +154,7 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
             self.reference.identify(self._given)
 
     def _score_reference(self) -> None:
-        """Give the pairs their columns of the reference's log-probs, and let go of the reference."""
+        """Add the columns of the reference's log-probs to the pairs, and free the reference."""
         if self._given is None:
             self.reference.identify(self.model)
         args = self.args
@@ -235,7 +235,7 @@ class TandemDPOTrainer(OnTRL, DPOTrainer):
 
 
 def _sets(evaluated: Any) -> dict[str, Dataset]:
-    """What a trainer evaluates on, by name; one alone has none."""
+    """A trainer's evaluation sets by name; the name of a single set is empty."""
     if evaluated is None:
         return {}
     return evaluated if isinstance(evaluated, dict) else {"": evaluated}
@@ -322,7 +322,7 @@ def dpo_trainer(build: Build[DPOOptionSet]) -> TandemDPOTrainer:
 
 
 def reference_source(run: DPOOptionSet) -> Source:
-    """What the reference is read from; of no files where its weights are more than what files hold."""
+    """The files that the reference is read from; none if its weights are not just those of files."""
     if named := run.dpo.reference_model:
         own = dataclasses.replace(run.model, model_name_or_path=named, model_revision=None)
         return Source([] if is_adapter(named) else weight_files(own), own.dtype)
