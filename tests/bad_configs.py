@@ -72,7 +72,9 @@ BAD_CONFIGS: dict[str, BadConfig] = {
     ),
     "an option without its value": dpo("--beta", "argument --beta: expected one argument (see --help)"),
     "a key on the command line": dpo(
-        "--openai_api_key sk-0123456789abcdefghijklmnop", "command line: unknown option openai_api_key (see --help)"
+        "--openai_api_key sk-0123456789abcdefghijklmnop",
+        "command line: unknown option openai_api_key; keys are read from the environment: HF_TOKEN, OPENAI_API_KEY or "
+        "WANDB_API_KEY",
     ),
     "a typo in YAML": yaml(b"beta: 0.1\nbata: 0.2\n", FROM + "unknown option bata; did you mean beta?"),
     "an option of TRL's in YAML": yaml(
