@@ -186,7 +186,7 @@ def _slowest(work: Ints, rounds: list[list[list[int]]]) -> int:
 
 @dataclass(frozen=True)
 class _Units:
-    """What is dealt in one piece: a pair, or a group of pairs. `work` is the cost of all pairs in a unit."""
+    """The units of dealing: a unit is a pair, or a group of pairs. `work` is the cost of all pairs in a unit."""
 
     pairs: list[list[int]]
     work: list[int]
@@ -298,9 +298,9 @@ class _Units:
 
 
 def parts_within(sizes: Sequence[int] | Ints, budget: int, *, padded: bool = False) -> int:
-    """Into how many parts n items are cut at least, in equal counts, so that none is larger than `budget`.
+    """The fewest parts of equal counts into which n items can be cut so that no part is larger than `budget`.
 
-    n where an item is larger by itself.
+    n if a single item is larger.
 
     Args:
         sizes: (n,) of the items.

@@ -36,7 +36,7 @@ class Findings:
         self._said: set[str] = set()
 
     def say_once(self, level: int, line: str) -> None:
-        """Log a line once, though both models come to it."""
+        """Log a line once, even if both models lead to it."""
         if line not in self._said:
             self._said.add(line)
             logger.log(level, line)

@@ -70,11 +70,11 @@ def add_pair_forward(
 
 @contextlib.contextmanager
 def pair_engine(**asked: Unpack[LayoutRequest]) -> Iterator[None]:
-    """Within, TRL's `DPOTrainer` and `SFTTrainer` install the engine wherever their constructors would install TRL's
-    fused forward.
+    """Within the block, constructors of TRL's `DPOTrainer` and `SFTTrainer` install the engine where they would install
+    TRL's fused forward.
 
     That is on policy and reference, and before accelerate wraps them: a forward installed around its wrapper would run
-    the reference without autocast. Examples of SFT are no pairs: theirs is the layout `packed`. Arguments as in
+    the reference without autocast. SFT's examples are not pairs, and take the layout `packed`. Arguments as in
     `add_pair_forward`.
     """
     asked.setdefault("findings", Findings())
@@ -155,7 +155,7 @@ class PairEngine:
         return self.padded_forward(*args, fused_lm_head=True, **kwargs)
 
     def look(self, model: PreTrainedModel, input_ids: Tensor) -> None:
-        """Find out whether the model's logits are its head's, and take them whole where they are not."""
+        """Find out whether the model's logits are its head's; if not, its own forward makes them from here on."""
         self.looked = True
         known, name = self.choice.findings.made_by_head, self.choice.name
         if name not in known:

@@ -91,7 +91,7 @@ def _of(lists: pa.Array | pa.ChunkedArray) -> Ints:
 
 
 def _common(left: pa.Array, right: pa.Array) -> Ints:
-    """(n,) how long a beginning each two lists share."""
+    """(n,) the number of first tokens that the two lists of each pair have in common."""
     both = np.minimum(_of(left), _of(right))
     some = both > 0
     ends = both[some].cumsum()

@@ -13,7 +13,7 @@ _DROPS = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob", "attn_drop"
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, `model` has neither dropout nor gradient checkpointing; then each module gets its former mode back."""
+    """Within the block, `model` has neither dropout nor gradient checkpointing; afterwards as before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

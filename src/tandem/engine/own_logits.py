@@ -31,8 +31,8 @@ def made_by_head(
 ) -> bool:
     """Whether the logits of `own_forward` are `transform` of what the head makes of the backbone's last states.
 
-    What goes into the head is compared with those states; what it returns is replaced by numbers up to 40, and what
-    becomes of them compared with `transform`. Collective where the model is sharded.
+    The head's input is compared with those states. Its output is replaced by numbers up to 40, and the model's logits
+    are compared with `transform` of these. Collective if the model is sharded.
 
     Args:
         own_forward: the model's, which returns `logits`.

@@ -130,7 +130,7 @@ class ExampleCollator:
 
 
 def unpacked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
-    """The examples of packed rows, in their order; rows that are none as they are."""
+    """The examples of packed rows, in their order; other rows as they are."""
     examples = []
     for row in rows:
         end = 0

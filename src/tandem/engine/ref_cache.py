@@ -121,7 +121,7 @@ def _active_adapters(model: Any) -> list[str]:
 
 
 def _adapter_settings(config: Any) -> dict[str, Any]:
-    """What of an adapter's configuration its output may depend on: `lora_alpha` and rsLoRA are in no weight."""
+    """The settings of an adapter that its output may depend on: no weight shows `lora_alpha` or rsLoRA."""
     settings: dict[str, Any] = config.to_dict()
     for name in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
         settings.pop(name, None)

@@ -260,10 +260,11 @@ def _check_adapter(folder: str) -> None:
 
 @contextlib.contextmanager
 def adapters_of_whole_layers() -> Iterator[None]:
-    """Within, PEFT makes a new adapter for whole layers, and under tensor parallelism each process then keeps its part.
+    """Within the block, PEFT makes a new adapter for whole layers, of which each process of tensor parallelism then
+    keeps its part.
 
-    PEFT 0.21 would make it as wide as this process's part of the layer (`tuners_utils._get_in_out_features`). It would
-    begin otherwise than on one process, and transformers 5.23 would take its width for the layer's.
+    PEFT 0.21 would make it as wide as this process's part of the layer (`tuners_utils._get_in_out_features`). Its first
+    values would then not be those on one process, and transformers 5.23 would take its width for the layer's.
     """
     from peft.tuners.lora import layer
 

@@ -138,7 +138,7 @@ class Scorer:
             return log_probs
 
     def rows_at_a_time(self, longest: int, new_tokens: int) -> int:
-        """How many prompts of up to `longest` tokens are answered at a time where nobody says, by the memory here."""
+        """How many prompts of up to `longest` tokens the memory here allows to answer at a time."""
         if self.few_shapes:
             return self.batch_size
         return rows_that_fit(self.model, longest, new_tokens, self.device)
@@ -202,8 +202,8 @@ class Scorer:
 
 
 def _release_memory() -> None:
-    """Free a model that was here before, which its engine's forward refers to and is referred to by, and give the
-    kernel back what glibc's heap keeps of it."""
+    """Free the former model, which is part of a reference cycle with its engine's forward, and give the memory that
+    glibc's heap keeps of it back to the kernel."""
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

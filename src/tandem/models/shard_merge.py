@@ -22,9 +22,9 @@ def merge_files(base: ModelOptions, adapter: str, dtype: torch.dtype, folder: Pa
     float32 and rounded once to `dtype`: bit for bit what `adapters.merged` and `rounded` give.
 
     Returns:
-        The merged model on the meta device, with its configuration; None, with nothing written, where its base's files
-        alone do not tell: an adapter that is more than LoRA's two matrices, a base that is an adapter itself, weights
-        that transformers renames or joins as it loads them.
+        The merged model on the meta device, with its configuration; None, with nothing written, if a merge file by file
+        is not possible: the adapter is more than LoRA's two matrices, the base is an adapter itself, or transformers
+        renames or joins weights when it loads them.
 
     Raises:
         UserError: merged weights that are not finite, or what cannot be loaded.

@@ -13,7 +13,7 @@ from tandem.options.model import ModelOptions
 def check_vocabulary(reference: str, policy: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a reference that would score other tokens than the policy's, before its weights are loaded.
 
-    An embedding that is longer than the tokenizer needs, as many are for speed, is no other vocabulary.
+    An embedding with more rows than the tokenizer needs, as many have for speed, does not count as another vocabulary.
 
     Args:
         tokenizer: the policy's.

@@ -1,4 +1,4 @@
-"""What is left behind of an alarm: a line, and the batches at fault."""
+"""Records an alarm: a line in a file, and the batches at fault."""
 
 import json
 import logging
@@ -58,5 +58,5 @@ class AlarmLog:
         return gather_object(names)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was written of later steps, but for what stopped the run."""
+        """Remove the records of later steps, except that of the alarm that stopped the run."""
         keep_records(self.path, lambda r: r["step"] <= step or r["action"] == "stop")

@@ -1,4 +1,4 @@
-"""Collapse alarms: what fires, on numbers that are the same on all ranks, so that all ranks agree.
+"""Collapse alarms: which of them fire, on numbers that are the same on all ranks, so that all ranks agree.
 
 Nothing here acts: `tandem.monitor.monitor` warns, or saves and stops. An alarm about a streak fires once when the
 streak gets long enough, and again only after it was broken; one about a bound fires when the bound is crossed.
@@ -15,9 +15,10 @@ import numpy as np
 from tandem.monitor.gather import Step
 from tandem.monitor.options import MonitorOptions
 
-GRAD_WINDOW = 50  # steps the running median looks back
-GRAD_WARMUP = 10  # fewest steps a median is taken of
-# Of β times the mean margin of a log: half of it is what the loss has left ln 2 by; in bfloat16 it is 0.001 by noise
+GRAD_WINDOW = 50  # steps that the running median is taken of
+GRAD_WARMUP = 10  # fewest steps that it is taken of
+# β times the mean margin below which a policy counts as stuck. The loss has then moved from ln 2 by half of that;
+# noise in bfloat16 makes it 0.001
 STUCK_WITHIN = 0.01
 STUCK_END = 20  # fewest steps of a run whose end is looked at
 

@@ -247,6 +247,6 @@ def without_repeats(step: Step, rows_before: int, epoch_pairs: int | None) -> St
 
 
 def grad_norm_of(shares: Sequence[Share]) -> float | None:
-    """The step's gradient norm: the same on all ranks, but one that is not finite on any rank wins."""
+    """The step's gradient norm, which all ranks share; if any rank's is not finite, that one."""
     norms = [share.grad_norm for share in shares if share.grad_norm is not None]
     return next((norm for norm in norms if not math.isfinite(norm)), norms[0] if norms else None)

@@ -97,7 +97,7 @@ class Throughput:
         self._tokens = 0
 
     def resume(self) -> None:
-        """The time since the last step's end was not training."""
+        """Leave out the time since the last step's end, which was not training."""
         self._mark = self._clock()
 
     def step(self, pairs: int, tokens: int) -> None:
@@ -109,7 +109,7 @@ class Throughput:
         self._tokens += tokens
 
     def take(self) -> tuple[float, float]:
-        """Pairs and tokens per second since the `take` before."""
+        """Pairs and tokens per second since the last `take`."""
         seconds = max(self._seconds, 1e-9)
         rates = self._pairs / seconds, self._tokens / seconds
         self._seconds, self._pairs, self._tokens = 0.0, 0, 0
@@ -124,7 +124,7 @@ def write_devices(path: Path, accelerator: Accelerator) -> None:
 
 
 class RankUsage:
-    """What each rank's memory and throughput were since the log before."""
+    """Each rank's memory and throughput since the last log."""
 
     def __init__(self) -> None:
         self.throughput = Throughput()

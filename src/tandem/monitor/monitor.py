@@ -95,7 +95,7 @@ class Monitor:
         self._micro_batches.append(micro_batch)
 
     def join(self, count: int, order: Sequence[int], batch: Callable[[], Mapping[str, Any]]) -> None:
-        """The last `count` micro-batches were parts of one; see `MicroBatch.joined`."""
+        """Join the last `count` micro-batches, which were parts of one; see `MicroBatch.joined`."""
         self._micro_batches[-count:] = [gather.MicroBatch.joined(self._micro_batches[-count:], order, batch)]
 
     def add_grad_norm(self, grad_norm: float | torch.Tensor | None) -> None:
@@ -246,12 +246,12 @@ class Monitor:
         ).to_dict()
 
     def _started_with(self) -> dict[str, float]:
-        """The options that have had their effect on the state already, and so cannot change any more."""
+        """The options that have already shaped the state, and so cannot change any more."""
         config = self.config
         return {"beta": self._first_beta, "tail_delta": config.delta, "tail_warmup_steps": config.warmup_steps}
 
     def load(self, folder: str | Path) -> None:
-        """Go on from the state in a checkpoint's folder; on all ranks, before training.
+        """Resume from the state in a checkpoint's folder; on all ranks, before training.
 
         Raises:
             UserError: the folder has no readable state, or it was made with options that cannot change any more.
@@ -277,12 +277,12 @@ class Monitor:
         self.resume_clock()
 
     def resume_clock(self) -> None:
-        """Time since the last step's end was no training."""
+        """Leave the time since the last step's end out of the throughput."""
         self._usage.throughput.resume()
 
 
 def tail_logs(record: Mapping[str, float | None]) -> dict[str, float]:
-    """What the trackers get of a step's record: `tail/*`."""
+    """The entries of a step's record for the trackers: `tail/*`."""
     names = record.keys() - {"epoch", "step", "npy"}
     return {f"tail/{name}": float(value) for name in sorted(names) if (value := record[name]) is not None}
 

@@ -56,7 +56,7 @@ class MonitorState:
             raise UserError(f"{folder}: its tail monitor state is damaged ({error})") from error
 
     def refuse_others(self, started_with: dict[str, float], folder: str | Path) -> None:
-        """Refuse a run that would go on from this state, of `folder`, with other options than it was started with.
+        """Refuse a run that would resume from this state, of `folder`, with other options than it was started with.
 
         Raises:
             UserError: naming one.
