@@ -49,7 +49,7 @@ def lora_run(model: Path, out: Path, **given: Any) -> Any:
     return run._replace(lora=LoraOptions(use_peft=True, lora_r=4))
 
 
-@pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.parametrize("use_peft", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_resumed_run_is_the_whole_one(use_peft: bool, tiny_model: Path, tmp_path: Path):
     """Killed after a step that synced, after one that did not, and before the first sync: bit for bit the same end."""
     name = "adapter_model.safetensors" if use_peft else "model.safetensors"
