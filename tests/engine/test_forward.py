@@ -230,6 +230,20 @@ def test_an_architecture_without_attention_backends_is_padded(batch, caplog, nam
     assert_same_output(*(model(**batch, fused_lm_head=True) for model in (ours, theirs)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_that_only_a_mask_tells_is_padded(batch, caplog, dtype):
+    """Without a mask such a layer sees the whole row, by less than bfloat16's rounding in a small model."""
+    window = {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
+    ours, theirs = (model.to(dtype) for model in both("Qwen2Moe", **window))
+    assert "their window of 4 tokens from a mask" in caplog.text
+    assert_same_output(*(model(**batch, fused_lm_head=True) for model in (ours, theirs)))
+
+
+def test_a_window_that_its_layers_hand_on_is_served(caplog):
+    both("Mistral")
+    assert "window" not in caplog.text
+
+
 def test_layers_with_another_memory_than_attention_are_padded(caplog):
     model = tiny_model("Llama")
     model.config.layer_types = ["full_attention", "linear_attention"]

@@ -1,10 +1,11 @@
 """Which layout a model is forwarded in: the one asked for, unless the probe finds that it changes the log-probs."""
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -202,7 +203,31 @@ def _unserved_architecture(model: PreTrainedModel) -> str:
     other = set(getattr(decoder.config, "layer_types", None) or ()) - _SERVED_LAYERS
     if other:
         return f"it has layers of type {', '.join(sorted(other))}"
+    if window := _window_by_mask(decoder):
+        return f"its layers have their window of {window} tokens from a mask"
     return ""
+
+
+def _window_by_mask(decoder: Any) -> int:
+    """The sliding window of layers that do not hand it to their attention function, which is given no mask; else 0.
+
+    Over rows of half precision the probe may take a window that is not there for rounding.
+    """
+    config = decoder.config
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    longest = getattr(config, "max_position_embeddings", None) or window + 1
+    if getattr(config, "use_sliding_window", True) is False or "sliding_attention" not in kinds or window >= longest:
+        return 0
+    code = [_code_of(kind.forward) for kind in {type(module) for module in decoder.modules()}]
+    return 0 if any("attention_interface" in each and "sliding_window" in each for each in code) else window
+
+
+def _code_of(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # of a model whose code is not there
+        return ""
 
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
