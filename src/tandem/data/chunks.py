@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
@@ -48,11 +49,13 @@ class Workers(Generic[Item, Made]):
     def __init__(self, work: Callable[[Sequence[Item]], Made], processes: int) -> None:
         self._work, self._count = work, processes
         self._pool: ProcessPoolExecutor | None = None
+        self._others: set[BaseProcess] = set()
 
     def __enter__(self) -> "Workers[Item, Made]":
         how = "fork" if sys.platform == "linux" else "spawn"
         if self._count > 1 and (how == "fork" or _can_be_sent(self._work)):
             context = multiprocessing.get_context(how)
+            self._others = set(multiprocessing.active_children())
             self._pool = ProcessPoolExecutor(
                 self._count, context, initializer=_start, initargs=(self._work, os.getpid())
             )
@@ -60,8 +63,11 @@ class Workers(Generic[Item, Made]):
                 self._pool.submit(_make, ())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:
+            if kind is not None:  # nobody waits for the chunks that they work on
+                for process in set(multiprocessing.active_children()) - self._others:
+                    process.kill()
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, items: Iterable[Item], total: int, label: str) -> Iterator[Made]:

@@ -7,6 +7,7 @@ guarantee that, it is None, and nothing is kept.
 import dataclasses
 import functools
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 _PACKAGES = (
     "transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy", "pyyaml", "sentencepiece", "tiktoken",
-    "mistral-common", "regex",
+    "mistral-common", "regex", "protobuf",
+    # Of tokenizers without an engine, for one language
+    "ftfy", "sacremoses", "fugashi", "ipadic", "unidic", "unidic-lite", "sudachipy", "rhoknp", "jieba", "rjieba",
+    "pythainlp", "underthesea", "emoji",
 )  # fmt: skip
 _PACKED = 4  # a compressed file's text is about this many times as large
-_NOW = "strftime_now"  # the function by which a template gets the time
+# By these a template renders the same row otherwise at another time
+_UNSTEADY = re.compile(r"strftime_now|\b(?:random|lipsum)\b")
 # Attributes of a tokenizer that say where it is from
 _PLACES = {"name_or_path", "vocab_file", "tokenizer_file", "cache_dir"}
 
@@ -142,10 +147,10 @@ def tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> Any | None:
     """All that a tokenizer's ids and its chat template's text depend on.
 
     Returns:
-        None where it has code of its own or cannot be described, or its template asks for the time.
+        None where it has code of its own or cannot be described, or its template asks for the time or for chance.
     """
     owner, template = type(tokenizer), tokenizer.chat_template
-    if not owner.__module__.startswith("transformers.") or _NOW in str(template):
+    if not owner.__module__.startswith("transformers.") or _UNSTEADY.search(str(template)):
         return None
     plain = {
         name: value
@@ -174,4 +179,8 @@ def _engine(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     backend: Any = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return xxhash.xxh3_128(backend.to_str().encode()).hexdigest()
+    try:
+        text = backend.to_str()
+    except Exception:  # it has a part that is a Python object
+        return None
+    return xxhash.xxh3_128(text.encode()).hexdigest()

@@ -5,6 +5,7 @@ of files and folders (`data.split_names`). Hidden files and folders and the Hub'
 """
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -220,6 +221,9 @@ def read_saved(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import datasets
 
     try:
+        for file in json.loads((folder / _SAVED).read_text(encoding="utf-8"))["_data_files"]:
+            if file["filename"] != PurePath(file["filename"]).name:
+                raise ValueError(f"{_SAVED} names {file['filename']!r}, which is not in it")
         data = datasets.load_from_disk(str(folder))
         for number, row in enumerate(data, 1):
             if not isinstance(row, dict):

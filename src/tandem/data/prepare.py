@@ -118,8 +118,16 @@ def _by_rows(rows: Rows, maker: Maker, settings: Any, options: PreparationOption
     said, found = _quietly(rows.read)
     say_again(said)
     few = sum(map(len, found.values())) <= FEW
-    told = [[name, sha256_json(part)] for name, part in found.items()]
+    told = [[name, _ordered_digest(part)] for name, part in found.items()]
     return _told(_cached(options, [told, settings], _building(lambda: found, maker, options, few=few)))
+
+
+def _ordered_digest(rows: list[Row]) -> str:
+    """Not `sha256_json`, which ignores the order of keys: templates write tools and arguments in their own order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, separators=(",", ":"), default=repr).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _cached(options: PreparationOptions, content: Any, build: Build) -> Tokenized:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -29,6 +30,9 @@ Json = dict[str, Any]
 
 CACHE = "TANDEM_CACHE"  # variable that names a folder to use in place of ~/.cache/tandem
 _ABOUT = "set.json"
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_KEY = re.compile(r"[0-9a-f]+")
+_LEFTOVER = re.compile(r"\.[0-9a-f]+\.[0-9a-f]{32}\.part")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: dict[Path, int] = {}
 """The locks of the sets that this process uses. The kernel frees them when it ends."""
@@ -63,7 +67,9 @@ class TokenCache:
 
     def __init__(self, folder: str | Path | None, limit: int) -> None:
         usual = Path(os.environ.get(CACHE) or "~/.cache/tandem") / "tokens"
-        self.folder, self.limit = Path(folder or usual).expanduser(), limit
+        self.folder, self.limit = Path(folder or usual), limit
+        with contextlib.suppress(RuntimeError):  # no such user, or one without a home: told when it is used
+            self.folder = self.folder.expanduser()
 
     def get(self, key: str, build: Build) -> Tokenized:
         """The set of this key; built, if there is no complete one.
@@ -73,13 +79,16 @@ class TokenCache:
         """
         path = self.folder / key
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if path not in _held:
-                _held[path] = self._lock(f".{key}.used", fcntl.LOCK_SH)
-        except OSError as error:
-            tell_once(f"{self.folder} cannot be written ({error.strerror}), so tokens are kept for this run alone")
+            with _told_apart():
+                if self.folder.parts[:1] and self.folder.parts[0].startswith("~"):
+                    raise OSError(errno.ENOENT, "no such home folder")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if path not in _held:
+                    _held[path] = self._lock(f".{key}.used", fcntl.LOCK_SH)
+            found = _read(path, is_new=False) or self._built(path, build)
+        except _Unusable as error:
+            tell_once(f"{self.folder} cannot be written ({error}), so tokens are kept for this run alone")
             return unkept(build)
-        found = _read(path, is_new=False) or self._built(path, build)
         with contextlib.suppress(OSError):  # the file is another user's
             os.utime(path / _ABOUT)
         if found.is_new:
@@ -89,14 +98,16 @@ class TokenCache:
     def _built(self, path: Path, build: Build) -> Tokenized:
         """The set, built by this process or by another one that it has waited for."""
         name = f".{path.name}.build"
-        lock = self._lock(name, fcntl.LOCK_EX)
+        with _told_apart():
+            lock = self._lock(name, fcntl.LOCK_EX)
         try:
             if (found := _read(path, is_new=False)) is None:
                 with _disk_errors(self.folder):
                     self._build(path, build)
                 found = _read(path, is_new=True)
         finally:
-            (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the file is another user's
+                (self.folder / name).unlink()
             os.close(lock)
         if found is None:
             raise UserError(f"--token_cache {path}: is not what was just written there: the disk is broken")
@@ -105,11 +116,12 @@ class TokenCache:
     def _build(self, path: Path, build: Build) -> None:
         for leftover in self.folder.glob(f".{path.name}.*.part"):  # of builders that were killed
             shutil.rmtree(leftover, ignore_errors=True)
-        if path.exists():
-            logger.warning("%s is damaged, and is built anew", path)
-            self._remove(path)
         part = self.folder / f".{path.name}.{uuid.uuid4().hex}.part"
-        part.mkdir()
+        with _told_apart(_DENIED):
+            if path.exists():
+                logger.warning("%s is damaged, and is built anew", path)
+                self._remove(path)
+            part.mkdir()
         try:
             _write(part, build)
             try:
@@ -135,7 +147,7 @@ class TokenCache:
         """
         path = self.folder / name
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = _opened(path)
             try:
                 _flock(handle, kind)
                 with contextlib.suppress(FileNotFoundError):
@@ -151,9 +163,9 @@ class TokenCache:
         sets, total = [], 0
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process has just removed it
-                if path.name.endswith(".part"):
+                if _LEFTOVER.fullmatch(path.name):
                     sets.append((0.0, 0, path))
-                elif (path / _ABOUT).is_file():
+                elif _KEY.fullmatch(path.name) and (path / _ABOUT).is_file():
                     size = sum(file.stat().st_size for file in path.iterdir())
                     sets.append(((path / _ABOUT).stat().st_mtime, size, path))
                     total += size
@@ -235,6 +247,32 @@ def _flock(handle: int, kind: int) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS or kind & fcntl.LOCK_NB:
             raise
+
+
+def _opened(path: Path) -> int:
+    """A lock's file; one of another user's, or in a folder that is read-only, is read, which suffices for locks."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno in _DENIED:
+            with contextlib.suppress(OSError):
+                return os.open(path, os.O_RDONLY)
+        raise
+
+
+class _Unusable(Exception):
+    """The folder, or what is in it of a set, is not this user's to write."""
+
+
+@contextlib.contextmanager
+def _told_apart(kinds: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Within the block, errors of the disk (of these `kinds` alone, if given) mean a folder that cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        if kinds is not None and error.errno not in kinds:
+            raise
+        raise _Unusable(error.strerror) from error
 
 
 @contextlib.contextmanager

@@ -227,8 +227,8 @@ class TrainOptions(PreparationOptions):
     def _conflicts_of_sets(self) -> Iterator[str]:
         names = [name for name, _ in self.named_sets]
         for given, (name, source) in zip(self.eval_sets, self.named_sets, strict=True):
-            if not re.fullmatch(r"\w+", name) or not source:
-                yield f"--eval_sets {given}: must be NAME=DATA, NAME of letters, digits and _"
+            if not re.fullmatch(r"\w{1,50}", name) or not source:
+                yield f"--eval_sets {given}: must be NAME=DATA, NAME of at most 50 letters, digits and _"
         if len(set(names)) < len(names):
             yield f"--eval_sets {' '.join(self.eval_sets)}: a name is there twice"
         metric = str(self.metric_for_best_model or "").removeprefix("eval_")

@@ -95,7 +95,7 @@ def _content(run: SFTOptionSet | DPOOptionSet) -> Content | None:
     parts = {TRAIN: data_content(run.data, training=True, held_out=_held_out_is_own(run.train))}
     if not _held_out_is_own(run.train):
         for name, source in run.train.named_sets:
-            parts[name] = data_content(of_set(run.data, source), training=False, held_out=True)
+            parts[f"{EVAL}{name}"] = data_content(of_set(run.data, source), training=False, held_out=True)
     told = {name: part.told for name, part in parts.items() if part is not None}
     size = sum(part.size for part in parts.values() if part is not None)
     return Content(told, size) if len(told) == len(parts) else None
