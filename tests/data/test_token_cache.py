@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data import token_cache
+from tandem.data.pairs import PairMaker
 from tandem.training.preparation import training_data
 from tests import tiny
 from tests.training.test_preparation import TEXTS, ids_of, plainly, run_of
@@ -31,6 +31,17 @@ def test_a_home_that_cannot_be_found_is_no_reason_to_stop(tmp_path: Path, capsys
     run = run_of(tiny.save_pairs(tmp_path / "t.jsonl", TEXTS), "~no_such_user/cache")
     assert ids_of(training_data(run, tiny.tokenizer())) == plainly(run, tiny.tokenizer())[0]
     assert "so tokens are kept for this run alone" in capsys.readouterr().err
+
+
+def in_fork(work: Callable[[], str]) -> str:
+    """What `work` gives in a process of its own, whose locks go with it."""
+    pipe, end = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=lambda: end.send(work()))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    told: str = pipe.recv()
+    return told
 
 
 def whole(folder: Path) -> None:
@@ -58,21 +69,14 @@ def test_sets_of_another_user_are_read_and_are_no_reason_to_stop(harm: Callable[
     cache, data = tmp_path / "cache", tiny.save_pairs(tmp_path / "t.jsonl", TEXTS)
     cache.mkdir()
     cache.chmod(0o1777)
-    tokens = training_data(run_of(data, cache), tiny.tokenizer()).tokens
+    tokens = in_fork(lambda: training_data(run_of(data, cache), tiny.tokenizer()).tokens)
     (kept,) = (path for path in cache.iterdir() if path.is_dir())
     harm(kept)
-    pipe, end = multiprocessing.Pipe()
 
-    def use() -> None:
-        for handle in token_cache._held.values():
-            os.close(handle)
-        token_cache._held.clear()
+    def use() -> str:
         os.setuid(54321)
         if harm is whole:
-            token_cache._write = None  # type: ignore[assignment]  # nothing may be built
-        end.send(training_data(run_of(data, cache), tiny.tokenizer()).tokens)
+            PairMaker.make = None  # type: ignore[assignment, method-assign]  # nothing may be built
+        return training_data(run_of(data, cache), tiny.tokenizer()).tokens
 
-    process = multiprocessing.get_context("fork").Process(target=use)
-    process.start()
-    process.join(30)
-    assert process.exitcode == 0 and pipe.recv() == tokens
+    assert in_fork(use) == tokens
