@@ -138,9 +138,16 @@ def write_data(folder: Path) -> None:
     tokens = {
         name: {"median": size, "max": 80} for name, size in (("prompt", 41.0), ("chosen", 24.5), ("rejected", 24.0))
     }
-    example = {"file": "sample", "row": 7, "found": f"as {HOSTILE}", "prompt": HOSTILE, "chosen": "a", "rejected": "b"}
+    example = {
+        "file": "/home/me/data/sample",
+        "row": 7,
+        "found": f"as {HOSTILE}",
+        "prompt": HOSTILE,
+        "chosen": "a",
+        "rejected": "b",
+    }
     finding = {"name": "duplicates", "level": "warning", "split": "train", "count": 3, "share": 0.0075}
-    pair = {"file": "sample", "row": 1, "split": "train", "pair_id": "0011223344556677"}
+    pair = {"file": "/home/me/data/sample", "row": 1, "split": "train", "pair_id": "0011223344556677"}
     write_json(
         folder / "data_report.json",
         {

@@ -1,4 +1,5 @@
-"""A search for stale hits: one cache under hundreds of random settings, against a fresh one for each of them.
+"""A search for stale hits: one cache of log-probs and one of token ids under hundreds of random settings, against fresh
+ones for each of them.
 
 A setting differs from the one before in a few places, as those of a person at work do. The shared cache holds the
 entries of all settings before it, so each is tried against all of them. What it gives must be what a fresh cache gives,
@@ -117,8 +118,11 @@ def settings(choices: dict[str, list[Any]], count: int, seed: int) -> Iterator[d
         for name in draw.sample(sorted(choices), draw.choice((1, 1, 2, 3))):
             chosen[name] = draw.choice(choices[name])
         given = {name: value for name, value in chosen.items() if value is not None}
-        if (Path(given["model_name_or_path"]) / "adapter_config.json").exists():
+        is_adapter = (Path(given["model_name_or_path"]) / "adapter_config.json").exists()
+        if is_adapter:
             given.pop("use_peft", None)
+        elif "use_peft" not in given:  # all weights are never held in half precision
+            given.pop("dtype", None)
         yield given
 
 
@@ -147,6 +151,7 @@ def score(
         columns.clear()
         forwarded.clear()
         given = {"dataset_name": tiny_data, "output_dir": tmp_path / "out", "ref_cache": cache, "bf16": "false"}
+        given |= {"token_cache": cache.with_suffix(".tokens")}
         given |= {"max_train_samples": PAIRS, "gradient_checkpointing": "false"} | setting
         argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         run_options = DPOOptionSet(*parse(argv, classes(DPOOptionSet), prog="dpo.py", check=check))
@@ -162,7 +167,8 @@ def search(choices: dict[str, list[Any]], score: Any, folder: Path, count: int) 
     for number, setting in enumerate(settings(choices, count, seed=0)):
         warm, forwarded = score(setting, folder / "shared")
         cold, _ = score(setting, folder / f"own{number}")
-        shutil.rmtree(folder / f"own{number}")
+        for own in folder.glob("own*"):
+            shutil.rmtree(own)
         difference = float(np.abs(warm - cold).max())
         assert difference <= ROUNDING[setting.get("dtype", "float32")], (number, setting, difference)
         hits += len(warm) - forwarded
