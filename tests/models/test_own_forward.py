@@ -15,6 +15,7 @@ from tandem.models.own_forward import own_forwards
 from tandem.options.model import LoraOptions
 from tandem.training.trainers.sharding import trained
 from tests import families
+from tests.adapters import KINDS, config_of
 
 OF_DEEPSEEK = ["model.layers.0.self_attn.o_a_proj", "model.layers.1.self_attn.o_a_proj"]
 
@@ -109,6 +110,15 @@ def test_what_is_left_out_is_said(more: dict[str, Any], excluded: set[str]):
     assert trained(policy).endswith("up_proj (2)" + ", v_proj (2)" * ("v_proj" in names) + _left("o_proj"))
     others = adapted(model_of("llama"), lora_target_modules=["q_proj", "v_proj"])
     assert "; not" not in trained(others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_any_adapter_trains_is_said(kind: str):
+    """A run may go on from an adapter of any type, and not each has a list of modules to leave out."""
+    policy = get_peft_model(model_of("llama"), config_of(kind))
+    count = sum(each.numel() for each in policy.parameters() if each.requires_grad)
+    assert trained(policy).startswith(f"{count:,} of ")
+    assert "; not" not in trained(policy)
 
 
 def test_a_regex_leaves_out_more():

@@ -68,7 +68,7 @@ def left_out(model: Any) -> list[str]:
     Args:
         model: a `PeftModel`.
     """
-    excluded = model.peft_config[model.active_adapter].exclude_modules or ()
+    excluded = getattr(model.peft_config[model.active_adapter], "exclude_modules", None) or ()
     base = model.get_base_model()
     chosen = set(own_forwards(base)).difference(routers(base))
     if isinstance(excluded, str):
