@@ -76,7 +76,7 @@ def test_every_adapter_goes_on_from_itself(kind: str, layout: str, model: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("flags", [{}, {"use_peft": True}, {"use_peft": True, "lora_target_modules": "q_proj"}])
+@pytest.mark.parametrize("flags", [{}, {"use_peft": True}, {"use_peft": True, "lora_target_modules": ".*q_proj"}])
 def test_what_begins_at_its_base(flags: dict[str, Any], tied: bool, layout: str, tmp_path: Path, first_loss: Step):
     begins_at_ln_2(first_loss, tiny.save_model(tmp_path / "base", tied=tied), layout=layout, **flags)
 

@@ -135,7 +135,8 @@ def adapter_told() -> Iterator[None]:
         if not by_peft and "Applying a PEFT adapter to" not in str(error):
             raise
         raise UserError(
-            f"the adapter cannot be made as --lora_… ask: {first_line(error)}; see --lora_target_modules"
+            f"the adapter cannot be made as --lora_… ask: {first_line(error)}; see --lora_target_modules, of which one "
+            "value alone is a regex for whole names, as '.*q_proj'"
         ) from error
 
 
