@@ -24,6 +24,10 @@ from tandem.data.options import DataOptions
 from tandem.data.sources import load_pairs
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.held import held  # noqa: E402
+
 HH = ROOT.parent / "shared" / "data" / "hh_harmless_base_test_part1.jsonl.gz"
 _WORD = re.compile(r"\w+")
 
@@ -52,13 +56,7 @@ def measure(command: list[str]) -> tuple[float, int]:
     start, most = time.perf_counter(), 0
     process = psutil.Popen(command, cwd=ROOT, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
     while process.poll() is None:
-        held = 0
-        for each in [process, *process.children(recursive=True)]:
-            try:
-                held += each.memory_full_info().pss
-            except psutil.Error:  # it has just ended
-                continue
-        most = max(most, held)
+        most = max(most, held(process))
         time.sleep(0.5)
     if process.returncode:
         raise SystemExit(process.returncode)

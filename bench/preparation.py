@@ -28,6 +28,10 @@ from tandem.options.parsing import parse
 from tandem.training.option_sets import DPOOptionSet, classes
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.held import held  # noqa: E402
+
 HH = ROOT.parent / "shared" / "data" / "hh_harmless_base_test_part1.jsonl.gz"
 WAYS = ("plain loop", "preparation", "second start")
 
@@ -103,17 +107,6 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     found = json.loads(said[0]) | {"peak": most - before, "kept": held(process) - before}
     process.communicate("\n")
     return found
-
-
-def held(process: psutil.Process) -> int:
-    """Bytes of a process and its children, shared ones counted once."""
-    total = 0
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            total += each.memory_full_info().pss
-        except psutil.Error:  # it has just ended
-            continue
-    return total
 
 
 MAPS = """

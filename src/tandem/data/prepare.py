@@ -21,7 +21,7 @@ from tandem.data.content import Content, code_content
 from tandem.data.rendering import TemplateFault
 from tandem.data.rows import Row, given_up
 from tandem.data.token_cache import Build, TokenCache, Tokenized, mapped, unkept
-from tandem.data.tokenized import MASKS, SIDES, refuse_faults
+from tandem.data.tokenized import MASKS, fill_masks, refuse_faults
 from tandem.errors import UserError
 from tandem.options.model import PreparationOptions
 from tandem.ranks import Said, recorded, say_again
@@ -265,7 +265,7 @@ class _Chunk:
                 continue
             if one is not None:
                 made.append(one)
-        _fill_masks(made)
+        fill_masks(made)
         table = table_of(made)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -284,13 +284,6 @@ def _column(values: Sequence[Any]) -> pa.Array:
     if isinstance(first, list) and isinstance(first[0], int):
         return pa.array(values, pa.list_(pa.int32()))
     return pa.array(values)
-
-
-def _fill_masks(rows: list[Made]) -> None:
-    if any(mask in row for row in rows for mask in MASKS):
-        for row in rows:
-            for side in SIDES:
-                row.setdefault(f"{side}_mask", [1] * len(row[f"{side}_ids"]))
 
 
 def _values(row: Made) -> bytes:

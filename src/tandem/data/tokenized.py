@@ -152,10 +152,16 @@ def tokenize_pair(
         pair[f"{side}_ids"] = joint.answer_ids(tokenizer)
         if len(row.get(f"{side}_turns") or (() if is_text else row[side])) > 1:
             pair[f"{side}_mask"] = own_tokens(row, side, joint, pair[f"{side}_ids"], tokenizer)
-    if any(mask in pair for mask in MASKS):
-        for side in SIDES:
-            pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
+    fill_masks([pair])
     return pair
+
+
+def fill_masks(pairs: Sequence[dict[str, Any]]) -> None:
+    """Give both answers of all tokenized pairs a mask if any answer has one; those that had none are trained whole."""
+    if any(mask in pair for pair in pairs for mask in MASKS):
+        for pair in pairs:
+            for side in SIDES:
+                pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
 
 
 def check_rendered(row: Row, side: str, prompt: str, whole: str, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -274,9 +280,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> 
     tell_left_out(counts, len(pairs), "pairs")
     if any(MASKS[0] in pair for pair in pairs):
         tell_inside(sum(not all(pair[mask]) for pair in pairs for mask in MASKS if mask in pair), len(pairs))
-        for pair in pairs:
-            for side in SIDES:
-                pair.setdefault(f"{side}_mask", [1] * len(pair[f"{side}_ids"]))
+        fill_masks(pairs)
     return pairs
 
 

@@ -15,7 +15,7 @@ import yaml
 from tandem.errors import UserError, one_line
 from tandem.options.fields import REQUIRED, Option, opt
 from tandem.options.migration import COUNTERPARTS
-from tandem.options.model import is_adapter
+from tandem.options.model import HALF_PRECISION, is_adapter
 from tandem.options.parsing import convert
 from tandem.options.rules import Options
 from tandem.options.yaml_text import read_yaml
@@ -194,15 +194,12 @@ def without_idle(converted: Converted, faults: Callable[[dict[str, Any]], list[s
     return Converted("\n".join(text) + "\n", values, converted.open)
 
 
-_HALF = ("bfloat16", "float16")
-
-
 def _held_in_float32(converted: Converted) -> Converted:
     """The recipe without a `dtype` of half precision where all weights are trained: a run would refuse it, since their
     updates would be lost in rounding."""
     values = dict(converted.values)
     trains_adapter = values.get("use_peft") or is_adapter(str(values.get("model_name_or_path")))
-    if values.get("dtype") not in _HALF or trains_adapter:
+    if values.get("dtype") not in HALF_PRECISION or trains_adapter:
         return converted
     dtype = values.pop("dtype")
     told = "all weights are trained, and held in float32; bf16 computes in bfloat16"

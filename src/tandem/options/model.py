@@ -12,6 +12,9 @@ from tandem.model_folder import ADAPTER_CONFIG
 from tandem.options.fields import REQUIRED, opt, refuse
 from tandem.options.rules import Options
 
+HALF_PRECISION = ("bfloat16", "float16")
+"""Names of the types in which updates of weights are lost in rounding."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class TemplateOptions(Options):

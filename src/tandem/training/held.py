@@ -14,9 +14,7 @@ import torch
 
 from tandem.errors import UserError
 from tandem.models.configuration import stored_dtype
-from tandem.options.model import LoraOptions, ModelOptions, is_adapter
-
-_COARSE = ("bfloat16", "float16")
+from tandem.options.model import HALF_PRECISION, LoraOptions, ModelOptions, is_adapter
 
 
 def held_fine(model: ModelOptions, lora: LoraOptions, arguments: Mapping[str, Any]) -> ModelOptions:
@@ -33,7 +31,7 @@ def held_fine(model: ModelOptions, lora: LoraOptions, arguments: Mapping[str, An
     """
     if lora.use_peft or is_adapter(model.model_name_or_path) or _has_masters(arguments):
         return model
-    if model.dtype in _COARSE:
+    if model.dtype in HALF_PRECISION:
         raise UserError(
             f"--dtype {model.dtype} with all weights trains hardly anything: updates smaller than a weight's rounding "
             "are lost. Leave it out (weights in float32, computed in bfloat16 by --bf16), or train an adapter "
@@ -42,7 +40,7 @@ def held_fine(model: ModelOptions, lora: LoraOptions, arguments: Mapping[str, An
     if model.dtype != "auto":
         return model
     stored = stored_dtype(model.model_name_or_path, model.model_revision, trust_remote_code=model.trust_remote_code)
-    return replace(model, dtype="float32") if stored in _COARSE else model
+    return replace(model, dtype="float32") if stored in HALF_PRECISION else model
 
 
 def upcast_trained(model: torch.nn.Module) -> None:
